@@ -1,0 +1,151 @@
+"""How the next token is chosen: the caller's knobs, and the pure function that applies them.
+
+Every lane has its own knobs and key, so a token depends on nothing else in the batch: the token at
+`position` of a line is drawn with fold(fold(line key, TOKEN), position) by the Gumbel maximum.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+BRANCH, TOKEN = 0, 1  # the two streams of a line's key
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingParams:
+    """What a caller may ask for.
+
+    Attributes:
+      temperature: 0 is greedy.
+      top_p, top_k, min_p: filters of the tempered distribution; 1, 0 and 0 switch them off.
+      repetition_penalty: divides (multiplies, below 0) the logits of tokens that the line sees.
+      step_repetition_penalty: the same inside steps; None takes `repetition_penalty`.
+      max_tokens: tokens of the whole tree that may be generated, headers included.
+      max_position: positions stay below it; None is the model's limit.
+      n: answers per prompt.
+      seed: of every prompt, or one for each.
+      parallel: fork at `</guideline>`; False decodes everything as one line of text.
+      stop_token_ids: end the text beside the model's own end-of-text ids.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    step_repetition_penalty: float | None = None
+    max_tokens: int = 512
+    max_position: int | None = None
+    n: int = 1
+    seed: int | tuple[int, ...] = 0
+    parallel: bool = True
+    stop_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        penalties = (self.repetition_penalty, self.step_repetition_penalty or 1.0)
+        for name, value, good, need in (
+            ("temperature", self.temperature, self.temperature >= 0, "0 or more"),
+            ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0, at most 1"),
+            ("top_k", self.top_k, self.top_k >= 0, "0 (off) or more"),
+            ("min_p", self.min_p, 0 <= self.min_p < 1, "0 (off) or more, below 1"),
+            ("repetition penalty", penalties, min(penalties) > 0, "above 0"),
+            ("max_tokens", self.max_tokens, self.max_tokens >= 1, "1 or more"),
+            ("n", self.n, self.n >= 1, "1 or more"),
+        ):
+            if not good:
+                raise ValueError(f"{name} is {value}, needed is {need}")
+
+
+@struct.dataclass
+class LaneSampling:
+    """The knobs of R lanes as arrays [R]; `key` is uint32[R, 2], `stops` i32[R, E] (-1: unused)."""
+
+    key: jax.Array
+    temperature: jax.Array
+    top_p: jax.Array
+    top_k: jax.Array
+    min_p: jax.Array
+    penalty: jax.Array
+    stops: jax.Array
+
+
+def _filter(logits: jax.Array, lanes: LaneSampling) -> jax.Array:
+    """-inf where top-k, top-p or min-p cut a token of the tempered logits f32[R, V]."""
+    vocab = logits.shape[-1]
+    order = jnp.sort(logits, axis=-1, descending=True)
+    probs = jax.nn.softmax(order, axis=-1)
+    before = jnp.cumsum(probs, axis=-1) - probs
+    rank = jnp.arange(vocab)
+    keep = (
+        (rank < jnp.where(lanes.top_k > 0, lanes.top_k, vocab)[:, None])
+        & (before < lanes.top_p[:, None])
+        & (probs >= lanes.min_p[:, None] * probs[:, :1])
+    )
+    keep = keep.at[:, 0].set(True)
+    lowest = jnp.min(jnp.where(keep, order, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits >= lowest, logits, -jnp.inf)
+
+
+def sample(
+    logits: jax.Array,
+    positions: jax.Array,
+    given: jax.Array,
+    lanes: LaneSampling,
+    seen: jax.Array | None,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Draws one token per lane.
+
+    Args:
+      logits: f32[R, V], raw.
+      positions: i32[R], of the tokens to be drawn.
+      given: i32[R]; a token to take instead of drawing, or -1.
+      lanes: the knobs.
+      seen: bool[R, V], the tokens that the penalty applies to, or None where no lane has one.
+
+    Returns:
+      tokens i32[R]; raw log-prob f32[R]; log-prob under the penalised, tempered and filtered
+      distribution f32[R] (0 for greedy lanes); margin f32[R], the best minus the second of the
+      perturbed logits.
+    """
+    greedy = lanes.temperature == 0
+    shaped = logits
+    if seen is not None:
+        penalty = lanes.penalty[:, None]
+        scaled = jnp.where(shaped > 0, shaped / penalty, shaped * penalty)
+        shaped = jnp.where(seen, scaled, shaped)
+    shaped = shaped / jnp.where(greedy, 1.0, lanes.temperature)[:, None]
+    filters = (lanes.top_k > 0) | (lanes.top_p < 1) | (lanes.min_p > 0)
+    shaped = jax.lax.cond(
+        jnp.any(filters & ~greedy), lambda x: _filter(x, lanes), lambda x: x, shaped
+    )
+
+    def noise(key, position):
+        key = jax.random.fold_in(jax.random.wrap_key_data(key), TOKEN)
+        key = jax.random.fold_in(key, position)
+        return jax.random.gumbel(key, shaped.shape[-1:], jnp.float32)
+
+    perturbed = jax.lax.cond(
+        jnp.all(greedy),
+        lambda: shaped,
+        lambda: jnp.where(greedy[:, None], shaped, shaped + jax.vmap(noise)(lanes.key, positions)),
+    )
+    best = jnp.argmax(perturbed, axis=-1)
+    column = jnp.arange(logits.shape[-1])
+    second = jnp.max(jnp.where(column == best[:, None], -jnp.inf, perturbed), axis=-1)
+    margin = jnp.max(perturbed, axis=-1) - second
+    tokens = jnp.where(given >= 0, given, best).astype(jnp.int32)
+
+    def logp(x):
+        chosen = jnp.take_along_axis(x, tokens[:, None], axis=-1)[:, 0]
+        return chosen - jax.nn.logsumexp(x, axis=-1)
+
+    return tokens, logp(logits), jnp.where(greedy, 0.0, logp(shaped)), margin
+
+
+@jax.jit
+def fold_branches(key: jax.Array, numbers: jax.Array) -> jax.Array:
+    """Keys uint32[N, 2] of the branches `numbers` i32[N] of the line whose key is uint32[2]."""
+    parent = jax.random.fold_in(jax.random.wrap_key_data(key), BRANCH)
+    return jax.vmap(lambda i: jax.random.key_data(jax.random.fold_in(parent, i)))(numbers)

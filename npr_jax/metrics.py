@@ -1,0 +1,186 @@
+"""Where numbers of a run go: `metrics.jsonl` and TensorBoard for later, a progress line for now.
+
+One line of `metrics.jsonl` is one flat JSON object with an integer `step`. A resumed run first
+calls `truncate` with the checkpoint's step, so that the file reads as if nothing had happened.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn
+from rich.progress import Progress as RichProgress
+from tensorboardX import SummaryWriter
+
+Scalar = float | int | str
+
+
+class MetricsWriter:
+    """Appends metrics to `directory/metrics.jsonl` and to TensorBoard event files beside it.
+
+    Each line is flushed as it is written, so a killed run loses at most the line being written;
+    what is left of such a line is removed when the file is next opened.
+    """
+
+    def __init__(self, directory: str | Path):
+        self.directory = Path(directory)
+        self.path = self.directory / "metrics.jsonl"
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._open(purge_step=None)
+
+    def _open(self, purge_step: int | None) -> None:
+        _rewrite(self.path, purge_step)
+        self._file = self.path.open("a", encoding="utf-8")
+        # TensorBoard's files cannot be cut; `purge_step` tells its reader to forget what follows.
+        # File names count whole seconds: without the suffix a second file could replace the first.
+        self._board = SummaryWriter(
+            str(self.directory), purge_step=purge_step, filename_suffix=f".{time.time_ns()}"
+        )
+
+    def write(self, values: Mapping[str, Scalar]) -> None:
+        """Appends one line. `values` holds an int "step"; strings go to the JSON file only.
+
+        Raises ValueError for a missing step or a value that is not a float, int or str.
+        """
+        if type(values.get("step")) is not int:
+            raise ValueError(f"metrics need an int 'step', got {values.get('step')!r}")
+        for key, value in values.items():
+            if not isinstance(value, Scalar):
+                raise ValueError(
+                    f"metric {key!r} is {value!r} ({type(value).__name__}), needs a Python float, "
+                    "int or str; convert it with float() or .item()"
+                )
+        self._file.write(json.dumps(dict(values)) + "\n")
+        self._file.flush()
+        for key, value in values.items():
+            if key != "step" and not isinstance(value, str):
+                self._board.add_scalar(key, value, global_step=values["step"])
+
+    def truncate(self, step: int) -> None:
+        """Drops every line whose step is `step` or later: those that a resumed run writes again."""
+        self.close()
+        self._open(purge_step=step)
+
+    def close(self) -> None:
+        """Closes both files; calling it again does nothing."""
+        self._file.close()
+        self._board.close()
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self.close()
+
+
+def read_metrics(directory: str | Path) -> list[dict[str, Scalar]]:
+    """The whole lines of `directory/metrics.jsonl`, in order."""
+    text = (Path(directory) / "metrics.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def _rewrite(path: Path, step: int | None) -> None:
+    """Leaves in `path` its whole lines, and of those the ones before `step` if that is given."""
+    if not path.exists():
+        return
+    text = path.read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    if step is not None:
+        lines = [line for line in lines if json.loads(line)["step"] < step]
+    kept = "".join(lines)
+    if kept == text:
+        return
+    # Renaming is atomic: a crash leaves the old file or the new one, never half of it.
+    new = path.with_suffix(".tmp")
+    with new.open("w", encoding="utf-8") as file:
+        file.write(kept)
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path)
+
+
+class Progress:
+    """A progress line for a long loop: how far, how fast, how long still, the latest metrics.
+
+        with Progress("zero", total=18, unit="step") as progress:
+            for step in range(18):
+                ...
+                progress.advance(1, {"reward": 0.25})
+
+    On a terminal one line is kept up to date; elsewhere a plain line is written at most every
+    `interval` seconds, and one at the end. The rate is that of this process: `start` units were
+    done before it (a resumed run).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        total: int,
+        unit: str = "step",
+        start: int = 0,
+        interval: float = 10.0,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.name, self.total, self.unit, self.interval = name, total, unit, interval
+        self.done = self._start = start
+        self._console, self._clock = console or Console(), clock
+        self._values: dict[str, Scalar] = {}
+        self._began = self._written = clock()
+        self._live = None
+        if self._console.is_terminal:
+            self._live = RichProgress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                TaskProgressColumn(),
+                TextColumn("{task.fields[status]}"),
+                console=self._console,
+            )
+            self._task = self._live.add_task(name, total=total, completed=start, status="")
+
+    def __enter__(self) -> "Progress":
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        if self._live:
+            self._live.stop()
+        elif self.done > self._start:
+            self._write_line()
+
+    def advance(self, count: int = 1, values: Mapping[str, Scalar] | None = None) -> None:
+        """Counts `count` more units as done; `values` replace the metrics that are shown."""
+        self.done += count
+        self._values = dict(values) if values is not None else self._values
+        if self._live:
+            self._live.update(self._task, completed=self.done, status=self.status())
+        elif self._clock() - self._written >= self.interval:
+            self._write_line()
+
+    def status(self) -> str:
+        """One line: units done, rate, time left, metrics."""
+        seconds, count = self._clock() - self._began, self.done - self._start
+        parts = [f"{self.done}/{self.total} {self.unit}s"]
+        if count > 0 and seconds > 0:
+            rate = count / seconds
+            shown = f"{rate:.3g} {self.unit}s/s" if rate >= 1 else f"{1 / rate:.3g} s/{self.unit}"
+            parts += [shown, f"{_clock_text((self.total - self.done) / rate)} left"]
+        for key, value in self._values.items():
+            parts.append(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}")
+        return ", ".join(parts)
+
+    def _write_line(self) -> None:
+        self._written = self._clock()
+        self._console.print(
+            f"{self.name}: {self.status()}", markup=False, highlight=False, soft_wrap=True
+        )
+
+
+def _clock_text(seconds: float) -> str:
+    minutes, seconds = divmod(round(max(seconds, 0)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,45 @@
+"""Installs npr_jax; the presets of `configs/` are shipped inside the package."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="npr-jax",
+    version="0.1.0",
+    description="Native Parallel Reasoner (arXiv 2512.07461) in pure JAX",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=[*find_packages(include=["npr_jax", "npr_jax.*"]), "npr_jax.configs"],
+    package_dir={"npr_jax.configs": "configs"},
+    package_data={"npr_jax.configs": ["*.yaml", "**/*.yaml"]},
+    install_requires=[
+        "jax>=0.10.2,<0.11",
+        "flax",
+        "optax",
+        "orbax-checkpoint",
+        "transformers",
+        "tensorflow-datasets",
+        "grain",
+        "numpy",
+        "pyyaml",
+        "pydantic>=2",
+        "typer",
+        "safetensors",
+        "math-verify>=0.9,<0.10",
+        "tensorboardX",
+        "rich",
+        "huggingface_hub",
+        "tokenizers",
+        "jinja2",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]"],
+        "cuda": ["jax[cuda13]"],
+        "dev": ["pytest", "hypothesis", "chex", "ruff"],
+    },
+    entry_points={"console_scripts": ["npr-jax=npr_jax.cli:main"]},
+)

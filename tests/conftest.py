@@ -1,0 +1,26 @@
+"""Shared fixtures: eight host devices, and the folder with golden data."""
+
+import os
+from pathlib import Path
+
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_default_matmul_precision", "highest")
+
+
+def shared_path(name: str) -> Path:
+    """Path of a golden file or folder; skips the test (or fails it under NPR_REQUIRE_SHARED=1)."""
+    root = Path(os.environ.get("NPR_SHARED", Path(__file__).parents[1] / ".." / "shared"))
+    path = root / name
+    if not path.exists():
+        message = f"shared data {name!r} not found under {root} (set NPR_SHARED)"
+        if os.environ.get("NPR_REQUIRE_SHARED") == "1":
+            pytest.fail(message)
+        pytest.skip(message)
+    return path
