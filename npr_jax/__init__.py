@@ -7,8 +7,8 @@ The names that a user needs, imported when they are first asked for:
 import importlib
 
 _HOMES = {
-    "load": "npr_jax.load",
-    "Model": "npr_jax.load",
+    "load": "npr_jax.pretrained",
+    "Model": "npr_jax.pretrained",
     "Engine": "npr_jax.decode",
     "EngineConfig": "npr_jax.decode",
     "SamplingParams": "npr_jax.decode",

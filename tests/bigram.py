@@ -8,7 +8,7 @@ import dataclasses
 
 import jax
 import numpy as np
-from npr_jax.load import Model
+from npr_jax.pretrained import Model
 
 from npr_jax.model import PRESETS, init_params
 from npr_jax.tree import TagIds
@@ -18,6 +18,7 @@ EOS, NL = 2, 3
 GO, GC, PO, PC, SO, SC, TO, TC = range(32, 40)
 STEP_NUMBERS = (4, 5, 6, 7, 8)  # the last token of the headers of step 1..5
 PLAN_TEXT, TEXT, TAKEAWAY_TEXT = (9, 10, 11), (12, 13, 14, 15, 16), (17, 18, 19)
+TRUNK_TEXT = (20, 21, 22)
 TAGS = TagIds(
     *range(32, 40),
     whitespace=frozenset({NL}),
@@ -27,7 +28,7 @@ TAGS = TagIds(
 )
 
 
-def table(eos=0.02, nested=0.07, end_step=0.12, illegal=0.01):
+def table(eos=0.015, nested=0.07, end_step=0.2, illegal=0.01):
     """f64[V, V]: probabilities of the next token."""
     p = np.zeros((VOCAB, VOCAB))
 
@@ -39,15 +40,17 @@ def table(eos=0.02, nested=0.07, end_step=0.12, illegal=0.01):
     follow([GO], a=([PO], 1))
     follow([PO], a=(PLAN_TEXT, 1))
     follow(PLAN_TEXT, a=(PLAN_TEXT, 0.4), b=([PC], 0.6))
-    follow([PC], a=([PO], 0.6), b=([GC], 0.4))
+    follow([PC], a=([PO], 0.5), b=([GC], 0.5))
     follow(
-        [*TEXT, *STEP_NUMBERS, TC],
+        [*TEXT, *STEP_NUMBERS],
         a=(TEXT, 1 - eos - nested - end_step - illegal),
         b=([SC], end_step),
         c=([GO], nested),
         d=([EOS], eos),
         e=([TO], illegal),
     )
+    follow(TRUNK_TEXT, a=(TRUNK_TEXT, 0.6), b=([GO], 0.4 - 12 * eos), c=([EOS], 12 * eos))
+    follow([TC], a=(TRUNK_TEXT, 0.8), b=(TEXT, 0.2))
     follow([NL, *TAKEAWAY_TEXT], a=(TAKEAWAY_TEXT, 0.7), b=([TC], 0.3))
     p[p.sum(1) == 0] = 1 / VOCAB
     return p
@@ -67,8 +70,10 @@ def model(seed=0, **rates) -> Model:
     rng = np.random.default_rng(seed)
     embed = rng.normal(size=params["embed"].shape).astype(np.float32)
     embed /= np.sqrt((embed**2).mean(-1, keepdims=True))  # the final norm leaves them as they are
-    goal = np.log(table(**rates) + 1e-4)
+    goal = np.log(table(**rates) + 1e-4) + 0.3 * rng.normal(size=(VOCAB, VOCAB))
     params["embed"] = embed
+    for name in ("wo", "w_down"):
+        params["layers"][name] *= 0.5
     params["final_norm"] = np.ones_like(params["final_norm"])
     unembed = np.zeros((config.hidden_size, config.padded_vocab_size), np.float32)
     unembed[:, :VOCAB] = np.linalg.lstsq(embed[:VOCAB], goal, rcond=None)[0]

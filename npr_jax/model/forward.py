@@ -1,0 +1,97 @@
+"""The model: one scan over stacked layers, with the attention handed in.
+
+    x = embed[tokens];  for each layer: x += attention(norm(x));  x += swiglu(norm(x));  norm(x)
+
+`attend(q, k, v, layer, state) -> (out, state)` is all that training and decoding do differently: in
+training it is tree attention over the row, in the engine it writes k and v into pages and attends
+over a table of them. Norms, rotary angles and softmax are float32; the rest is the parameters' dtype.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from npr_jax.model.config import ModelConfig
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """x / rms(x) * weight over the last axis, in float32; the dtype of x."""
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    return (y * weight.astype(jnp.float32)).astype(x.dtype)
+
+
+def rope(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
+    """Rotary embedding of x [B, T, heads, K] at positions i32[B, T]; halves, as in Hugging Face."""
+    half = x.shape[-1] // 2
+    inverse = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions[:, :, None, None].astype(jnp.float32) * inverse
+    sin, cos = jnp.sin(angle), jnp.cos(angle)
+    a, b = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def forward(
+    config: ModelConfig,
+    params: dict,
+    tokens: jax.Array,
+    positions: jax.Array,
+    attend: Callable,
+    state,
+):
+    """Runs the model over tokens i32[B, T] at positions i32[B, T].
+
+    Args:
+      attend: (q [B, T, H, K], k [B, T, KV, K], v, layer i32[], state) -> (out [B, T, H, K], state);
+        q and k are normed and rotated.
+      state: any pytree that `attend` threads through the layers (the KV pool, or None).
+
+    Returns:
+      (x [B, T, D] after the final norm, state).
+    """
+    c = config
+    x = params["embed"][tokens]
+    batch, length = tokens.shape
+
+    def layer(carry, inputs):
+        x, state = carry
+        number, w = inputs
+        with jax.named_scope("attention"):
+            y = rms_norm(x, w["attn_norm"], c.rms_norm_eps)
+            q, k, v = y @ w["wq"], y @ w["wk"], y @ w["wv"]
+            if c.attention_bias:
+                q, k, v = q + w["bq"], k + w["bk"], v + w["bv"]
+            q = q.reshape(batch, length, c.num_heads, c.head_dim)
+            k = k.reshape(batch, length, c.num_kv_heads, c.head_dim)
+            v = v.reshape(batch, length, c.num_kv_heads, c.head_dim)
+            if c.qk_norm:
+                q = rms_norm(q, w["q_norm"], c.rms_norm_eps)
+                k = rms_norm(k, w["k_norm"], c.rms_norm_eps)
+            q, k = rope(q, positions, c.rope_theta), rope(k, positions, c.rope_theta)
+            out, state = attend(q, k, v, number, state)
+            x = x + out.reshape(batch, length, -1) @ w["wo"]
+        with jax.named_scope("mlp"):
+            y = rms_norm(x, w["mlp_norm"], c.rms_norm_eps)
+            x = x + (jax.nn.silu(y @ w["w_gate"]) * (y @ w["w_up"])) @ w["w_down"]
+        return (x, state), None
+
+    if c.remat == "full":
+        layer = jax.checkpoint(layer)
+    elif c.remat == "dots":
+        layer = jax.checkpoint(
+            layer, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        )
+    numbers = jnp.arange(c.num_layers, dtype=jnp.int32)
+    (x, state), _ = jax.lax.scan(layer, (x, state), (numbers, params["layers"]))
+    return rms_norm(x, params["final_norm"], c.rms_norm_eps), state
+
+
+def unembed(config: ModelConfig, params: dict, x: jax.Array) -> jax.Array:
+    """Logits f32[..., padded_vocab_size] of x [..., D]; padding rows are -inf."""
+    head = params["embed"].T if config.tie_word_embeddings else params["unembed"]
+    logits = jnp.matmul(x, head, preferred_element_type=jnp.float32)
+    if config.padded_vocab_size > config.vocab_size:
+        real = jnp.arange(config.padded_vocab_size) < config.vocab_size
+        logits = jnp.where(real, logits, -jnp.inf)
+    return logits

@@ -1,0 +1,101 @@
+"""One table of every weight: shape, logical axes, and how it starts.
+
+Parameters are a nested dict {"embed", "layers": {name: [L, ...]}, "final_norm"[, "unembed"]}; the
+layers are stacked on the first axis, and every matrix is stored so that `x @ w` needs no transpose.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from npr_jax.model.config import ModelConfig
+
+
+class Weight(NamedTuple):
+    """One weight. `axes`: a logical name per dimension; `std`: of its normal init, None for a norm
+    (constant `gain`) and 0 for a bias."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    std: float | None
+    gain: float = 1.0
+
+
+def weight_table(config: ModelConfig) -> dict:
+    """The tree of `Weight`s in the structure of the parameters."""
+    c = config
+    d, f = c.hidden_size, c.intermediate_size
+    q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+
+    def matrix(rows, cols, axes, scale=1.0):
+        return Weight((c.num_layers, rows, cols), ("layers", *axes), scale * rows**-0.5)
+
+    def norm(size, axis, gain=1.0):
+        return Weight((c.num_layers, size), ("layers", axis), None, gain)
+
+    layers = {
+        "attn_norm": norm(d, "embed"),
+        "wq": matrix(d, q, ("embed", "heads")),
+        "wk": matrix(d, kv, ("embed", "kv_heads")),
+        "wv": matrix(d, kv, ("embed", "kv_heads")),
+        "wo": matrix(q, d, ("heads", "embed"), c.init_out_scale),
+        "mlp_norm": norm(d, "embed"),
+        "w_gate": matrix(d, f, ("embed", "mlp")),
+        "w_up": matrix(d, f, ("embed", "mlp")),
+        "w_down": matrix(f, d, ("mlp", "embed"), c.init_out_scale),
+    }
+    if c.qk_norm:
+        layers["q_norm"] = norm(c.head_dim, "head_dim", c.init_qk_gain)
+        layers["k_norm"] = norm(c.head_dim, "head_dim", c.init_qk_gain)
+    if c.attention_bias:
+        for name, size, axis in (
+            ("bq", q, "heads"),
+            ("bk", kv, "kv_heads"),
+            ("bv", kv, "kv_heads"),
+        ):
+            layers[name] = Weight((c.num_layers, size), ("layers", axis), 0.0)
+    table = {
+        "embed": Weight((c.padded_vocab_size, d), ("vocab", "embed"), c.init_embed_std),
+        "layers": layers,
+        "final_norm": Weight((d,), ("embed",), None),
+    }
+    if not c.tie_word_embeddings:
+        table["unembed"] = Weight((d, c.padded_vocab_size), ("embed", "vocab"), d**-0.5)
+    return table
+
+
+def _is_weight(x) -> bool:
+    return isinstance(x, Weight)
+
+
+def init_params(config: ModelConfig, key: jax.Array, dtype="float32") -> dict:
+    """Random parameters; a weight's values depend on its name only, not on the others."""
+    leaves, tree = jax.tree.flatten_with_path(weight_table(config), is_leaf=_is_weight)
+
+    def make(number: int, w: Weight):
+        if w.std is None:
+            return jnp.full(w.shape, w.gain, dtype)
+        noise = jax.random.normal(jax.random.fold_in(key, number), w.shape, jnp.float32)
+        return (noise * w.std).astype(dtype)
+
+    return jax.tree.unflatten(tree, [make(i, w) for i, (_, w) in enumerate(leaves)])
+
+
+def abstract_params(config: ModelConfig, dtype="float32") -> dict:
+    """ShapeDtypeStructs of the parameters."""
+    return jax.tree.map(
+        lambda w: jax.ShapeDtypeStruct(w.shape, jnp.dtype(dtype)),
+        weight_table(config),
+        is_leaf=_is_weight,
+    )
+
+
+def logical_axes(config: ModelConfig) -> dict:
+    """Logical axis names of the parameters, for a rules table to map to a mesh."""
+    return jax.tree.map(lambda w: w.axes, weight_table(config), is_leaf=_is_weight)
+
+
+def num_params(config: ModelConfig) -> int:
+    """Number of parameters, padding rows included."""
+    return sum(x.size for x in jax.tree.leaves(abstract_params(config)))
