@@ -1,16 +1,90 @@
 """A model as a whole: config, parameters, tokenizer and tags; loaded and saved together."""
 
 import dataclasses
+from pathlib import Path
 
-from npr_jax.model import ModelConfig
+import jax
+
+from npr_jax.model import PRESETS, ModelConfig, init_params
+from npr_jax.model.hf import read_config, read_params, write
+from npr_jax.model.tokenizer import add_tags, demo_tokenizer, has_tags
 from npr_jax.tree import TagIds
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """`tokenizer` is None where there is none, `tags` where it does not know them."""
+    """`params`: see model/params.py. `tokenizer` is None where there is none; `tags` too, or where
+    the tokenizer does not have the eight tags (`with_tags` adds them)."""
 
     config: ModelConfig
     params: dict
-    tokenizer: object | None
-    tags: TagIds | None
+    tokenizer: object | None = None
+    tags: TagIds | None = None
+
+    def with_tags(self) -> "Model":
+        """The model with the eight tags as single tokens; the model itself if it has them."""
+        if self.tags is not None:
+            return self
+        if self.tokenizer is None:
+            raise ValueError("the model has no tokenizer to add the tags to")
+        config, params = add_tags(self.config, self.params, self.tokenizer)
+        return Model(config, params, self.tokenizer, TagIds.from_tokenizer(self.tokenizer))
+
+
+def load(source: str | Path, dtype: str = "float32", seed: int = 0) -> Model:
+    """Loads a model.
+
+    Args:
+      source: a Hugging Face directory, a hub id ("Qwen/Qwen3-4B"), or the name of a preset, which
+        gets random weights.
+      dtype: of the parameters.
+      seed: of a preset's weights.
+
+    Raises:
+      FileNotFoundError: there is no such directory, preset or reachable hub repository.
+      ValueError: the config or the tensors are not what the model needs; they are named.
+    """
+    if str(source) in PRESETS:
+        config = PRESETS[str(source)]
+        params = init_params(config, jax.random.key(seed), dtype)
+        tokenizer = demo_tokenizer() if str(source) == "tiny" else None
+        return _assemble(config, params, tokenizer)
+    directory = Path(source)
+    if not directory.is_dir():
+        directory = _download(str(source))
+    config = read_config(directory)
+    params = read_params(directory, config, dtype)
+    tokenizer = None
+    if any((directory / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+    return _assemble(config, params, tokenizer)
+
+
+def _assemble(config: ModelConfig, params: dict, tokenizer) -> Model:
+    tags = None
+    if tokenizer is not None and has_tags(tokenizer):
+        tags = TagIds.from_tokenizer(tokenizer)
+    return Model(config, params, tokenizer, tags)
+
+
+def save(model: Model, directory: str | Path) -> None:
+    """Writes a directory that `load` and transformers read."""
+    write(Path(directory), model.config, model.params)
+    if model.tokenizer is not None:
+        model.tokenizer.save_pretrained(directory)
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    wanted = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise FileNotFoundError(
+            f"{name!r} is no directory, none of the presets ({', '.join(PRESETS)}), and the hub "
+            f"gave nothing: {error}"
+        ) from error

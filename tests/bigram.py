@@ -8,9 +8,9 @@ import dataclasses
 
 import jax
 import numpy as np
-from npr_jax.pretrained import Model
 
 from npr_jax.model import PRESETS, init_params
+from npr_jax.pretrained import Model
 from npr_jax.tree import TagIds
 
 VOCAB = 40

@@ -22,7 +22,7 @@ class ModelConfig:
       tie_word_embeddings: the head is the embedding.
       qk_norm, attention_bias: Qwen3 has the norms, Qwen2 the biases of q, k and v.
       eos_token_ids: end an answer.
-      attention: "blockwise" or "dense" (the oracle); attention_block: its block of queries and keys.
+      attention: "blockwise" or "dense" (the oracle); attention_block: queries and keys per block.
       remat: "none", "full" (a layer keeps its input) or "dots" (and its matrix products).
       logp_chunk: tokens whose logits exist at one time.
       init_*: standard deviations and gains of a random initialisation.
@@ -227,8 +227,8 @@ PRESETS = {
         192,
         True,
         kv_heads=2,
-        vocab_size=64,
-        padded_vocab_size=64,
+        vocab_size=39,  # len(demo_tokenizer())
+        padded_vocab_size=128,
         head_dim=24,
         rope_theta=1e4,
         max_position_embeddings=2048,

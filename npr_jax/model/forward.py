@@ -2,9 +2,10 @@
 
     x = embed[tokens];  for each layer: x += attention(norm(x));  x += swiglu(norm(x));  norm(x)
 
-`attend(q, k, v, layer, state) -> (out, state)` is all that training and decoding do differently: in
-training it is tree attention over the row, in the engine it writes k and v into pages and attends
-over a table of them. Norms, rotary angles and softmax are float32; the rest is the parameters' dtype.
+`attend(q, k, v, layer, state) -> (out, state)` is all that training and decoding do differently:
+in training it is tree attention over the row, in the engine it writes k and v into pages and
+attends over a table of them. Norms, rotary angles and softmax are float32, the rest is the
+parameters' dtype.
 """
 
 from collections.abc import Callable

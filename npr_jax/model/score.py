@@ -25,7 +25,7 @@ def token_logp(config: ModelConfig, params: dict, tokens, positions, hidden, pre
 def token_logp_entropy(
     config: ModelConfig, params: dict, tokens, positions, hidden, pred
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-probs f32[B, T] of the tokens, and entropies f32[B, T] of the distributions they are from.
+    """Log-probs f32[B, T] of the tokens, and entropies f32[B, T] of their distributions.
 
     The entropies carry no gradient; both are 0 where `pred` i32[B, T] is -1. Logits exist for
     `logp_chunk` tokens at a time, forward and backward.

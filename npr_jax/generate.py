@@ -1,0 +1,157 @@
+"""Batch inference: a JSONL file of prompts to a JSONL file of answers, resumable line by line.
+
+An input line is an object with "problem" (put into the model's chat template with the instruction)
+or "prompt" (text that is continued as it is). Answers are appended as they finish.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from npr_jax.answers import extract
+from npr_jax.decode import Engine, EngineConfig, SamplingParams, Trajectory
+from npr_jax.metrics import Progress
+from npr_jax.pretrained import load
+from npr_jax.prompts import prompt_ids
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateConfig:
+    """How to decode.
+
+    Attributes:
+      dtype: of weights and cache, "float32" or "bfloat16".
+      engine, sampling: see EngineConfig and SamplingParams; line k gets seed `sampling.seed` + k.
+    """
+
+    dtype: str = "float32"
+    engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
+    sampling: SamplingParams = dataclasses.field(default_factory=SamplingParams)
+
+    def __post_init__(self):
+        if not isinstance(self.sampling.seed, int):
+            raise ValueError(f"sampling.seed is {self.sampling.seed}, needed is one integer")
+
+
+class Request(NamedTuple):
+    """A good line of the input."""
+
+    line: int
+    row: dict
+    prompt: list[int]
+
+
+def generate(
+    model: str,
+    source: Path,
+    target: Path,
+    config: GenerateConfig,
+    warn: Callable[[str], None],
+) -> tuple[int, int]:
+    """Answers every line of `source` into `target`: returns (answers written, bad lines).
+
+    `target` gets an object per answer: line (from 1), sample, input (the line's object), text,
+    prediction (content of the last `\\boxed{}` or null), finish_reason, detail, and figures. Lines
+    that it already has answers to are skipped. A line that is no request, or that the engine would
+    refuse, is reported through `warn` by its number, and left out.
+
+    Raises ValueError if `target` holds answers to other lines.
+    """
+    loaded = load(model, dtype=config.dtype)
+    engine = Engine(loaded, config.engine)
+    requests, bad = read_requests(source, engine, config.sampling, warn)
+    done = resume(target, {request.line: request.row for request in requests})
+    samples = range(config.sampling.n)
+    todo = [r for r in requests if any((r.line, i) not in done for i in samples)]
+    sampling = dataclasses.replace(
+        config.sampling, seed=tuple(config.sampling.seed + request.line for request in todo)
+    )
+    written = 0
+    with (
+        target.open("a", encoding="utf-8") as file,
+        Progress("generate", len(requests) * len(samples), "answer", len(done)) as progress,
+    ):
+        for index, answer in engine.stream([request.prompt for request in todo], sampling):
+            request, sample = todo[index // len(samples)], index % len(samples)
+            if (request.line, sample) in done:
+                continue
+            record = _record(request, sample, answer)
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            file.flush()
+            written += 1
+            progress.advance()
+    return written, bad
+
+
+def read_requests(
+    source: Path, engine: Engine, sampling: SamplingParams, warn: Callable[[str], None]
+) -> tuple[list[Request], int]:
+    """The good lines of `source`, and how many are bad; each of these is named to `warn`."""
+    if engine.tokenizer is None:
+        raise ValueError("generate needs a model with a tokenizer; this directory has none")
+    requests, bad = [], 0
+    with Path(source).open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                requests.append(_request(number, line, engine, sampling))
+            except ValueError as error:
+                warn(f"{source}:{number}: {error}")
+                bad += 1
+    return requests, bad
+
+
+def resume(target: Path, rows: dict[int, dict]) -> set[tuple[int, int]]:
+    """The (line, sample) that `target` holds; cuts off a last line that was not written whole."""
+    if not target.exists():
+        return set()
+    text = target.read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    if len("".join(lines)) < len(text):
+        target.write_text("".join(lines), encoding="utf-8")
+    done = set()
+    for number, line in enumerate(lines, 1):
+        record = json.loads(line)
+        if rows.get(record["line"]) != record["input"]:
+            raise ValueError(
+                f"{target}:{number} answers another line {record['line']} than the input has: "
+                "give another output file"
+            )
+        done.add((record["line"], record["sample"]))
+    return done
+
+
+def _request(number: int, line: str, engine: Engine, sampling: SamplingParams) -> Request:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not valid JSON: {error}") from error
+    if not isinstance(row, dict) or ("problem" in row) == ("prompt" in row):
+        raise ValueError('needed is an object with either "problem" or "prompt"')
+    name = "problem" if "problem" in row else "prompt"
+    if not isinstance(row[name], str) or not row[name].strip():
+        raise ValueError(f'"{name}" is {row[name]!r}, needed is a text')
+    if name == "problem":
+        prompt = prompt_ids(engine.tokenizer, row["problem"])
+    else:
+        prompt = list(engine.tokenizer.encode(row["prompt"]))
+    engine.check(prompt, sampling)
+    return Request(number, row, prompt)
+
+
+def _record(request: Request, sample: int, answer: Trajectory) -> dict:
+    return {
+        "line": request.line,
+        "sample": sample,
+        "input": request.row,
+        "text": answer.text,
+        "prediction": extract(answer.text),
+        "finish_reason": answer.finish_reason,
+        "detail": answer.detail,
+        "tokens": answer.stats["tokens"],
+        "critical_path": answer.stats["critical_path"],
+        "branches": answer.stats["branches"],
+    }

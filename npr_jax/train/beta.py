@@ -1,0 +1,217 @@
+"""Stage 2, Beta: rejection sampling from Zero, then supervised training of the seed model.
+
+arXiv 2512.07461 eq. 3 and 4, algorithms 1 and 2. An answer of the Zero model is accepted if it
+keeps the format and is correct. Accepted answers get canonical framing, are laid out as trees, and
+the seed model learns them: from here on it thinks in parallel.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from npr_jax.config import dump_config
+from npr_jax.decode import Engine, EngineConfig, SamplingParams
+from npr_jax.pretrained import load, save
+from npr_jax.train import rl
+from npr_jax.train.canonical import canonical
+from npr_jax.train.checkpoint import claim
+from npr_jax.train.data import read_problems
+from npr_jax.train.fit import FitConfig, fit
+from npr_jax.train.log import Report, RunLog
+from npr_jax.train.rollout import BETA, Rollout, encode_problems, roll_out
+from npr_jax.train.rows import Example
+from npr_jax.train.step import cast
+from npr_jax.tree import TagIds, TraceError, parse
+
+MAX_DEPTH = 1  # what the format check accepts
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+    """Rejection sampling.
+
+    Attributes:
+      num_problems: how many are tried; 0 is all.
+      batch: problems that are sampled together, and the unit of resumption.
+      tries: answers to a problem at most; keep: accepted ones after which it is done.
+      temperature, top_p, max_tokens: of sampling.
+      max_prompt_tokens: problems with longer prompts are left out.
+    """
+
+    max_tokens: int
+    num_problems: int = 0
+    batch: int = 256
+    tries: int = 8
+    keep: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_prompt_tokens: int = 2048
+
+    def __post_init__(self):
+        for name in ("batch", "tries", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"sample.{name} is {getattr(self, name)}, needed is 1 or more")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BetaConfig:
+    """Config of stage 2.
+
+    Attributes:
+      model: the seed model, which is trained.
+      sampler_model: the model of stage 1, which is sampled from.
+      problems, output, seed: as in the other stages.
+      engine, sample, fit: see EngineConfig, SampleConfig and FitConfig.
+    """
+
+    model: str
+    sampler_model: str
+    problems: str
+    output: str
+    seed: int = 0
+    engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
+    sample: SampleConfig
+    fit: FitConfig
+
+
+def run(config: BetaConfig, report: Report | None = None) -> Path:
+    """Runs the stage, or goes on with it; returns the directory of the trained model.
+
+    `report(metrics)`, if given, is called after every step in place of a progress line.
+    """
+    output = claim(config.output, dump_config(config))
+    records = sample(config, output / "accepted.jsonl", report)
+    model = load(config.model, dtype="float32", seed=config.seed)
+    rl.need_tokenizer(model, config.model)
+    examples = make_examples(records, model.tags)
+    if not examples:
+        raise ValueError(
+            f"none of {len(records)} problems got an accepted answer in sample.tries="
+            f"{config.sample.tries}: train {config.sampler_model} for longer, or raise sample.tries"
+        )
+    trained = fit(model, examples, config.fit, output / "fit", config.seed, "beta", report)
+    final = output / "final"
+    save(trained, final)
+    return final
+
+
+def sample(config: BetaConfig, path: Path, report: Report | None = None) -> list[dict]:
+    """Samples from the Zero model; a record per problem goes to the JSONL file `path`.
+
+    A record: problem, answer, tries, prompt_len, accepted (lists of token ids), texts. Batches of
+    problems that the file holds are not sampled again.
+    """
+    sizes = config.sample
+    model = load(config.sampler_model, dtype="float32", seed=config.seed)
+    tokenizer = rl.need_tokenizer(model, config.sampler_model)
+    problems, prompts = encode_problems(
+        tokenizer, read_problems(config.problems), sizes.max_prompt_tokens
+    )
+    order = rl.shuffled(len(problems), config.seed)
+    chosen = [int(order[i]) for i in range(min(len(problems), sizes.num_problems or len(problems)))]
+    batches = [chosen[i : i + sizes.batch] for i in range(0, len(chosen), sizes.batch)]
+    records = read_records(path)
+    done = len(records) // sizes.batch if len(records) < len(chosen) else len(batches)
+    records = records[: done * sizes.batch]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    engine = None
+    shown = ("accepted_rate", "covered_rate")
+    with (
+        path.open("a", encoding="utf-8") as file,
+        RunLog(
+            "beta sampling", path.parent / "sampling", len(batches), done, shown, report, "batch"
+        ) as log,
+    ):
+        for number, batch in enumerate(batches[done:], done):
+            if engine is None:
+                weights = cast(model.params, config.fit.train.compute_dtype)
+                engine = Engine(dataclasses.replace(model, params=weights), config.engine)
+            found, metrics = _sample_batch(
+                engine,
+                [(problems[i], prompts[i]) for i in batch],
+                sizes,
+                config.fit.train.row_len,
+                (config.seed, BETA, number),
+            )
+            file.write("".join(json.dumps(record) + "\n" for record in found))
+            file.flush()
+            records += found
+            log.write({"step": number + 1} | metrics)
+    return records
+
+
+def _sample_batch(
+    engine: Engine, batch, sizes: SampleConfig, row_len: int, seeds
+) -> tuple[list[dict], dict]:
+    """Records of a batch of (problem, prompt): an answer to each at a time, until it has enough."""
+    sampling = SamplingParams(
+        temperature=sizes.temperature,
+        top_p=sizes.top_p,
+        max_tokens=sizes.max_tokens,
+        parallel=False,
+    )
+    records = [
+        {
+            "problem": problem.problem,
+            "answer": problem.answer,
+            "tries": 0,
+            "prompt_len": len(prompt),
+            "accepted": [],
+            "texts": [],
+        }
+        for problem, prompt in batch
+    ]
+    for attempt in range(sizes.tries):
+        lacking = [i for i, r in enumerate(records) if len(r["accepted"]) < sizes.keep]
+        if not lacking:
+            break
+        prompts = [batch[i][1] for i in lacking]
+        answers = [batch[i][0].answer for i in lacking]
+        rollouts = roll_out(engine, prompts, answers, sampling, (*seeds, attempt))
+        for i, (rollout,) in zip(lacking, rollouts, strict=True):
+            records[i]["tries"] += 1
+            if accepts(rollout, engine.tags, row_len):
+                records[i]["accepted"].append(rollout.trajectory.token_ids.tolist())
+                records[i]["texts"].append(rollout.trajectory.text)
+    tries, accepted = sum(r["tries"] for r in records), sum(len(r["accepted"]) for r in records)
+    return records, {
+        "tries": tries,
+        "accepted": accepted,
+        "accepted_rate": accepted / tries,
+        "covered_rate": sum(bool(r["accepted"]) for r in records) / len(records),
+    }
+
+
+def accepts(rollout: Rollout, tags: TagIds, row_len: int) -> bool:
+    """Whether Beta trains on an answer: finished, well-formed, correct, and fit for a row of
+    `row_len` tokens with canonical framing."""
+    trajectory = rollout.trajectory
+    if trajectory.finish_reason != "stop" or rollout.violations or not rollout.correct:
+        return False
+    try:
+        tokens = canonical(trajectory.token_ids, trajectory.prompt_len, tags, MAX_DEPTH)
+    except TraceError:
+        return False
+    return len(tokens) <= row_len
+
+
+def make_examples(records: Iterable[dict], tags: TagIds) -> list[Example]:
+    """Accepted answers with canonical framing, as trees; what the engine will force is masked."""
+    examples = []
+    for record in records:
+        for ids in record["accepted"]:
+            tokens = canonical(ids, record["prompt_len"], tags, MAX_DEPTH)
+            tree = parse(tokens, record["prompt_len"], tags, max_depth=MAX_DEPTH)
+            mask = ~tree.forced
+            mask[: tree.prompt_len] = False
+            examples.append(Example(tokens, tree, mask))
+    return examples
+
+
+def read_records(path: Path) -> list[dict]:
+    """The whole lines of `path`; none if there is no file."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]

@@ -1,0 +1,103 @@
+"""Supervised training on examples: stage Beta, and any other model that learns from traces."""
+
+import dataclasses
+import hashlib
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from npr_jax.config import dump_config
+from npr_jax.pretrained import Model
+from npr_jax.train.checkpoint import Checkpoints, claim
+from npr_jax.train.data import shuffled
+from npr_jax.train.log import Report, RunLog
+from npr_jax.train.rows import Example, make_rows
+from npr_jax.train.step import Objective, TrainConfig, learning_rate, new_state, optimize
+
+
+@dataclasses.dataclass(frozen=True)
+class FitConfig:
+    """How long to train on examples, and how.
+
+    Attributes:
+      train: see TrainConfig.
+      batch: examples per optimizer step.
+      steps: optimizer steps; or epochs: passes over the examples. One of the two is given.
+    """
+
+    train: TrainConfig
+    batch: int = 32
+    steps: int = 0
+    epochs: float = 0.0
+
+    def __post_init__(self):
+        if self.batch < 1:
+            raise ValueError(f"fit.batch is {self.batch}, needed is 1 or more")
+        if (self.steps > 0) == (self.epochs > 0):
+            raise ValueError(
+                f"fit.steps is {self.steps} and fit.epochs {self.epochs}: set one of them above 0"
+            )
+
+    def num_steps(self, num_examples: int) -> int:
+        """Optimizer steps for that many examples."""
+        return self.steps or max(1, round(self.epochs * num_examples / self.batch))
+
+
+def fit(
+    model: Model,
+    examples: Sequence[Example],
+    config: FitConfig,
+    directory: str | Path,
+    seed: int = 0,
+    name: str = "fit",
+    report: Report | None = None,
+) -> Model:
+    """Trains a copy of the model on examples (log-likelihood of their loss tokens).
+
+    Metrics and checkpoints go to `directory`; the same call again goes on where it stopped.
+    Returns the trained model, float32. Raises ValueError without examples, for an example that is
+    longer than a row, and for a directory of another run.
+    """
+    if not examples:
+        raise ValueError(f"{name}: there are no examples to train on")
+    total = config.num_steps(len(examples))
+    depth = max(example.layout.hidden.shape[1] for example in examples) + 1
+    model_config = dataclasses.replace(model.config, remat=config.train.remat)
+    text = f"{dump_config(config)}seed: {seed}\nexamples: {_digest(examples)}\n"
+    directory = claim(directory, text)
+    order = shuffled(len(examples), seed)
+    objective = Objective("sft")
+    state = new_state(model.params, config.train.optimizer)
+    with Checkpoints(directory / "checkpoints", text, config.train.keep_checkpoints) as checkpoints:
+        start = 0
+        if found := checkpoints.restore(state):
+            start, state, _ = found
+        shown = ("loss", "grad_norm", "tokens_per_s")
+        with RunLog(name, directory, total, start, shown, report) as log:
+            for step in range(start + 1, total + 1):
+                begun = time.perf_counter()
+                first = (step - 1) * config.batch
+                batch = [examples[order[first + i]] for i in range(config.batch)]
+                rows = make_rows([[example] for example in batch], config.train.row_len, depth)
+                rate = learning_rate(config.train.optimizer, step - 1, total)
+                state, metrics = optimize(state, rows, model_config, config.train, objective, rate)
+                seconds = time.perf_counter() - begun
+                metrics |= {
+                    "step": step,
+                    "seconds": seconds,
+                    "tokens_per_s": sum(len(e.layout) for e in batch) / seconds,
+                }
+                log.write(metrics)
+                if step % config.train.checkpoint_every == 0 or step == total:
+                    checkpoints.save(step, state, {"example": first + config.batch})
+    return dataclasses.replace(model, params=state.params)
+
+
+def _digest(examples: Sequence[Example]) -> str:
+    """Tells two sets of examples apart."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(example.token_ids.tobytes())
+        digest.update(example.loss_mask.tobytes())
+        digest.update(b"|")
+    return digest.hexdigest()[:16]

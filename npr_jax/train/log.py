@@ -1,0 +1,49 @@
+"""What a run tells while it runs: metric files, and a progress line or the caller's own display."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from npr_jax.metrics import MetricsWriter, Progress, Scalar
+
+Report = Callable[[Mapping[str, Scalar]], None]
+
+
+class RunLog:
+    """Metrics of the steps after `start`, of `total`; lines of later steps are cut off first.
+
+    `report(metrics)`, if given, is called at every step in place of the progress line, which shows
+    the metrics named in `shown`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        directory: str | Path,
+        total: int,
+        start: int = 0,
+        shown: Sequence[str] = (),
+        report: Report | None = None,
+        unit: str = "step",
+    ):
+        self._writer = MetricsWriter(directory)
+        self._writer.truncate(start + 1)
+        self._report, self._shown = report, shown
+        self._progress = None if report else Progress(name, total, unit, start)
+
+    def write(self, metrics: Mapping[str, Scalar]) -> None:
+        """Logs one step; `metrics` holds its number, counted from 1, as "step"."""
+        self._writer.write(metrics)
+        if self._report:
+            self._report(metrics)
+        else:
+            self._progress.advance(1, {k: metrics[k] for k in self._shown if k in metrics})
+
+    def __enter__(self) -> "RunLog":
+        if self._progress:
+            self._progress.__enter__()
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        if self._progress:
+            self._progress.__exit__(*exc_info)
+        self._writer.close()

@@ -1,0 +1,203 @@
+"""The loop that both reinforcement-learning stages share.
+
+    take problems -> roll out -> groups of examples -> minibatches -> metrics, checkpoint
+
+A stage is its way to collect groups (rewards, advantages, filters) and its objective.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from npr_jax.config import dump_config
+from npr_jax.decode import Engine, EngineConfig
+from npr_jax.metrics import Scalar
+from npr_jax.pretrained import Model, load, save
+from npr_jax.train.checkpoint import Checkpoints, claim
+from npr_jax.train.data import Problem, read_problems, shuffled
+from npr_jax.train.log import Report, RunLog
+from npr_jax.train.rollout import encode_problems
+from npr_jax.train.rows import Example, make_rows
+from npr_jax.train.step import (
+    Objective,
+    TrainConfig,
+    TrainState,
+    cast,
+    learning_rate,
+    new_state,
+    optimize,
+)
+
+Groups = list[list[Example]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RLConfig:
+    """What Zero and PAPO have in common.
+
+    Attributes:
+      model: directory, hub id or preset to start from.
+      problems: JSONL file of problems and answers.
+      output: run directory; the trained model goes to its `final`.
+      seed: of the problems' order and of sampling.
+      steps: rollout batches.
+      prompts, samples: problems of a batch, and answers to each.
+      minibatches: optimizer steps per batch; each one after the first is off-policy.
+      max_prompt_tokens: problems with longer prompts are left out.
+      max_tokens: of an answer's whole tree.
+      engine, train: see EngineConfig and TrainConfig.
+    """
+
+    model: str
+    problems: str
+    output: str
+    seed: int = 0
+    steps: int
+    prompts: int = 16
+    samples: int = 16
+    minibatches: int = 1
+    max_prompt_tokens: int = 2048
+    max_tokens: int
+    engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
+    train: TrainConfig
+
+    def __post_init__(self):
+        for name in ("steps", "prompts", "samples", "minibatches", "max_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, needed is 1 or more")
+        need = self.max_prompt_tokens + self.max_tokens
+        if self.train.row_len < need:
+            raise ValueError(
+                f"train.row_len is {self.train.row_len}, needed is max_prompt_tokens + max_tokens "
+                f"= {need} or more"
+            )
+
+
+class Feed:
+    """Prompts and reference answers in a shuffled, endless order; `position` is all its state."""
+
+    def __init__(self, problems: list[Problem], prompts: list[list[int]], seed: int):
+        self._problems, self._prompts = problems, prompts
+        self._order = shuffled(len(problems), seed)
+        self.position = 0
+
+    def take(self, num: int) -> tuple[list[list[int]], list[str]]:
+        """The next `num` prompts and their answers."""
+        chosen = [int(self._order[self.position + i]) for i in range(num)]
+        self.position += num
+        return [self._prompts[i] for i in chosen], [self._problems[i].answer for i in chosen]
+
+
+class Collected(NamedTuple):
+    """A rollout batch: groups to train on (none: the step is skipped), and metrics of all of it."""
+
+    groups: Groups
+    metrics: dict[str, Scalar]
+
+
+Collect = Callable[[Engine, Feed, int], Collected]
+
+
+def train(
+    name: str,
+    config: RLConfig,
+    objective: Objective,
+    collect: Collect,
+    depth: int,
+    report: Report | None = None,
+) -> Path:
+    """Runs a stage to its end, or goes on with it; returns the directory of the trained model.
+
+    Args:
+      collect: (engine with the current weights, feed, step from 1) -> Collected.
+      depth: hidden intervals per token of a row.
+    """
+    text = dump_config(config)
+    output = claim(config.output, text)
+    model = load(config.model, dtype="float32", seed=config.seed)
+    problems, prompts = encode_problems(
+        need_tokenizer(model, config.model),
+        read_problems(config.problems),
+        config.max_prompt_tokens,
+    )
+    feed = Feed(problems, prompts, config.seed)
+    state = new_state(model.params, config.train.optimizer)
+    model = dataclasses.replace(model, params={})  # the state has them from here on
+    with Checkpoints(output / "checkpoints", text, config.train.keep_checkpoints) as checkpoints:
+        start = 0
+        if found := checkpoints.restore(state):
+            start, state, position = found
+            feed.position = position["problem"]
+        weights = cast(state.params, config.train.compute_dtype)
+        engine = Engine(dataclasses.replace(model, params=weights), config.engine)
+        shown = ("reward", "format_rate", "accuracy", "grad_norm")
+        with RunLog(name, output, config.steps, start, shown, report) as log:
+            for step in range(start + 1, config.steps + 1):
+                engine.set_params(cast(state.params, config.train.compute_dtype))
+                begun, decoded = time.perf_counter(), engine.stats["sampled_tokens"]
+                groups, metrics = collect(engine, feed, step)
+                sampled = time.perf_counter()
+                decoded = engine.stats["sampled_tokens"] - decoded
+                state, updates = update(state, groups, model, config, objective, depth)
+                trained = time.perf_counter()
+                metrics = (
+                    metrics
+                    | updates
+                    | {
+                        "step": step,
+                        "rollout_seconds": sampled - begun,
+                        "rollout_tokens_per_s": decoded / (sampled - begun),
+                        "train_seconds": trained - sampled,
+                        "train_tokens_per_s": updates.get("loss_tokens", 0) / (trained - sampled),
+                    }
+                )
+                log.write(metrics)
+                if step % config.train.checkpoint_every == 0 or step == config.steps:
+                    checkpoints.save(step, state, {"problem": feed.position})
+    final = output / "final"
+    save(dataclasses.replace(model, params=state.params), final)
+    return final
+
+
+def update(
+    state: TrainState,
+    groups: Groups,
+    model: Model,
+    config: RLConfig,
+    objective: Objective,
+    depth: int,
+) -> tuple[TrainState, dict[str, Scalar]]:
+    """The optimizer steps on one rollout batch: minibatches of whole groups.
+
+    Metrics: means over the steps; the gap to the sampler's log-probs is that of the first, whose
+    weights are those that sampled. Without groups the step is skipped, and counted.
+    """
+    model_config = dataclasses.replace(model.config, remat=config.train.remat)
+    total = config.steps * config.minibatches
+    parts = [groups[i :: config.minibatches] for i in range(config.minibatches)]
+    history = []
+    for part in filter(None, parts):
+        rows = make_rows(part, config.train.row_len, depth)
+        rate = learning_rate(config.train.optimizer, int(state.step), total)
+        state, metrics = optimize(state, rows, model_config, config.train, objective, rate)
+        history.append(metrics)
+    if not history:
+        return state, {"skipped": 1, "off_policy_steps": 0}
+    merged: dict[str, Scalar] = {
+        key: sum(metrics[key] for metrics in history) / len(history) for key in history[0]
+    }
+    merged |= {key: history[0][key] for key in ("logp_gap", "logp_gap_max")}
+    merged["loss_tokens"] = sum(metrics["loss_tokens"] for metrics in history)
+    return state, merged | {"skipped": 0, "off_policy_steps": len(history) - 1}
+
+
+def need_tokenizer(model: Model, name: str):
+    """The model's tokenizer; ValueError if it has none, or none that knows the eight tags."""
+    if model.tokenizer is None or model.tags is None:
+        raise ValueError(
+            f"model {name!r} has no tokenizer with the eight tags; training needs one "
+            "(npr_jax.model.add_tags)"
+        )
+    return model.tokenizer

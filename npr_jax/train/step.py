@@ -1,0 +1,272 @@
+"""One optimizer step: micro-batches accumulated in one compiled call, one division, one clip.
+
+    rows --stack--> batch --(gradients of sums, added)--> / count --clip--> AdamW --> new state
+
+The division by the step's global count of loss tokens is the only one: k micro-batches give what
+one batch gives, however their token counts differ.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+
+from npr_jax.model import ModelConfig, token_logp_entropy
+from npr_jax.train import losses
+from npr_jax.train.rows import Row, count_loss_tokens, stack
+
+OBJECTIVES = ("sft", "dapo", "papo")
+SCHEDULES = ("constant", "cosine")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with a clip of the gradient's global norm.
+
+    Attributes:
+      learning_rate: after the warm-up.
+      schedule: "constant", or "cosine" down to `final_learning_rate` at the last step.
+      warmup: steps of linear warm-up; below 1 it is a fraction of all steps.
+      b1, b2, eps, weight_decay: AdamW's; norms and biases do not decay.
+      clip: largest global norm of the gradient, taken after the division by the token count.
+    """
+
+    learning_rate: float
+    schedule: str = "constant"
+    final_learning_rate: float = 0.0
+    warmup: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip: float = 1.0
+
+    def __post_init__(self):
+        for name, good, need in (
+            ("learning_rate", self.learning_rate >= 0, "0 or more"),
+            ("schedule", self.schedule in SCHEDULES, f"one of {SCHEDULES}"),
+            ("warmup", self.warmup >= 0, "0 or more"),
+            ("clip", self.clip > 0, "above 0"),
+        ):
+            if not good:
+                raise ValueError(f"optimizer.{name} is {getattr(self, name)!r}, needed is {need}")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How every stage trains.
+
+    Attributes:
+      optimizer: see OptimizerConfig.
+      row_len: tokens of a row; the longest trace has to fit.
+      micro_rows: rows whose activations exist at one time.
+      compute_dtype: of the forward and backward pass and of the engine; parameters and optimizer
+        state are float32.
+      remat: the model's rematerialisation policy.
+      checkpoint_every: steps between checkpoints; keep_checkpoints: how many of them stay.
+    """
+
+    optimizer: OptimizerConfig
+    row_len: int = 512
+    micro_rows: int = 4
+    compute_dtype: str = "float32"
+    remat: str = "none"
+    checkpoint_every: int = 10
+    keep_checkpoints: int = 2
+
+    def __post_init__(self):
+        for name in ("row_len", "micro_rows", "checkpoint_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train.{name} is {getattr(self, name)}, needed is 1 or more")
+        if self.compute_dtype not in ("float32", "bfloat16"):
+            raise ValueError(
+                f"train.compute_dtype is {self.compute_dtype!r}, needed is float32 or bfloat16"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """Which loss, with its hyper-parameters (those of "dapo"; the others have none)."""
+
+    name: str
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    dual_clip: float = 10.0
+
+    def __post_init__(self):
+        if self.name not in OBJECTIVES:
+            raise ValueError(f"objective is {self.name!r}, needed is one of {OBJECTIVES}")
+
+
+@struct.dataclass
+class TrainState:
+    """float32 parameters, the moments of AdamW, and the optimizer steps done (i32)."""
+
+    params: dict
+    opt_state: optax.OptState
+    step: jax.Array
+
+
+def new_state(params: dict, config: OptimizerConfig) -> TrainState:
+    """The state before the first step, of copies: the steps give the state's memory back."""
+    params = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), params)
+    return TrainState(params, _optimizer(config).init(params), jnp.zeros((), jnp.int32))
+
+
+def learning_rate(config: OptimizerConfig, step: int, total: int) -> float:
+    """The rate of the optimizer step `step`, counted from 0, of `total`."""
+    warmup = config.warmup * total if config.warmup < 1 else config.warmup
+    if step < warmup:
+        return config.learning_rate * (step + 1) / (warmup + 1)
+    if config.schedule == "constant":
+        return config.learning_rate
+    progress = min(1.0, (step - warmup) / max(1.0, total - 1 - warmup))
+    low, high = config.final_learning_rate, config.learning_rate
+    return low + (high - low) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def cast(params: dict, dtype: str) -> dict:
+    """Parameters in the dtype that computes; the same arrays if they have it already."""
+    return jax.tree.map(lambda x: x.astype(dtype), params)
+
+
+def optimize(
+    state: TrainState,
+    rows: Sequence[Row],
+    model_config: ModelConfig,
+    config: TrainConfig,
+    objective: Objective,
+    rate: float,
+) -> tuple[TrainState, dict[str, float]]:
+    """One optimizer step over `rows`: the new state (the old one is used up) and metrics.
+
+    Metrics are means over the loss tokens, beside `grad_norm` (before the clip), `loss_tokens`,
+    `learning_rate` and, where the rows carry log-probs of the sampler, the mean and largest gap
+    to them, `logp_gap` and `logp_gap_max`.
+
+    Raises:
+      ValueError: there is no token to train on.
+      FloatingPointError: the gradient is not finite.
+    """
+    count = count_loss_tokens(rows)
+    if not count:
+        raise ValueError(f"none of the {len(rows)} rows has a token that counts in the loss")
+    batch, used = stack(rows, config.micro_rows)
+    state, sums, largest, norm = train_step(
+        state,
+        batch,
+        np.int32(used),
+        np.float32(count),
+        np.float32(rate),
+        model_config=model_config,
+        config=dataclasses.replace(config.optimizer, learning_rate=0.0),  # it is an argument
+        objective=objective,
+        compute_dtype=config.compute_dtype,
+    )
+    metrics = {name: float(value) / count for name, value in sums.items()}
+    metrics |= {name: float(value) for name, value in largest.items()}
+    metrics |= {"grad_norm": float(norm), "loss_tokens": count, "learning_rate": rate}
+    if not math.isfinite(metrics["grad_norm"]):
+        raise FloatingPointError(f"the gradient of {count} tokens is not finite: {metrics}")
+    return state, metrics
+
+
+def _loss(objective: Objective, logp: jax.Array, row: dict) -> losses.Loss:
+    match objective.name:
+        case "sft":
+            return losses.sft(logp, row["loss_mask"])
+        case "dapo":
+            return losses.dapo(
+                logp,
+                row["old_logp"],
+                row["advantages"],
+                row["loss_mask"],
+                objective.clip_low,
+                objective.clip_high,
+                objective.dual_clip,
+            )
+        case "papo":
+            return losses.papo(logp, row["advantages"], row["loss_mask"])
+
+
+def loss_sums(
+    params: dict, rows: dict, model_config: ModelConfig, objective: Objective, compute_dtype: str
+) -> tuple[jax.Array, tuple[dict, dict]]:
+    """Loss of rows [B, T] as a sum over their loss tokens; more sums; and largest values."""
+    logp, entropy = token_logp_entropy(
+        model_config,
+        cast(params, compute_dtype),
+        rows["tokens"],
+        rows["positions"],
+        rows["hidden"],
+        rows["pred"],
+    )
+    mask = rows["loss_mask"]
+    loss, _, metrics = _loss(objective, logp, rows)
+    sums = {"loss": loss, "entropy": jnp.where(mask, entropy, 0.0).sum(), **metrics}
+    largest = {}
+    if objective.name != "sft":
+        gap = jnp.where(mask, jnp.abs(logp - rows["old_logp"]), 0.0)
+        sums["logp_gap"], largest["logp_gap_max"] = gap.sum(), gap.max()
+    return loss, (sums, largest)
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("model_config", "config", "objective", "compute_dtype"),
+    donate_argnames=("state",),
+)
+def train_step(state, batch, used, count, rate, *, model_config, config, objective, compute_dtype):
+    """The compiled step over batch [M, B, T, ...], of which the first `used` i32 micro-batches run.
+
+    Returns the new state, sums over loss tokens {name: f32}, largest values {name: f32}, and the
+    norm of the gradient f32 before its clip.
+    """
+
+    def gradient(i):
+        rows = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), batch)
+        function = jax.grad(loss_sums, has_aux=True)
+        return function(state.params, rows, model_config, objective, compute_dtype)
+
+    def add(i, total):
+        grads, (sums, largest) = gradient(i)
+        return (
+            jax.tree.map(jnp.add, total[0], grads),
+            (
+                jax.tree.map(jnp.add, total[1][0], sums),
+                jax.tree.map(jnp.maximum, total[1][1], largest),
+            ),
+        )
+
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, 0))
+    grads, (sums, largest) = jax.lax.fori_loop(0, used, add, zeros)
+    grads = jax.tree.map(lambda g: g / count, grads)
+    updates, opt_state = _optimizer(config).update(grads, state.opt_state, state.params)
+    params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
+    new = TrainState(params, opt_state, state.step + 1)
+    return new, sums, largest, optax.global_norm(grads)
+
+
+def _optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Everything of AdamW but the rate."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip),
+        optax.scale_by_adam(config.b1, config.b2, config.eps),
+        optax.add_decayed_weights(config.weight_decay, mask=_decays),
+    )
+
+
+def _decays(params: dict) -> dict:
+    """Which weights decay: the matrices. Layers are stacked, so names tell, not the rank."""
+
+    def matrix(path, _) -> bool:
+        name = path[-1].key
+        return not name.endswith("norm") and name not in ("bq", "bk", "bv")
+
+    return jax.tree.map_with_path(matrix, params)

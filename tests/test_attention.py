@@ -1,0 +1,97 @@
+"""Tree attention: dense against numpy, blockwise against dense, forward and backward."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from npr_jax.model.attention import _skip, blockwise, dense
+
+
+def inputs(length, batch=2, heads=4, kv_heads=2, dim=8, depth=3, seed=0, dtype=np.float32):
+    """q, k, v and random nested intervals, the last column as in packed rows (never joined)."""
+    rng = np.random.default_rng(seed)
+    q, k, v = (
+        rng.normal(size=(batch, length, n, dim)).astype(dtype) for n in (heads, kv_heads, kv_heads)
+    )
+    hidden = np.zeros((batch, length, depth, 2), np.int32)
+    for b in range(batch):
+        for d in range(depth - 1):
+            for start in range(0, length - 6, 17 + 5 * d):
+                end = start + int(rng.integers(2, 12))
+                join = min(length, end + int(rng.integers(0, 30)))
+                hidden[b, start:end, d] = end, join
+        cut = length // 3
+        hidden[b, :cut, depth - 1] = cut, length
+    return q, k, v, hidden
+
+
+def brute_force(q, k, v, hidden):
+    batch, length, heads, dim = q.shape
+    out = np.zeros(q.shape)
+    for b in range(batch):
+        for t in range(length):
+            keys = [s for s in range(t + 1) if not any(lo <= t < hi for lo, hi in hidden[b, s])]
+            for h in range(heads):
+                kv = h * k.shape[2] // heads
+                scores = k[b, keys, kv] @ q[b, t, h] / np.sqrt(dim)
+                weights = np.exp(scores - scores.max())
+                out[b, t, h] = weights @ v[b, keys, kv] / weights.sum()
+    return out
+
+
+def test_dense_is_the_definition():
+    args = inputs(50)
+    np.testing.assert_allclose(dense(*args), brute_force(*args), atol=1e-5)
+
+
+@pytest.mark.parametrize(("length", "block"), [(50, 16), (64, 16), (33, 32), (20, 64), (97, 8)])
+def test_blockwise_is_dense_forward_and_backward(length, block):
+    q, k, v, hidden = inputs(length, seed=length)
+    weight = np.random.default_rng(1).normal(size=q.shape).astype(np.float32)
+
+    def value_and_grads(attention):
+        def loss(q, k, v):
+            out = attention(q, k, v, hidden)
+            return jnp.sum(out * weight), out
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+
+    (_, expected), expected_grads = value_and_grads(dense)
+    (_, out), grads = value_and_grads(functools.partial(blockwise, block=block))
+    np.testing.assert_allclose(out, expected, atol=1e-5)
+    for ours, theirs in zip(grads, expected_grads, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_blockwise_in_bfloat16():
+    args = [jnp.asarray(x, jnp.bfloat16) if x.dtype != np.int32 else x for x in inputs(70)]
+    expected = brute_force(*(np.asarray(x, np.float64) for x in args[:3]), args[3])
+    out = blockwise(*args, block=16)
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(out, np.float64), expected, atol=3e-2)
+
+
+def test_skipped_blocks_are_those_that_nobody_sees():
+    length, size = 64, 8
+    hidden = np.zeros((1, length, 2, 2), np.int32)
+    hidden[:, :16, 0] = 16, 48  # a branch of two blocks, hidden from the four after it
+    hidden[:, 16:20, 1] = 20, 64  # half a block
+    skipped = [
+        [bool(_skip(hidden[:, j * size : (j + 1) * size], i, size)) for j in range(length // size)]
+        for i in range(length // size)
+    ]
+    assert np.argwhere(skipped).tolist() == [[i, j] for i in range(2, 6) for j in range(2)]
+
+
+def test_no_array_of_length_squared():
+    length = 1024
+    q, k, v, hidden = inputs(length, batch=1, heads=2, kv_heads=1)
+    grad = jax.grad(
+        lambda q, k, v: jnp.sum(blockwise(q, k, v, hidden, 128) ** 2), argnums=(0, 1, 2)
+    )
+    text = jax.jit(grad).lower(q, k, v).compile().as_text()
+    assert "1024,1024" not in text
+    assert "128,128" in text

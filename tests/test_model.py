@@ -1,0 +1,255 @@
+"""The model against transformers (golden values), and the scoring of tokens."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import shared_path
+
+import npr_jax
+from npr_jax.model import (
+    PRESETS,
+    ModelConfig,
+    init_params,
+    logits,
+    num_params,
+    token_logp,
+    token_logp_entropy,
+)
+from npr_jax.model.config import REMAT
+from npr_jax.tree import TagIds, layout, pack, parse
+
+NAMES = ("a_tied_h4kv2", "b_untied_h8kv2", "c_tied_h8kv2", "d_untied_h4kv2")
+
+
+@functools.cache
+def golden(name):
+    folder = shared_path(f"golden/qwen3_tiny/{name}")
+    model = npr_jax.load(folder)
+    arrays = dict(np.load(folder / "cases.npz"))
+    vocab = model.config.vocab_size
+    tags = TagIds(*range(vocab - 8, vocab), whitespace=frozenset({3}))
+    return model, arrays, json.loads((folder / "cases.json").read_text()), tags
+
+
+def score(model, ids, tree):
+    """Logits and log-probs of one row, padded so that few shapes compile."""
+    length = len(ids)
+    row = pack([tree], -(-length // 192) * 192)
+    tokens = np.zeros((1, len(row)), np.int32)
+    tokens[0, :length] = ids
+    hidden = np.zeros((1, len(row), 8, 2), np.int32)
+    hidden[0, :, : row.hidden.shape[1]] = row.hidden
+    args = (model.config, model.params, tokens, row.positions[None], hidden)
+    out = jax.jit(logits, static_argnums=0)(*args)
+    logp = jax.jit(token_logp, static_argnums=0)(*args, row.pred[None])
+    return np.asarray(out[0, :length]), np.asarray(logp[0, :length])
+
+
+@pytest.mark.parametrize(
+    ("name", "attention"), [("a_tied_h4kv2", "dense"), *((name, "blockwise") for name in NAMES)]
+)
+def test_logits_are_those_of_transformers(name, attention):
+    model, arrays, info, tags = golden(name)
+    config = dataclasses.replace(model.config, attention=attention, attention_block=64)
+    model = dataclasses.replace(model, config=config)
+    compared = 0
+    for case in info["cases"]:
+        key, variant = case["key"], case["variant"]
+        if variant not in ("strict", "reference", "causal"):
+            continue
+        ids = arrays[f"{key}_input_ids"]
+        if variant == "causal":
+            tree = layout(len(ids), prompt_len=case["prompt_len"])
+        else:
+            tree = parse(ids, case["prompt_len"], tags, rule=variant)
+        np.testing.assert_array_equal(tree.positions, arrays[f"{key}_position_ids"])
+        np.testing.assert_array_equal(tree.visible(), arrays[f"{key}_mask"])
+        out, logp = score(model, ids, tree)
+        if f"{key}_logits" in arrays:
+            np.testing.assert_allclose(out, arrays[f"{key}_logits"], atol=1e-4)
+            compared += 1
+        np.testing.assert_allclose(out[-1], arrays[f"{key}_last_logits"], atol=1e-4)
+        flat = tree.pred[1:] == np.arange(len(ids) - 1)
+        expected = arrays[f"{key}_next_logprobs"]
+        np.testing.assert_allclose(logp[1:][flat], expected[flat], atol=1e-4)
+    assert compared >= 3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_packed_and_batched_rows_are_those_of_transformers(name):
+    model, arrays, _, tags = golden(name)
+    segments = arrays["packed_segment_ids"].reshape(-1)
+    ids = arrays["packed_input_ids"].reshape(-1)
+    trees = []
+    for segment in dict.fromkeys(segments.tolist()):
+        own = ids[segments == segment]
+        begin = (
+            int(np.flatnonzero(np.isin(own, tags.ids))[0]) if np.isin(own, tags.ids).any() else 1
+        )
+        trees.append(parse(own, begin, tags))
+    tree = pack(trees)
+    np.testing.assert_array_equal(tree.positions, arrays["packed_position_ids"].reshape(-1))
+    _, logp = score(model, ids, tree)
+    flat = tree.pred[1:] == np.arange(len(ids) - 1)
+    expected = arrays["packed_next_logprobs"].reshape(-1)[: len(ids) - 1]
+    np.testing.assert_allclose(logp[1:][flat], expected[flat], atol=1e-4)
+    batch = arrays["batch_input_ids"]
+    hidden = np.zeros((*batch.shape, 1, 2), np.int32)
+    positions = np.broadcast_to(np.arange(batch.shape[1], dtype=np.int32), batch.shape)
+    out = logits(model.config, model.params, batch, positions, hidden)
+    np.testing.assert_allclose(out, arrays["batch_logits"], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_loss_and_gradient_norm_are_those_of_transformers(name):
+    model, arrays, info, tags = golden(name)
+    case = next(c for c in info["cases"] if c["variant"] == "strict")
+    key = case["key"]
+    tree = parse(arrays[f"{key}_input_ids"], case["prompt_len"], tags)
+    ids = arrays[f"{key}_input_ids"][None]
+    shift = np.arange(-1, ids.shape[1] - 1, dtype=np.int32)[None]  # the golden targets are flat
+    mask = arrays[f"{key}_loss_mask"].astype(bool)
+    if len(mask) == ids.shape[1] and mask[0]:
+        mask = np.r_[False, mask[:-1]]
+
+    def loss(params):
+        logp = token_logp(model.config, params, ids, tree.positions[None], tree.hidden[None], shift)
+        return -jnp.sum(jnp.where(mask, logp[0], 0)) / mask.sum()
+
+    value, grads = jax.jit(jax.value_and_grad(loss))(model.params)
+    np.testing.assert_allclose(value, case["loss_float64"], rtol=1e-5)
+    norm = np.sqrt(sum(float(jnp.sum(g * g)) for g in jax.tree.leaves(grads)))
+    np.testing.assert_allclose(norm, case["grad_norm_float64"], rtol=1e-4)
+
+
+TINY = dataclasses.replace(PRESETS["tiny"], logp_chunk=7)
+ROW = dict(
+    tokens=np.random.default_rng(0).integers(0, 39, (2, 24), dtype=np.int32),
+    positions=np.tile(np.arange(24, dtype=np.int32), (2, 1)),
+    hidden=np.zeros((2, 24, 1, 2), np.int32),
+    pred=np.tile(np.arange(-1, 23, dtype=np.int32), (2, 1)),
+)
+
+
+@functools.cache
+def params():
+    return init_params(TINY, jax.random.key(0))
+
+
+def test_token_logp_is_log_softmax_of_the_predictor():
+    row = ROW | {"pred": ROW["pred"].copy()}
+    row["pred"][0, 9] = 3
+    row["pred"][1, 5] = -1
+    logp, entropy = token_logp_entropy(TINY, params(), **row)
+    table = jax.nn.log_softmax(
+        logits(TINY, params(), row["tokens"], row["positions"], row["hidden"])
+    )
+    for b in range(2):
+        for t in range(24):
+            k = row["pred"][b, t]
+            expected = table[b, k, row["tokens"][b, t]] if k >= 0 else 0.0
+            np.testing.assert_allclose(logp[b, t], expected, atol=1e-5)
+            spread = -jnp.sum(jnp.exp(table[b, k]) * table[b, k]) if k >= 0 else 0.0
+            np.testing.assert_allclose(entropy[b, t], spread, atol=1e-4)
+
+
+@pytest.mark.parametrize("remat", REMAT)
+def test_rematerialisation_and_chunks_change_nothing(remat):
+    def grads(config):
+        return jax.grad(lambda p: jnp.sum(token_logp(config, p, **ROW)))(params())
+
+    changed = dataclasses.replace(TINY, remat=remat, logp_chunk=1000, attention_block=8)
+    for a, b in zip(jax.tree.leaves(grads(TINY)), jax.tree.leaves(grads(changed)), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-4)
+
+
+def test_no_logits_of_a_whole_batch_exist():
+    config = dataclasses.replace(
+        TINY, vocab_size=5000, padded_vocab_size=5000, logp_chunk=64, attention_block=64
+    )
+    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    row = {k: np.zeros((2, 256, *v.shape[2:]), np.int32) for k, v in ROW.items()}
+    grad = jax.jit(jax.grad(lambda p: jnp.sum(token_logp(config, p, **row))))
+    text = grad.lower(shapes).compile().as_text()
+    assert "64,5000" in text
+    for rows in ("512,5000", "256,5000", "8,64,5000"):
+        assert rows not in text
+
+
+def test_padding_rows_are_never_likely():
+    out = logits(TINY, params(), ROW["tokens"], ROW["positions"], ROW["hidden"])
+    assert out.shape == (2, 24, 39)
+    from npr_jax.model import unembed
+
+    full = unembed(TINY, params(), jnp.ones((1, TINY.hidden_size)))
+    assert full.shape == (1, 128)
+    assert np.isneginf(full[0, 39:]).all()
+
+
+def test_presets_have_the_published_sizes():
+    billions = {"qwen3-0.6b": 0.6, "qwen3-1.7b": 1.7, "qwen3-4b": 4.0, "qwen3-8b": 8.2}
+    for name, size in (billions | {"qwen3-14b": 14.8, "qwen3-32b": 32.8}).items():
+        assert round(num_params(PRESETS[name]) / 1e9, 1) == size
+    assert PRESETS["qwen3-4b-instruct-2507"].rope_theta == 5e6
+    assert PRESETS["qwen3-4b"].rope_theta == 1e6
+    assert num_params(TINY) < 300_000
+
+
+HF = {
+    "model_type": "qwen3",
+    "vocab_size": 300,
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "intermediate_size": 96,
+    "attention_bias": False,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 12345,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 100,
+    "eos_token_id": [7, 9],
+}
+
+
+def test_config_from_hugging_face_and_back():
+    config = ModelConfig.from_hf(HF)
+    assert (config.rope_theta, config.eos_token_ids, config.padded_vocab_size) == (
+        12345,
+        (7, 9),
+        384,
+    )
+    new_style = {k: v for k, v in HF.items() if k != "rope_theta"}
+    new_style["rope_parameters"] = {"rope_type": "default", "rope_theta": 12345}
+    assert ModelConfig.from_hf(new_style) == config
+    assert ModelConfig.from_hf(config.to_hf()) == config
+    for kind in ("llama", "qwen2"):
+        other = ModelConfig.from_hf(HF | {"model_type": kind})
+        assert (other.qk_norm, other.attention_bias) == (False, kind == "qwen2")
+        assert ModelConfig.from_hf(other.to_hf()) == other
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"rope_theta": None}, "0 values of rope_theta"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, "rope type is 'yarn'"),
+        ({"rope_parameters": {"rope_theta": 1e6}}, "2 values of rope_theta"),
+        ({"head_dim": None}, "no 'head_dim'"),
+        ({"rms_norm_eps": None}, "no 'rms_norm_eps'"),
+        ({"model_type": "mamba"}, "model_type is 'mamba'"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"use_sliding_window": True, "sliding_window": 8}, "sliding-window"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"num_attention_heads": 3}, "multiple of num_kv_heads=2"),
+    ],
+)
+def test_configs_that_are_not_understood_are_refused(change, match):
+    with pytest.raises(ValueError, match=match):
+        ModelConfig.from_hf(HF | change)
