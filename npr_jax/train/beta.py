@@ -13,10 +13,9 @@ from pathlib import Path
 from npr_jax.config import dump_config
 from npr_jax.decode import Engine, EngineConfig, SamplingParams
 from npr_jax.pretrained import load, save
-from npr_jax.train import rl
 from npr_jax.train.canonical import canonical
 from npr_jax.train.checkpoint import claim
-from npr_jax.train.data import read_problems
+from npr_jax.train.data import read_problems, shuffled
 from npr_jax.train.fit import FitConfig, fit
 from npr_jax.train.log import Report, RunLog
 from npr_jax.train.rollout import BETA, Rollout, encode_problems, roll_out
@@ -82,8 +81,7 @@ def run(config: BetaConfig, report: Report | None = None) -> Path:
     """
     output = claim(config.output, dump_config(config))
     records = sample(config, output / "accepted.jsonl", report)
-    model = load(config.model, dtype="float32", seed=config.seed)
-    rl.need_tokenizer(model, config.model)
+    model = load(config.model, dtype="float32", seed=config.seed).with_tags()
     examples = make_examples(records, model.tags)
     if not examples:
         raise ValueError(
@@ -103,12 +101,11 @@ def sample(config: BetaConfig, path: Path, report: Report | None = None) -> list
     problems that the file holds are not sampled again.
     """
     sizes = config.sample
-    model = load(config.sampler_model, dtype="float32", seed=config.seed)
-    tokenizer = rl.need_tokenizer(model, config.sampler_model)
+    model = load(config.sampler_model, dtype="float32", seed=config.seed).with_tags()
     problems, prompts = encode_problems(
-        tokenizer, read_problems(config.problems), sizes.max_prompt_tokens
+        model.tokenizer, read_problems(config.problems), sizes.max_prompt_tokens
     )
-    order = rl.shuffled(len(problems), config.seed)
+    order = shuffled(len(problems), config.seed)
     chosen = [int(order[i]) for i in range(min(len(problems), sizes.num_problems or len(problems)))]
     batches = [chosen[i : i + sizes.batch] for i in range(0, len(chosen), sizes.batch)]
     records = read_records(path)

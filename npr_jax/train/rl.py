@@ -116,9 +116,9 @@ def train(
     """
     text = dump_config(config)
     output = claim(config.output, text)
-    model = load(config.model, dtype="float32", seed=config.seed)
+    model = load(config.model, dtype="float32", seed=config.seed).with_tags()
     problems, prompts = encode_problems(
-        need_tokenizer(model, config.model),
+        model.tokenizer,
         read_problems(config.problems),
         config.max_prompt_tokens,
     )
@@ -191,13 +191,3 @@ def update(
     merged |= {key: history[0][key] for key in ("logp_gap", "logp_gap_max")}
     merged["loss_tokens"] = sum(metrics["loss_tokens"] for metrics in history)
     return state, merged | {"skipped": 0, "off_policy_steps": len(history) - 1}
-
-
-def need_tokenizer(model: Model, name: str):
-    """The model's tokenizer; ValueError if it has none, or none that knows the eight tags."""
-    if model.tokenizer is None or model.tags is None:
-        raise ValueError(
-            f"model {name!r} has no tokenizer with the eight tags; training needs one "
-            "(npr_jax.model.add_tags)"
-        )
-    return model.tokenizer

@@ -1,0 +1,182 @@
+"""`npr-jax demo`: a tiny model goes through the three stages, and then thinks in parallel.
+
+    teacher -> seed model -> Zero -> Beta (from the seed, on Zero's answers) -> PAPO
+
+Everything is made here and now from the seed: problems, weights, answers, table and report. A run
+that was interrupted goes on where it stopped.
+"""
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from npr_jax.config import dump_config, load_config
+from npr_jax.decode import Engine
+from npr_jax.demo.evaluate import evaluate, shortfalls
+from npr_jax.demo.report import draw_tree, write_report
+from npr_jax.demo.task import Teacher, make_tasks
+from npr_jax.pretrained import load, save
+from npr_jax.prompts import prompt_ids
+from npr_jax.train import beta, fit, papo, zero
+from npr_jax.train.checkpoint import claim
+from npr_jax.train.data import Problem
+from npr_jax.train.rows import Example
+from npr_jax.train.step import OptimizerConfig, TrainConfig
+from npr_jax.tree import layout
+
+TRAIN_PROBLEMS, EVAL_PROBLEMS = 4096, 512
+SEED_STEPS, SEED_BATCH = 450, 32
+SEED_FIT = fit.FitConfig(
+    train=TrainConfig(
+        optimizer=OptimizerConfig(
+            learning_rate=4e-3, schedule="cosine", final_learning_rate=4e-4, warmup=15
+        ),
+        row_len=512,
+        micro_rows=4,
+        checkpoint_every=100,
+    ),
+    batch=SEED_BATCH,
+    steps=SEED_STEPS,
+)
+
+
+def run(seed: int, output: Path, check: bool = False) -> int:
+    """Runs the demo into `output`; 1 if `check` is set and a result falls short, else 0."""
+    console, begun = Console(), time.monotonic()
+    output = claim(output, f"seed: {seed}\n{dump_config(SEED_FIT)}")
+    rng = np.random.default_rng((seed, 1))
+    tasks = make_tasks(EVAL_PROBLEMS, np.random.default_rng((seed, 2)))
+    problems = [Problem(task.problem, task.answer) for task in tasks]
+    held_out = {problem.problem for problem in problems}
+    train_tasks = make_tasks(TRAIN_PROBLEMS, rng, held_out)
+    path = output / "problems.jsonl"
+    lines = [json.dumps({"problem": t.problem, "answer": t.answer}) for t in train_tasks]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    configs = {
+        stage: load_config(cls, f"tiny_{stage}", [f"seed={seed}", *_paths(stage, output)])
+        for stage, cls in (
+            ("zero", zero.ZeroConfig),
+            ("beta", beta.BetaConfig),
+            ("papo", papo.PapoConfig),
+        )
+    }
+    results = _Results(output / "results.json")
+
+    def measured(name: str, stage: str, parallel: bool) -> None:
+        """A row of the table, measured unless an earlier run did."""
+        if name not in results.rows:
+            model = load(output / stage / "final")
+            prompts = [prompt_ids(model.tokenizer, problem.problem) for problem in problems]
+            engine = Engine(model, configs["zero"].engine)
+            limit = configs["zero"].max_tokens
+            row, rollouts = evaluate(engine, problems, prompts, parallel, limit, seed)
+            best = max(rollouts, key=_worth_showing).trajectory
+            shown = {"ids": best.token_ids.tolist(), "prompt_len": best.prompt_len}
+            results.add(name, row, shown)
+        row = results.rows[name]
+        console.print(
+            f"[bold]{name}[/]: format {row['format']:.2f}, accuracy {row['accuracy']:.2f}, "
+            f"tokens {row['tokens']:.0f}, critical path {row['critical_path']:.0f}"
+        )
+
+    def stage(name: str, what: str, make) -> None:
+        console.print(f"\n[bold]{name}[/] {what}")
+        if not (output / name / "final" / "config.json").exists():
+            start = time.monotonic()
+            make()
+            results.seconds[name] = time.monotonic() - start
+
+    stage("seed", "learns from an imperfect teacher", lambda: make_seed(seed, output, held_out))
+    measured("seed", "seed", parallel=False)
+    stage("zero", "finds the format: DAPO on sequential answers", lambda: zero.run(configs["zero"]))
+    measured("zero", "zero", parallel=False)
+    measured("zero, parallel", "zero", parallel=True)
+    stage("beta", "learns real branches from Zero's answers", lambda: beta.run(configs["beta"]))
+    measured("beta", "beta", parallel=False)
+    measured("beta, parallel", "beta", parallel=True)
+    stage("papo", "reinforcement in parallel", lambda: papo.run(configs["papo"]))
+    measured("papo", "papo", parallel=False)
+    measured("papo, parallel", "papo", parallel=True)
+
+    model = load(output / "papo" / "final")
+    shown = results.shown["papo, parallel"]
+    settings = {"seed model": dump_config(SEED_FIT)} | {
+        name: dump_config(config) for name, config in configs.items()
+    }
+    write_report(output, results.rows, shown, model.tags, settings, results.seconds)
+    console.print(_table(results.rows))
+    console.print(draw_tree(shown["ids"], shown["prompt_len"], model.tags), highlight=False)
+    missing = shortfalls(results.rows)
+    console.print(f"\n{(time.monotonic() - begun) / 60:.1f} minutes. Report: {output}/index.html")
+    for line in missing:
+        console.print(f"[red]falls short[/] {line}")
+    if check and not missing:
+        console.print("All checks hold.")
+    return 1 if check and missing else 0
+
+
+def make_seed(seed: int, output: Path, held_out: set[str]) -> None:
+    """Trains the seed model on the teacher's answers, as plain text."""
+    model = load("tiny", seed=seed)
+    rng, teacher = np.random.default_rng((seed, 3)), Teacher(seed)
+    examples = []
+    for task in make_tasks(SEED_STEPS * SEED_BATCH, rng, held_out):
+        prompt = prompt_ids(model.tokenizer, task.problem)
+        text = teacher.answer(task, rng)
+        ids = [*prompt, *model.tokenizer.encode(text), model.tokenizer.eos_token_id]
+        mask = np.arange(len(ids)) >= len(prompt)
+        examples.append(Example(ids, layout(len(ids), prompt_len=len(prompt)), mask))
+    trained = fit.fit(model, examples, SEED_FIT, output / "seed", seed, "seed")
+    save(trained, output / "seed" / "final")
+
+
+def _paths(stage: str, output: Path) -> list[str]:
+    """The overrides that put a stage's files under `output`."""
+    before = {"zero": "seed", "beta": "seed", "papo": "beta"}[stage]
+    values = {
+        "model": output / before / "final",
+        "problems": output / "problems.jsonl",
+        "output": output / stage,
+    }
+    if stage == "beta":
+        values["sampler_model"] = output / "zero" / "final"
+    return [f"{key}={json.dumps(str(value))}" for key, value in values.items()]
+
+
+def _worth_showing(rollout) -> tuple:
+    stats = rollout.trajectory.stats
+    return rollout.correct and not rollout.violations, stats["branches"], stats["tokens"]
+
+
+class _Results:
+    """Rows, examples and times that are kept from run to run in one JSON file."""
+
+    def __init__(self, path: Path):
+        kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        self.path = path
+        self.rows: dict[str, dict] = kept.get("rows", {})
+        self.shown: dict[str, dict] = kept.get("shown", {})
+        self.seconds: dict[str, float] = kept.get("seconds", {})
+
+    def add(self, name: str, row: dict, shown: dict) -> None:
+        self.rows[name], self.shown[name] = row, shown
+        content = {"rows": self.rows, "shown": self.shown, "seconds": self.seconds}
+        self.path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def _table(rows: dict[str, dict]) -> Table:
+    table = Table(title=f"{EVAL_PROBLEMS} fresh problems, one sampled answer each")
+    table.add_column("model, decoding")
+    names = list(next(iter(rows.values())))
+    for name in names:
+        table.add_column(name.replace("_", " "), justify="right")
+    for name, row in rows.items():
+        cells = [f"{row[n]:.2f}" if row[n] <= 1 else f"{row[n]:.1f}" for n in names]
+        label = name if "," in name else f"{name}, sequential"
+        table.add_row(label, *cells)
+    return table

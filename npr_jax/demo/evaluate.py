@@ -1,0 +1,84 @@
+"""How good a model is, decoded one way: the rows of the demo's table, and what they must show."""
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from npr_jax.decode import Engine, SamplingParams
+from npr_jax.train.data import Problem
+from npr_jax.train.rollout import Rollout, roll_out
+
+EVALUATION = 99  # the seed path of these samples, apart from those of the stages
+
+
+def evaluate(
+    engine: Engine,
+    problems: Sequence[Problem],
+    prompts: Sequence[Sequence[int]],
+    parallel: bool,
+    max_tokens: int,
+    seed: int,
+) -> tuple[dict[str, float], list[Rollout]]:
+    """One answer to every problem at temperature 1: rates and means, and the answers."""
+    sampling = SamplingParams(max_tokens=max_tokens, parallel=parallel)
+    answers, seeds = [p.answer for p in problems], (seed, EVALUATION)
+    roll_out(engine, prompts, answers, sampling, seeds)  # compiles; the next one is timed
+    steps, begun = engine.stats["decode_steps"], time.perf_counter()
+    groups = roll_out(engine, prompts, answers, sampling, seeds)
+    seconds = time.perf_counter() - begun
+    steps = engine.stats["decode_steps"] - steps
+    rollouts = [rollout for (rollout,) in groups]
+
+    def mean(values) -> float:
+        return float(np.mean(list(values)))
+
+    return {
+        "format": mean(not r.violations for r in rollouts),
+        "accuracy": mean(r.correct for r in rollouts),
+        "both": mean(r.correct and not r.violations for r in rollouts),
+        "parallel": mean(r.trajectory.layout.width > 1 for r in rollouts),
+        "tokens": mean(r.trajectory.stats["tokens"] for r in rollouts),
+        "critical_path": mean(r.trajectory.stats["critical_path"] for r in rollouts),
+        "decode_steps": steps,
+        "seconds": seconds,
+    }, rollouts
+
+
+# (what it shows, measured from the rows by name, at least)
+CHECKS = (
+    ("Zero raises the format rate", lambda r: r["zero"]["format"] - r["seed"]["format"], 0.3),
+    ("Zero raises the accuracy", lambda r: r["zero"]["accuracy"] - r["seed"]["accuracy"], 0.1),
+    (
+        "Zero, decoded in parallel, loses half of its accuracy",
+        lambda r: 0.5 * r["zero"]["accuracy"] - r["zero, parallel"]["accuracy"],
+        0.0,
+    ),
+    ("Beta, in parallel, keeps the format", lambda r: r["beta, parallel"]["format"], 0.95),
+    (
+        "Beta, in parallel, is as accurate as Zero",
+        lambda r: r["beta, parallel"]["accuracy"] - r["zero"]["accuracy"],
+        -0.03,
+    ),
+    (
+        "PAPO adds accuracy",
+        lambda r: r["papo, parallel"]["accuracy"] - r["beta, parallel"]["accuracy"],
+        0.05,
+    ),
+    ("Beta runs in parallel", lambda r: r["beta, parallel"]["parallel"], 0.99),
+    ("PAPO runs in parallel", lambda r: r["papo, parallel"]["parallel"], 0.99),
+    (
+        "The critical path is short (share of tokens saved)",
+        lambda r: 1 - r["papo, parallel"]["critical_path"] / r["papo, parallel"]["tokens"],
+        0.2,
+    ),
+)
+
+
+def shortfalls(rows: dict[str, dict[str, float]]) -> list[str]:
+    """What the demo should show and these rows do not, a sentence each."""
+    return [
+        f"{name}: {measure(rows):.3f}, needed is {least} or more"
+        for name, measure, least in CHECKS
+        if measure(rows) < least
+    ]

@@ -1,0 +1,77 @@
+"""Problems from files, prompts from problems, orders and seeds that can be gone on with."""
+
+import pytest
+import transformers
+from conftest import shared_path
+from train_toy import tiny
+
+from npr_jax.prompts import INSTRUCTION, prompt_ids
+from npr_jax.train.data import Problem, derive_seeds, read_problems, shuffled
+from npr_jax.train.rollout import encode_problems
+
+
+def test_problems_are_read_and_bad_lines_named(tmp_path):
+    path = tmp_path / "problems.jsonl"
+    path.write_text(
+        '{"problem": "1+1?", "answer": 2, "more": 1}\n\n{"problem": "x", "answer": "y"}'
+    )
+    assert read_problems(path) == [Problem("1+1?", "2"), Problem("x", "y")]
+    for line, reason in (
+        ('{"problem": "x"', "not valid JSON"),
+        ('{"problem": "x"}', '"answer" is None'),
+        ('{"problem": "", "answer": "1"}', "\"problem\" is ''"),
+        ('{"problem": "x", "answer": true}', '"answer" is True'),
+        ("[1]", "is no object"),
+    ):
+        path.write_text('{"problem": "x", "answer": "y"}\n\n' + line)
+        with pytest.raises(ValueError, match=f"problems.jsonl:3: .*{reason}"):
+            read_problems(path)
+    path.write_text("\n")
+    with pytest.raises(ValueError, match="no problems"):
+        read_problems(path)
+    with pytest.raises(FileNotFoundError):
+        read_problems(tmp_path / "none.jsonl")
+
+
+def test_order_covers_each_epoch_and_is_shuffled_anew():
+    order = shuffled(50, seed=3)
+    first, second = ([int(order[i + 50 * e]) for i in range(50)] for e in range(2))
+    assert sorted(first) == sorted(second) == list(range(50))
+    assert first != second
+    assert [int(shuffled(50, seed=3)[i]) for i in range(50, 100)] == second  # any index, any time
+    assert [int(shuffled(50, seed=4)[i]) for i in range(50)] != first
+
+
+def test_seeds_depend_on_every_part_of_their_path():
+    base = derive_seeds(4, 0, 1, 2, 3)
+    assert base == derive_seeds(4, 0, 1, 2, 3)
+    assert len(set(base)) == 4 and all(0 <= seed < 2**31 for seed in base)
+    for path in ((1, 1, 2, 3), (0, 2, 2, 3), (0, 1, 3, 3), (0, 1, 2, 4)):
+        assert not set(base) & set(derive_seeds(4, *path))
+
+
+def test_prompt_of_a_tokenizer_without_a_template_is_bos_and_the_problem():
+    tokenizer = tiny().tokenizer
+    ids = prompt_ids(tokenizer, "A:1+2?")
+    assert ids[0] == tokenizer.bos_token_id
+    assert tokenizer.decode(ids[1:]) == "A:1+2?"
+    with pytest.raises(ValueError, match="problem is empty"):
+        prompt_ids(tokenizer, " \n")
+
+
+def test_prompt_of_a_chat_model_has_the_problem_then_the_instruction():
+    path = shared_path("qwen3_tokenizer")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    tokenizer.chat_template = (path / "chat_template_instruct_2507.jinja").read_text()
+    text = tokenizer.decode(prompt_ids(tokenizer, "What is 1+1?"))
+    assert text.startswith("<|im_start|>user\nWhat is 1+1?\n\n" + INSTRUCTION[:40])
+    assert text.endswith("<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_long_prompts_are_left_out():
+    tokenizer = tiny().tokenizer
+    problems = [Problem("A:1+2?", "3"), Problem("A:1+2;B:3+4?", "0")]
+    kept, prompts = encode_problems(tokenizer, problems, 8)
+    assert kept == problems[:1] and len(prompts[0]) == 7
+    with pytest.raises(ValueError, match="max_prompt_tokens=3; the shortest has 7"):
+        encode_problems(tokenizer, problems, 3)
