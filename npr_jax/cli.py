@@ -1,6 +1,7 @@
 """The command line: one verb, one function. Heavy modules are imported when a verb runs."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -27,6 +28,7 @@ Output = Annotated[
 
 def main() -> None:
     """Entry point of `npr-jax`: a user's error is one line and exit code 2."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it asks for PyTorch
     try:
         app(prog_name="npr-jax")
     except (ValueError, OSError) as error:

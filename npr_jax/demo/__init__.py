@@ -11,15 +11,16 @@ import time
 from pathlib import Path
 
 import numpy as np
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from npr_jax.config import dump_config, load_config
 from npr_jax.decode import Engine
-from npr_jax.demo.evaluate import evaluate, shortfalls
+from npr_jax.demo.evaluate import MODES, RATES, evaluate, shortfalls
 from npr_jax.demo.report import draw_tree, write_report
 from npr_jax.demo.task import Teacher, make_tasks
-from npr_jax.pretrained import load, save
+from npr_jax.pretrained import Model, load, save
 from npr_jax.prompts import prompt_ids
 from npr_jax.train import beta, fit, papo, zero
 from npr_jax.train.checkpoint import claim
@@ -48,15 +49,8 @@ def run(seed: int, output: Path, check: bool = False) -> int:
     """Runs the demo into `output`; 1 if `check` is set and a result falls short, else 0."""
     console, begun = Console(), time.monotonic()
     output = claim(output, f"seed: {seed}\n{dump_config(SEED_FIT)}")
-    rng = np.random.default_rng((seed, 1))
-    tasks = make_tasks(EVAL_PROBLEMS, np.random.default_rng((seed, 2)))
-    problems = [Problem(task.problem, task.answer) for task in tasks]
+    problems = make_problems(seed, output)
     held_out = {problem.problem for problem in problems}
-    train_tasks = make_tasks(TRAIN_PROBLEMS, rng, held_out)
-    path = output / "problems.jsonl"
-    lines = [json.dumps({"problem": t.problem, "answer": t.answer}) for t in train_tasks]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
     configs = {
         stage: load_config(cls, f"tiny_{stage}", [f"seed={seed}", *_paths(stage, output)])
         for stage, cls in (
@@ -66,51 +60,37 @@ def run(seed: int, output: Path, check: bool = False) -> int:
         )
     }
     results = _Results(output / "results.json")
-
-    def measured(name: str, stage: str, parallel: bool) -> None:
-        """A row of the table, measured unless an earlier run did."""
-        if name not in results.rows:
-            model = load(output / stage / "final")
-            prompts = [prompt_ids(model.tokenizer, problem.problem) for problem in problems]
-            engine = Engine(model, configs["zero"].engine)
-            limit = configs["zero"].max_tokens
-            row, rollouts = evaluate(engine, problems, prompts, parallel, limit, seed)
-            best = max(rollouts, key=_worth_showing).trajectory
-            shown = {"ids": best.token_ids.tolist(), "prompt_len": best.prompt_len}
-            results.add(name, row, shown)
-        row = results.rows[name]
-        console.print(
-            f"[bold]{name}[/]: format {row['format']:.2f}, accuracy {row['accuracy']:.2f}, "
-            f"tokens {row['tokens']:.0f}, critical path {row['critical_path']:.0f}"
-        )
-
-    def stage(name: str, what: str, make) -> None:
-        console.print(f"\n[bold]{name}[/] {what}")
-        if not (output / name / "final" / "config.json").exists():
+    for stage, what, make in (
+        ("seed", "learns from an imperfect teacher", lambda: make_seed(seed, output, held_out)),
+        ("zero", "finds the format: DAPO on sequential answers", lambda: zero.run(configs["zero"])),
+        ("beta", "learns branches from Zero's best answers", lambda: beta.run(configs["beta"])),
+        ("papo", "learns from its parallel answers", lambda: papo.run(configs["papo"])),
+    ):
+        console.print(f"\n[bold]{stage}[/] {what}")
+        if not (output / stage / "final" / "config.json").exists():
             start = time.monotonic()
             make()
-            results.seconds[name] = time.monotonic() - start
+            results.seconds[stage] = time.monotonic() - start
+        for mode in MODES:
+            name = f"{stage} {mode}"
+            if name not in results.rows:
+                model = load(output / stage / "final")
+                results.add(name, *measure(model, mode, problems, configs["zero"], seed))
+            row = results.rows[name]
+            console.print(
+                f"  {name}: format {row['format']:.2f}, accuracy {row['accuracy']:.2f}, "
+                f"tokens {row['tokens']:.0f}, critical path {row['critical_path']:.0f}"
+            )
 
-    stage("seed", "learns from an imperfect teacher", lambda: make_seed(seed, output, held_out))
-    measured("seed", "seed", parallel=False)
-    stage("zero", "finds the format: DAPO on sequential answers", lambda: zero.run(configs["zero"]))
-    measured("zero", "zero", parallel=False)
-    measured("zero, parallel", "zero", parallel=True)
-    stage("beta", "learns real branches from Zero's answers", lambda: beta.run(configs["beta"]))
-    measured("beta", "beta", parallel=False)
-    measured("beta, parallel", "beta", parallel=True)
-    stage("papo", "reinforcement in parallel", lambda: papo.run(configs["papo"]))
-    measured("papo", "papo", parallel=False)
-    measured("papo, parallel", "papo", parallel=True)
-
-    model = load(output / "papo" / "final")
-    shown = results.shown["papo, parallel"]
+    tags = load(output / "papo" / "final").tags
+    shown = results.shown["papo parallel"]
     settings = {"seed model": dump_config(SEED_FIT)} | {
-        name: dump_config(config) for name, config in configs.items()
+        stage: dump_config(config) for stage, config in configs.items()
     }
-    write_report(output, results.rows, shown, model.tags, settings, results.seconds)
+    write_report(output, results.rows, shown, tags, settings, results.seconds)
     console.print(_table(results.rows))
-    console.print(draw_tree(shown["ids"], shown["prompt_len"], model.tags), highlight=False)
+    tree = draw_tree(shown["ids"], shown["prompt_len"], tags)
+    console.print(tree, highlight=False, markup=False, emoji=False)
     missing = shortfalls(results.rows)
     console.print(f"\n{(time.monotonic() - begun) / 60:.1f} minutes. Report: {output}/index.html")
     for line in missing:
@@ -118,6 +98,31 @@ def run(seed: int, output: Path, check: bool = False) -> int:
     if check and not missing:
         console.print("All checks hold.")
     return 1 if check and missing else 0
+
+
+def make_problems(seed: int, output: Path) -> list[Problem]:
+    """The problems to evaluate on; those to train on, which differ, go to problems.jsonl."""
+    tasks = make_tasks(EVAL_PROBLEMS, np.random.default_rng((seed, 2)))
+    problems = [Problem(task.problem, task.answer) for task in tasks]
+    held_out = {problem.problem for problem in problems}
+    lines = [
+        json.dumps({"problem": task.problem, "answer": task.answer})
+        for task in make_tasks(TRAIN_PROBLEMS, np.random.default_rng((seed, 1)), held_out)
+    ]
+    (output / "problems.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return problems
+
+
+def measure(
+    model: Model, mode: str, problems: list[Problem], config: zero.ZeroConfig, seed: int
+) -> tuple[dict[str, float], dict]:
+    """A row of the table, and the answer that is worth showing most: {"ids", "prompt_len"}."""
+    prompts = [prompt_ids(model.tokenizer, problem.problem) for problem in problems]
+    engine = Engine(model, config.engine)
+    parallel = mode == "parallel"
+    row, rollouts = evaluate(engine, problems, prompts, parallel, config.max_tokens, seed)
+    best = max(rollouts, key=_worth_showing).trajectory
+    return row, {"ids": best.token_ids.tolist(), "prompt_len": best.prompt_len}
 
 
 def make_seed(seed: int, output: Path, held_out: set[str]) -> None:
@@ -170,13 +175,17 @@ class _Results:
 
 
 def _table(rows: dict[str, dict]) -> Table:
-    table = Table(title=f"{EVAL_PROBLEMS} fresh problems, one sampled answer each")
-    table.add_column("model, decoding")
+    table = Table(
+        title=f"{EVAL_PROBLEMS} fresh problems, one sampled answer each",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1),
+        pad_edge=False,
+    )
     names = list(next(iter(rows.values())))
-    for name in names:
-        table.add_column(name.replace("_", " "), justify="right")
+    for title in ("model", "decoded", *names):
+        justify = "right" if title in names else "left"
+        table.add_column(title.replace("_", "\n"), justify=justify, vertical="bottom")
     for name, row in rows.items():
-        cells = [f"{row[n]:.2f}" if row[n] <= 1 else f"{row[n]:.1f}" for n in names]
-        label = name if "," in name else f"{name}, sequential"
-        table.add_row(label, *cells)
+        cells = [f"{row[n]:.2f}" if n in RATES else f"{row[n]:.0f}" for n in names]
+        table.add_row(*name.split(), *cells)
     return table

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+from npr_jax.demo.evaluate import RATES
 from npr_jax.metrics import read_metrics
 from npr_jax.tree import TagIds, TreeLayout, parse
 
@@ -91,16 +92,12 @@ def _html_table(rows) -> str:
     names = list(next(iter(rows.values())))
     head = "".join(f"<th>{name.replace('_', ' ')}</th>" for name in names)
     body = "".join(
-        f"<tr><td>{html.escape(label if ',' in label else label + ', sequential')}</td>"
-        + "".join(f"<td>{_number(row[name])}</td>" for name in names)
+        f"<tr><td>{html.escape(label)}</td>"
+        + "".join(f"<td>{row[name]:{'.2f' if name in RATES else '.0f'}}</td>" for name in names)
         + "</tr>"
         for label, row in rows.items()
     )
-    return f"<table><tr><th>model, decoding</th>{head}</tr>{body}</table>"
-
-
-def _number(value: float) -> str:
-    return f"{value:.2f}" if abs(value) < 10 else f"{value:.0f}"
+    return f"<table><tr><th>model and decoding</th>{head}</tr>{body}</table>"
 
 
 def chart(title: str, lines: Mapping[str, Sequence[tuple[float, float]]]) -> str:

@@ -117,7 +117,7 @@ def sample(config: BetaConfig, path: Path, report: Report | None = None) -> list
     with (
         path.open("a", encoding="utf-8") as file,
         RunLog(
-            "beta sampling", path.parent / "sampling", len(batches), done, shown, report, "batch"
+            "beta sampling", path.parent / "sampling", len(batches), done, shown, report, "round"
         ) as log,
     ):
         for number, batch in enumerate(batches[done:], done):

@@ -92,7 +92,7 @@ def summary(rollouts: Sequence[Rollout]) -> dict[str, float]:
         "format_rate": mean(not r.violations for r in rollouts),
         "accuracy": mean(r.correct for r in rollouts),
         "both_rate": mean(r.correct and not r.violations for r in rollouts),
-        "parallel_rate": mean(s["branches"] > 0 for s in stats),
+        "parallel_rate": mean(r.trajectory.layout.width > 1 for r in rollouts),
         "response_tokens": mean(s["tokens"] for s in stats),
         "critical_path": mean(s["critical_path"] for s in stats),
         "branches": mean(s["branches"] for s in stats),
