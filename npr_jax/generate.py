@@ -92,7 +92,7 @@ def read_requests(
     if engine.tokenizer is None:
         raise ValueError("generate needs a model with a tokenizer; this directory has none")
     requests, bad = [], 0
-    with Path(source).open(encoding="utf-8") as file:
+    with Path(source).open("rb") as file:  # bytes: a line that is not UTF-8 is one bad line
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -124,10 +124,10 @@ def resume(target: Path, rows: dict[int, dict]) -> set[tuple[int, int]]:
     return done
 
 
-def _request(number: int, line: str, engine: Engine, sampling: SamplingParams) -> Request:
+def _request(number: int, line: bytes, engine: Engine, sampling: SamplingParams) -> Request:
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
+        row = json.loads(line.decode())
+    except ValueError as error:
         raise ValueError(f"not valid JSON: {error}") from error
     if not isinstance(row, dict) or ("problem" in row) == ("prompt" in row):
         raise ValueError('needed is an object with either "problem" or "prompt"')

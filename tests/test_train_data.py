@@ -34,12 +34,12 @@ def test_problems_are_read_and_bad_lines_named(tmp_path):
 
 
 def test_order_covers_each_epoch_and_is_shuffled_anew():
-    order = shuffled(50, seed=3)
+    order = shuffled(50, 3)
     first, second = ([int(order[i + 50 * e]) for i in range(50)] for e in range(2))
     assert sorted(first) == sorted(second) == list(range(50))
     assert first != second
-    assert [int(shuffled(50, seed=3)[i]) for i in range(50, 100)] == second  # any index, any time
-    assert [int(shuffled(50, seed=4)[i]) for i in range(50)] != first
+    assert [int(shuffled(50, 3)[i]) for i in range(50, 100)] == second  # any index, any time
+    assert [int(shuffled(50, 4)[i]) for i in range(50)] != first
 
 
 def test_seeds_depend_on_every_part_of_their_path():

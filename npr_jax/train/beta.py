@@ -105,7 +105,7 @@ def sample(config: BetaConfig, path: Path, report: Report | None = None) -> list
     problems, prompts = encode_problems(
         model.tokenizer, read_problems(config.problems), sizes.max_prompt_tokens
     )
-    order = shuffled(len(problems), config.seed)
+    order = shuffled(len(problems), config.seed, BETA)
     chosen = [int(order[i]) for i in range(min(len(problems), sizes.num_problems or len(problems)))]
     batches = [chosen[i : i + sizes.batch] for i in range(0, len(chosen), sizes.batch)]
     records = read_records(path)

@@ -22,7 +22,7 @@ def read_problems(path: str | Path) -> list[Problem]:
     that is not such an object, FileNotFoundError if there is no file.
     """
     problems = []
-    with Path(path).open(encoding="utf-8") as file:
+    with Path(path).open("rb") as file:  # bytes: an error names the line that is not UTF-8
         for number, line in enumerate(file, 1):
             if line.strip():
                 problems.append(_problem(line, f"{path}:{number}"))
@@ -31,10 +31,10 @@ def read_problems(path: str | Path) -> list[Problem]:
     return problems
 
 
-def _problem(line: str, place: str) -> Problem:
+def _problem(line: bytes, place: str) -> Problem:
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
+        row = json.loads(line.decode())
+    except ValueError as error:
         raise ValueError(f"{place}: not valid JSON: {error}") from error
     if not isinstance(row, dict):
         raise ValueError(f'{place}: {row!r} is no object with "problem" and "answer"')
@@ -46,12 +46,13 @@ def _problem(line: str, place: str) -> Problem:
     return Problem(problem, str(answer))
 
 
-def shuffled(num: int, seed: int) -> grain.MapDataset:
+def shuffled(num: int, *path: int) -> grain.MapDataset:
     """An endless order of the indices 0..num-1: `order[i]` for any i, each epoch shuffled anew.
 
-    A position in it is one integer, which is all that a checkpoint needs to go on from.
+    It depends on the integers of `path`, as seeds do. A position in it is one integer, which is all
+    that a checkpoint needs to go on from.
     """
-    return grain.MapDataset.range(num).shuffle(seed=seed).repeat()
+    return grain.MapDataset.range(num).shuffle(seed=derive_seeds(1, *path)[0]).repeat()
 
 
 def derive_seeds(num: int, *path: int) -> list[int]:

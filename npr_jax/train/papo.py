@@ -35,7 +35,7 @@ def run(config: PapoConfig, report: Report | None = None) -> Path:
         return collect_groups(engine, feed, step, config)
 
     depth = config.engine.max_depth + 2  # the tree's, and one each for the group and the row
-    return rl.train("papo", config, Objective("papo"), collect, depth, report)
+    return rl.train(PAPO, config, Objective("papo"), collect, depth, report)
 
 
 def collect_groups(engine: Engine, feed: rl.Feed, step: int, config: PapoConfig) -> rl.Collected:

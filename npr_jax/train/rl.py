@@ -18,7 +18,7 @@ from npr_jax.pretrained import Model, load, save
 from npr_jax.train.checkpoint import Checkpoints, claim
 from npr_jax.train.data import Problem, read_problems, shuffled
 from npr_jax.train.log import Report, RunLog
-from npr_jax.train.rollout import encode_problems
+from npr_jax.train.rollout import STAGES, encode_problems
 from npr_jax.train.rows import Example, make_rows
 from npr_jax.train.step import (
     Objective,
@@ -78,9 +78,9 @@ class RLConfig:
 class Feed:
     """Prompts and reference answers in a shuffled, endless order; `position` is all its state."""
 
-    def __init__(self, problems: list[Problem], prompts: list[list[int]], seed: int):
+    def __init__(self, problems: list[Problem], prompts: list[list[int]], *path: int):
         self._problems, self._prompts = problems, prompts
-        self._order = shuffled(len(problems), seed)
+        self._order = shuffled(len(problems), *path)
         self.position = 0
 
     def take(self, num: int) -> tuple[list[list[int]], list[str]]:
@@ -101,7 +101,7 @@ Collect = Callable[[Engine, Feed, int], Collected]
 
 
 def train(
-    name: str,
+    stage: int,
     config: RLConfig,
     objective: Objective,
     collect: Collect,
@@ -111,6 +111,7 @@ def train(
     """Runs a stage to its end, or goes on with it; returns the directory of the trained model.
 
     Args:
+      stage: ZERO or PAPO.
       collect: (engine with the current weights, feed, step from 1) -> Collected.
       depth: hidden intervals per token of a row.
     """
@@ -122,7 +123,8 @@ def train(
         read_problems(config.problems),
         config.max_prompt_tokens,
     )
-    feed = Feed(problems, prompts, config.seed)
+    # Each stage has an order of its own: what the stage before has learnt teaches nothing.
+    feed = Feed(problems, prompts, config.seed, stage)
     state = new_state(model.params, config.train.optimizer)
     model = dataclasses.replace(model, params={})  # the state has them from here on
     with Checkpoints(output / "checkpoints", text, config.train.keep_checkpoints) as checkpoints:
@@ -133,7 +135,7 @@ def train(
         weights = cast(state.params, config.train.compute_dtype)
         engine = Engine(dataclasses.replace(model, params=weights), config.engine)
         shown = ("reward", "format_rate", "accuracy", "grad_norm")
-        with RunLog(name, output, config.steps, start, shown, report) as log:
+        with RunLog(STAGES[stage], output, config.steps, start, shown, report) as log:
             for step in range(start + 1, config.steps + 1):
                 engine.set_params(cast(state.params, config.train.compute_dtype))
                 begun, decoded = time.perf_counter(), engine.stats["sampled_tokens"]

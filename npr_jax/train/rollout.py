@@ -13,7 +13,8 @@ from npr_jax.prompts import prompt_ids
 from npr_jax.train.data import Problem, derive_seeds
 from npr_jax.train.rows import Example
 
-ZERO, BETA, PAPO = range(3)  # first element of a rollout's seed path, after the run's seed
+STAGES = ("zero", "beta", "papo")
+ZERO, BETA, PAPO = range(3)  # in the seed paths of orders and rollouts, after the run's seed
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -58,7 +58,7 @@ def run(config: ZeroConfig, report: Report | None = None) -> Path:
         return collect_groups(engine, feed, step, config)
 
     objective = Objective("dapo", config.clip_low, config.clip_high, config.dual_clip)
-    return rl.train("zero", config, objective, collect, DEPTH, report)
+    return rl.train(ZERO, config, objective, collect, DEPTH, report)
 
 
 def collect_groups(engine: Engine, feed: rl.Feed, step: int, config: ZeroConfig) -> rl.Collected:

@@ -1,0 +1,228 @@
+"""The three stages from end to end on a model that can nearly do the task: what they train on is
+what they say, and a run that was cut off ends as if nothing had happened."""
+
+import json
+
+import numpy as np
+import pytest
+from train_toy import encode, examples, write_problems
+
+import npr_jax
+from npr_jax.answers import equal, extract
+from npr_jax.config import load_config
+from npr_jax.decode import Engine, SamplingParams
+from npr_jax.format import check_format
+from npr_jax.metrics import read_metrics
+from npr_jax.pretrained import load, save
+from npr_jax.train import beta, papo, zero
+from npr_jax.train.fit import FitConfig, fit
+from npr_jax.train.rows import Example
+from npr_jax.train.step import OptimizerConfig, TrainConfig
+from npr_jax.tree import layout, parse
+
+pytestmark = pytest.mark.slow
+
+COMMON = [
+    "seed=3",
+    "engine.lanes=16",
+    "engine.pages=256",
+    "train.row_len=256",
+    "train.checkpoint_every=1",
+    "max_prompt_tokens=16",
+    "max_tokens=64",
+    "prompts=4",
+    "samples=4",
+]
+
+
+class Cut(Exception):
+    """Stands for the end of the machine."""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A directory with problems, and two models that have nearly learnt them: one (`seed`) answers
+    as plain text, the other (`tree`) in branches."""
+    home = tmp_path_factory.mktemp("stages")
+    write_problems(home / "problems.jsonl", 64, groups=2)
+    model = npr_jax.load("tiny")
+    trees = examples(model, 8 * 100, groups=2)
+    texts = []
+    for e in trees:
+        size, prompt_len = len(e.layout), e.layout.prompt_len
+        texts.append(
+            Example(e.token_ids, layout(size, prompt_len=prompt_len), np.arange(size) >= prompt_len)
+        )
+    train = TrainConfig(OptimizerConfig(6e-3, "cosine", 6e-4, warmup=5), 256, 2)
+    for name, made in (("seed", texts), ("tree", trees)):
+        trained = fit(model, made, FitConfig(train, batch=8, steps=100), home / "fit" / name)
+        save(trained, home / name)
+    return home
+
+
+def config(home, stage, output, *changes):
+    cls = {"zero": zero.ZeroConfig, "papo": papo.PapoConfig}[stage]
+    start = {"zero": "seed", "papo": "tree"}[stage]
+    paths = {"model": home / start, "problems": home / "problems.jsonl", "output": output}
+    paths = [f"{key}={json.dumps(str(value))}" for key, value in paths.items()]
+    return load_config(cls, f"tiny_{stage}", [*COMMON, *paths, *changes])
+
+
+def cut_after(step):
+    def report(metrics):
+        if metrics["step"] == step:
+            raise Cut
+
+    return report
+
+
+def weights(path):
+    return (path / "model.safetensors").read_bytes()
+
+
+TIMES = ("seconds", "per_s")
+
+
+def without_times(directory):
+    return [
+        {k: v for k, v in line.items() if not k.endswith(TIMES)} for line in read_metrics(directory)
+    ]
+
+
+@pytest.mark.parametrize("stage", ["zero", "papo"])
+def test_a_cut_off_run_ends_as_if_nothing_had_happened(home, tmp_path, stage):
+    run = {"zero": zero.run, "papo": papo.run}[stage]
+    changes = ("steps=3",)
+    whole = run(config(home, stage, tmp_path / "whole", *changes))
+    start = load({"zero": home / "seed", "papo": home / "tree"}[stage])
+    assert not np.array_equal(load(whole).params["embed"], start.params["embed"])
+    # The checkpoint of a step follows its metrics: the second step is done again.
+    with pytest.raises(Cut):
+        run(config(home, stage, tmp_path / "cut", *changes), cut_after(2))
+    resumed = run(config(home, stage, tmp_path / "cut", *changes))
+    assert weights(resumed) == weights(whole)
+    lines = without_times(tmp_path / "whole")
+    assert without_times(tmp_path / "cut") == lines
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    # The trainer sees what the engine saw.
+    assert max(line["logp_gap_max"] for line in lines if not line["skipped"]) < 1e-4
+    with pytest.raises(ValueError, match="samples was 4, is 5"):
+        run(config(home, stage, tmp_path / "cut", *changes, "samples=5"))
+
+
+def test_zero_drops_groups_that_say_nothing(home, tmp_path):
+    lines = []
+    settings = config(home, "zero", tmp_path, "steps=1", "minibatches=2", "max_refills=2")
+    zero.run(settings, lines.append)
+    (line,) = lines
+    assert 1 <= line["rounds"] <= 3
+    assert line["groups"] <= 4
+    assert line["off_policy_steps"] == 1
+    assert line["parallel_rate"] == 0
+
+
+def test_papo_trains_on_whole_trees_only_and_once(home, tmp_path):
+    settings = config(home, "papo", tmp_path, "steps=1", "model=tiny")
+    lines = []
+    final = papo.run(settings, lines.append)
+    (line,) = lines
+    # An untrained model writes no tree: there is nothing to learn, and nothing changes.
+    assert line["filtered"] == 16 and line["skipped"] == 1
+    before = load("tiny", seed=3).with_tags().params
+    after = load(final).params
+    size = len(load(final).tokenizer)
+    assert np.array_equal(after["embed"][:size], before["embed"][:size])
+    model = load(home / "tree")
+    engine = Engine(model, settings.engine)
+    prompt = encode(model, "A:1+2;B:3+4?", "")[0][:-1]
+    found = engine.generate([prompt], SamplingParams(n=16, max_tokens=64))
+    cut = engine.generate([prompt], SamplingParams(n=4, max_tokens=20))
+    for trajectory in found:
+        try:
+            parse(trajectory.token_ids, trajectory.prompt_len, model.tags, max_depth=1)
+            tree = True
+        except npr_jax.tree.TraceError:
+            tree = False
+        whole = papo.is_whole(trajectory, model.tags, 1)
+        assert whole == (trajectory.finish_reason == "stop" and tree)
+    assert any(papo.is_whole(t, model.tags, 1) for t in found)
+    assert not any(papo.is_whole(t, model.tags, 1) for t in cut)
+
+
+def test_beta_accepts_what_is_right_and_trains_it_as_trees(home, tmp_path):
+    def settings(output, *changes):
+        paths = {
+            "model": home / "seed",
+            "sampler_model": home / "seed",
+            "problems": home / "problems.jsonl",
+            "output": tmp_path / output,
+        }
+        return load_config(
+            beta.BetaConfig,
+            "tiny_beta",
+            [
+                *(f"{key}={json.dumps(str(value))}" for key, value in paths.items()),
+                *(c for c in COMMON if c.split(".")[0] in ("seed=3", "engine")),
+                "sample.num_problems=12",
+                "sample.batch=4",
+                "sample.tries=6",
+                "sample.keep=2",
+                "sample.max_tokens=64",
+                "fit.steps=3",
+                "fit.batch=4",
+                "fit.train.row_len=256",
+                "fit.train.checkpoint_every=1",
+                *changes,
+            ],
+        )
+
+    whole = beta.run(settings("whole"))
+    path = tmp_path / "whole" / "accepted.jsonl"
+    records, model = beta.read_records(path), load(home / "seed")
+    assert len(records) == 12
+    assert len({record["problem"] for record in records}) == 12
+    for record in records:
+        assert len(record["accepted"]) <= 2 and record["tries"] <= 6
+        assert len(record["accepted"]) == 2 or record["tries"] == 6
+        for ids, text in zip(record["accepted"], record["texts"], strict=True):
+            assert equal(extract(text), record["answer"])
+            assert not check_format(ids, record["prompt_len"], model.tags)
+    made = beta.make_examples(records, model.tags)
+    assert len(made) == sum(len(record["accepted"]) for record in records) > 4
+    for example in made:
+        assert example.layout.width == 2
+        assert not (example.loss_mask & example.layout.forced).any()
+        assert (
+            example.loss_mask.sum() == (~example.layout.forced[example.layout.prompt_len :]).sum()
+        )
+
+    # Cut off while a line is written, then while training: the result is the same.
+    with pytest.raises(Cut):
+        beta.run(settings("cut"), cut_after(2))
+    cut = tmp_path / "cut" / "accepted.jsonl"
+    cut.write_text(cut.read_text()[:-20])
+    with pytest.raises(Cut):
+        beta.run(settings("cut"), lambda m: cut_after(2)(m) if "loss" in m else None)
+    assert cut.read_bytes() == path.read_bytes()
+    assert weights(beta.run(settings("cut"))) == weights(whole)
+    assert without_times(tmp_path / "cut" / "fit") == without_times(tmp_path / "whole" / "fit")
+
+
+def test_beta_says_when_nothing_is_accepted(home, tmp_path):
+    with pytest.raises(ValueError, match=r"none of 4 problems got an accepted answer"):
+        beta.run(
+            load_config(
+                beta.BetaConfig,
+                "tiny_beta",
+                [
+                    "model=tiny",
+                    "sampler_model=tiny",
+                    f"problems={json.dumps(str(home / 'problems.jsonl'))}",
+                    f"output={json.dumps(str(tmp_path))}",
+                    "sample.num_problems=4",
+                    "sample.tries=1",
+                    "sample.max_tokens=16",
+                    "engine.lanes=4",
+                ],
+            )
+        )
