@@ -134,11 +134,10 @@ def _request(number: int, line: bytes, engine: Engine, sampling: SamplingParams)
     name = "problem" if "problem" in row else "prompt"
     if not isinstance(row[name], str) or not row[name].strip():
         raise ValueError(f'"{name}" is {row[name]!r}, needed is a text')
-    if name == "problem":
-        prompt = prompt_ids(engine.tokenizer, row["problem"])
-    else:
-        prompt = list(engine.tokenizer.encode(row["prompt"]))
-    engine.check(prompt, sampling)
+    text = row[name]
+    text.encode()  # raises for half of a surrogate pair, which JSON can hold and no tokenizer takes
+    prompt = prompt_ids(engine.tokenizer, text) if name == "problem" else text
+    prompt = engine.check(prompt, sampling)
     return Request(number, row, prompt)
 
 

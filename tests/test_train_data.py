@@ -22,8 +22,10 @@ def test_problems_are_read_and_bad_lines_named(tmp_path):
         ('{"problem": "", "answer": "1"}', "\"problem\" is ''"),
         ('{"problem": "x", "answer": true}', '"answer" is True'),
         ("[1]", "is no object"),
+        ('{"problem": "\\ud800", "answer": "1"}', "not valid JSON"),
+        ('{"problem": "\xff", "answer": "1"}', "not valid JSON"),
     ):
-        path.write_text('{"problem": "x", "answer": "y"}\n\n' + line)
+        path.write_text('{"problem": "x", "answer": "y"}\n\n' + line, encoding="latin-1")
         with pytest.raises(ValueError, match=f"problems.jsonl:3: .*{reason}"):
             read_problems(path)
     path.write_text("\n")

@@ -99,9 +99,7 @@ class Engine:
                 "parallel decoding needs a tokenizer with the eight tags; this model has none "
                 "(parallel=False decodes it as plain text)"
             )
-        ids = [self._encode(prompt, i) for i, prompt in enumerate(prompts)]
-        for i, prompt in enumerate(ids):
-            self._refuse(len(prompt), sampling, f"prompt {i}")
+        ids = [self.check(prompt, sampling, f"prompt {i}") for i, prompt in enumerate(prompts)]
         jobs = []
         for prompt, seed in zip(ids, seeds, strict=True):
             shared = Segment(0, ())
@@ -151,17 +149,21 @@ class Engine:
         """Compiles every shape this engine can need for such sampling; returns how many."""
         return self.runner.warmup(sampling)
 
-    def _encode(self, prompt, index: int) -> list[int]:
+    def check(
+        self, prompt: str | Sequence[int], sampling: SamplingParams, name: str = "the prompt"
+    ) -> list[int]:
+        """The ids of a prompt; raises the ValueError with which `generate` would refuse it."""
         if isinstance(prompt, str):
             if self.tokenizer is None:
-                raise ValueError(f"prompt {index} is text, but the model has no tokenizer")
+                raise ValueError(f"{name} is text, but the model has no tokenizer")
             prompt = self.tokenizer.encode(prompt)
         ids = [int(token) for token in prompt]
         if not ids:
-            raise ValueError(f"prompt {index} is empty, needed is at least one token")
+            raise ValueError(f"{name} is empty, needed is at least one token")
         vocab = self.model_config.vocab_size
         if not 0 <= min(ids) <= max(ids) < vocab:
-            raise ValueError(f"prompt {index} has ids outside the vocabulary of {vocab}")
+            raise ValueError(f"{name} has ids outside the vocabulary of {vocab}")
+        self._refuse(len(ids), sampling, name)
         return ids
 
     def _refuse(self, prompt_len: int, sampling: SamplingParams, name: str) -> None:

@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -177,8 +176,8 @@ class _Results:
 def _table(rows: dict[str, dict]) -> Table:
     table = Table(
         title=f"{EVAL_PROBLEMS} fresh problems, one sampled answer each",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1),
+        box=None,  # 80 columns are just enough
+        padding=(0, 1, 0, 0),
         pad_edge=False,
     )
     names = list(next(iter(rows.values())))

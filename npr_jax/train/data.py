@@ -34,6 +34,7 @@ def read_problems(path: str | Path) -> list[Problem]:
 def _problem(line: bytes, place: str) -> Problem:
     try:
         row = json.loads(line.decode())
+        json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is no text
     except ValueError as error:
         raise ValueError(f"{place}: not valid JSON: {error}") from error
     if not isinstance(row, dict):

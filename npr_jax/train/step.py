@@ -250,7 +250,7 @@ def train_step(state, batch, used, count, rate, *, model_config, config, objecti
     updates, opt_state = _optimizer(config).update(grads, state.opt_state, state.params)
     params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
     new = TrainState(params, opt_state, state.step + 1)
-    return new, sums, largest, optax.global_norm(grads)
+    return new, sums, largest, optax.tree.norm(grads)
 
 
 def _optimizer(config: OptimizerConfig) -> optax.GradientTransformation:

@@ -1,0 +1,174 @@
+"""The demo's task, checks and report, and a small run of it from end to end."""
+
+import copy
+import dataclasses
+import xml.etree.ElementTree as xml
+
+import numpy as np
+import pytest
+
+from npr_jax import demo, load
+from npr_jax.answers import equal, extract
+from npr_jax.config import load_config
+from npr_jax.demo import task
+from npr_jax.demo.evaluate import CHECKS, RATES, shortfalls
+from npr_jax.demo.report import draw_tree, tree_svg
+from npr_jax.demo.task import DEFECTS, Teacher, ideal, make_tasks, true_value, write
+from npr_jax.format import check_format
+from npr_jax.model.tokenizer import demo_tokenizer
+from npr_jax.prompts import prompt_ids
+from npr_jax.tree import TagIds, layout
+
+TOKENIZER = demo_tokenizer()
+TAGS = TagIds.from_tokenizer(TOKENIZER)
+
+
+def encoded(one, text):
+    prompt = prompt_ids(TOKENIZER, one.problem)
+    return [*prompt, *TOKENIZER.encode(text), TOKENIZER.eos_token_id], len(prompt)
+
+
+def tasks(num=300, seed=0):
+    return make_tasks(num, np.random.default_rng(seed))
+
+
+def test_the_ideal_answer_is_right_well_formed_and_short():
+    for one in tasks():
+        text = ideal(one)
+        ids, prompt_len = encoded(one, text)
+        assert TOKENIZER.decode(ids[prompt_len:-1]) == text  # the alphabet covers it
+        assert not check_format(ids, prompt_len, TAGS)
+        assert equal(extract(text), one.answer)
+        assert prompt_len <= 32 and len(ids) - prompt_len <= 160  # the limits in configs/tiny_*
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_every_defect_breaks_the_format(defect):
+    rng = np.random.default_rng(0)
+    for one in tasks(100):
+        text = write(one, lambda fact: true_value(*fact), defect, rng)
+        assert check_format(*encoded(one, text), TAGS)
+
+
+def test_problems_differ_and_leave_out_what_they_must():
+    first = tasks(200)
+    names = {one.problem for one in first}
+    assert len(names) == 200
+    more = make_tasks(500, np.random.default_rng(1), names)
+    assert not names & {one.problem for one in more}
+    assert [one.problem for one in tasks(200)] == [one.problem for one in first]
+
+
+def test_the_teacher_is_imperfect_in_the_way_that_its_seed_says():
+    teacher, rng = Teacher(5), np.random.default_rng(0)
+    assert teacher.wrong == Teacher(5).wrong != Teacher(6).wrong
+    assert len(teacher.wrong) == 50
+    assert all(value != true_value(*fact) for fact, value in teacher.wrong.items())
+    fact, belief = next(iter(teacher.wrong.items()))
+    believed = np.mean([teacher.value(fact, rng) == belief for _ in range(2000)])
+    assert abs(believed - 0.6) < 0.05
+    good = [not check_format(*encoded(one, teacher.answer(one, rng)), TAGS) for one in tasks(600)]
+    assert abs(np.mean(good) - 0.35) < 0.07
+
+
+def good_rows():
+    """Rows as a run that shows everything has them."""
+    row = {"format": 1.0, "accuracy": 0.8, "parallel": 1.0, "tokens": 80.0, "critical_path": 50.0}
+    return {
+        "seed sequential": row | {"format": 0.4, "accuracy": 0.4},
+        "zero sequential": row | {"format": 0.9, "accuracy": 0.6},
+        "zero parallel": row | {"accuracy": 0.1},
+        "beta parallel": row | {"accuracy": 0.7},
+        "papo parallel": row | {"accuracy": 0.9},
+    }
+
+
+SHORT = [
+    ("zero sequential", "format", 0.69, "Zero raises the format rate"),
+    ("zero sequential", "accuracy", 0.49, "Zero raises the accuracy"),
+    ("zero parallel", "accuracy", 0.31, "Zero, decoded in parallel"),
+    ("beta parallel", "format", 0.94, "Beta, in parallel, keeps the format"),
+    ("beta parallel", "accuracy", 0.56, "Beta, in parallel, is as accurate"),
+    ("papo parallel", "accuracy", 0.74, "PAPO adds accuracy"),
+    ("beta parallel", "parallel", 0.98, "Beta runs in parallel"),
+    ("papo parallel", "parallel", 0.98, "PAPO runs in parallel"),
+    ("papo parallel", "critical_path", 65.0, "The critical path is short"),
+]
+
+
+def test_rows_that_show_everything_fall_short_nowhere():
+    assert shortfalls(good_rows()) == []
+    assert len(SHORT) == len(CHECKS)
+
+
+@pytest.mark.parametrize("row, column, value, sentence", SHORT)
+def test_each_shortfall_is_named(row, column, value, sentence):
+    rows = copy.deepcopy(good_rows())
+    rows[row][column] = value
+    assert any(line.startswith(sentence) for line in shortfalls(rows))
+
+
+def test_a_tree_is_drawn_with_its_branches_side_by_side():
+    one = next(one for one in tasks() if one.split and len(one.groups) == 4)
+    ids, prompt_len = encoded(one, ideal(one))
+    text = draw_tree(ids, prompt_len, TAGS)
+    steps = [line for line in text.splitlines() if "<step>" in line]
+    assert len(steps) == 2  # a line for each block
+    assert sum(line.count("<step>") for line in steps) == 4
+    assert text.splitlines()[-1] == f"\\boxed{{{one.answer}}}<eos>"
+    drawn = xml.fromstring(tree_svg(ids, prompt_len, TAGS))
+    boxes = [e for e in drawn.iter() if e.tag.endswith("rect")]
+    assert len(boxes) == 1 + 2 * 1 + 4 + 1  # the prompt, each guideline, the steps, the end
+    words = "".join("".join(e.itertext()) for e in drawn.iter() if e.tag.endswith("}text"))
+    assert words == TAGS.decode(ids).replace("\n", "")
+    # A trace that was never a tree, and one that was cut off, are drawn too.
+    assert draw_tree(ids[: len(ids) // 2], prompt_len, TAGS)
+    assert len(layout(len(ids), prompt_len=prompt_len).blocks) == 0
+
+
+@pytest.mark.slow
+def test_a_small_demo_runs_reports_and_goes_on(tmp_path, monkeypatch, capsys):
+    """The whole chain at sizes that learn nothing: --check must say so."""
+    small = {
+        "zero": ["steps=1", "prompts=2", "samples=4", "max_refills=0"],
+        "beta": [
+            "sample.num_problems=16",
+            "sample.batch=16",
+            "sample.tries=4",
+            "fit.steps=1",
+            "fit.batch=2",
+        ],
+        "papo": ["steps=1", "prompts=2", "samples=2"],
+    }
+
+    def load_small(cls, name, overrides):
+        return load_config(cls, name, [*overrides, *small[name.removeprefix("tiny_")]])
+
+    monkeypatch.setattr(demo, "load_config", load_small)
+    monkeypatch.setattr(task, "DEFECTIVE", 0.0)
+    monkeypatch.setattr(task, "MISCONCEIVED", 0.0)
+    monkeypatch.setattr(demo, "TRAIN_PROBLEMS", 32)
+    monkeypatch.setattr(demo, "EVAL_PROBLEMS", 8)
+    monkeypatch.setattr(demo, "SEED_STEPS", 100)
+    monkeypatch.setattr(demo, "SEED_FIT", dataclasses.replace(demo.SEED_FIT, steps=100))
+    assert demo.run(0, tmp_path, check=True) == 1
+    said = capsys.readouterr().out
+    assert "falls short" in said
+    for name in ("index.html", "curves.svg", "tree.svg"):
+        text = (tmp_path / name).read_text(encoding="utf-8")
+        assert "<svg" in text
+        for outside in ("src=", "href=", "@import", "url(", "<script"):
+            assert outside not in text  # nothing is fetched
+    xml.parse(tmp_path / "tree.svg"), xml.parse(tmp_path / "curves.svg")
+    page = (tmp_path / "index.html").read_text(encoding="utf-8")
+    for stage in ("seed", "zero", "beta", "papo"):
+        for mode in ("sequential", "parallel"):
+            assert f"{stage} {mode}" in page
+    assert all(rate in page for rate in RATES)
+    assert load(tmp_path / "papo" / "final").tokenizer is not None
+
+    before = (tmp_path / "results.json").read_text()
+    assert demo.run(0, tmp_path) == 0  # nothing is done again
+    assert (tmp_path / "results.json").read_text() == before
+    with pytest.raises(ValueError, match="seed was 0, is 1"):
+        demo.run(1, tmp_path)

@@ -1,0 +1,93 @@
+"""Batch inference: bad lines cost nothing but themselves, and a run goes on where it was cut."""
+
+import dataclasses
+import json
+
+import pytest
+from train_toy import tiny
+
+from npr_jax.config import load_config
+from npr_jax.decode import Engine, SamplingParams
+from npr_jax.generate import GenerateConfig, generate
+from npr_jax.pretrained import save
+from npr_jax.prompts import prompt_ids
+
+GOOD = [{"problem": "A:1+2;B:3+4?"}, {"prompt": "A:1*1?", "id": "x7"}, {"problem": "B:9+9?"}]
+BAD = [
+    b"{",
+    b'["problem"]',
+    b'{"question": "A:1+2?"}',
+    b'{"problem": ""}',
+    b'{"problem": 7}',
+    b'{"problem": "A?", "prompt": "A?"}',
+    b'{"problem": "\xff\xfe"}',
+    b'{"problem": "' + b"A" * 5000 + b'"}',
+    b'{"prompt": "\xd0\x96"}',  # not in the tokenizer's alphabet: nothing is left of it
+    b'{"prompt": "\\ud800"}',
+]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    home = tmp_path_factory.mktemp("generate")
+    save(tiny(), home / "model")
+    lines = [json.dumps(row).encode() for row in GOOD]
+    text = b"\n".join([lines[0], *BAD, b"", *lines[1:]]) + b"\n"
+    (home / "input.jsonl").write_bytes(text)
+    return home
+
+
+def config(**sampling):
+    settings = load_config(
+        GenerateConfig, "generate", ["engine.lanes=4", "engine.pages=64", "sampling.max_tokens=24"]
+    )
+    return dataclasses.replace(
+        settings, sampling=dataclasses.replace(settings.sampling, **sampling)
+    )
+
+
+def records(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_answers_and_bad_lines(home, tmp_path):
+    warnings, target = [], tmp_path / "answers.jsonl"
+    counts = generate(home / "model", home / "input.jsonl", target, config(n=2), warnings.append)
+    assert counts == (2 * len(GOOD), len(BAD))
+    assert [int(w.split(":")[1]) for w in warnings] == list(range(2, 2 + len(BAD)))
+    found = sorted(records(target), key=lambda r: (r["line"], r["sample"]))
+    assert [(r["line"], r["sample"]) for r in found] == [
+        (line, sample) for line in (1, 13, 14) for sample in (0, 1)
+    ]
+    assert [r["input"] for r in found[::2]] == GOOD
+    assert {r["finish_reason"] for r in found} <= {"stop", "length", "malformed", "invalid_block"}
+
+    # The answer to a line depends on that line only.
+    model = tiny()
+    engine = Engine(model, config().engine)
+    prompt = prompt_ids(model.tokenizer, GOOD[0]["problem"])
+    sampling = dataclasses.replace(config(n=2).sampling, seed=1)
+    texts = [answer.text for answer in engine.generate([prompt], sampling)]
+    assert texts == [record["text"] for record in found[:2]]
+
+
+def test_a_cut_off_run_goes_on(home, tmp_path):
+    def run(target):
+        return generate(home / "model", home / "input.jsonl", target, config(n=2), lambda _: None)
+
+    whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    run(whole)
+    lines = whole.read_bytes().splitlines(keepends=True)
+    cut.write_bytes(b"".join(lines[:2]) + lines[2][:40])
+    assert run(cut) == (len(lines) - 2, len(BAD))
+    assert sorted(cut.read_bytes().splitlines()) == sorted(whole.read_bytes().splitlines())
+    assert run(cut) == (0, len(BAD))  # everything is there already
+    other = records(cut)[0] | {"input": {"problem": "something else"}}
+    cut.write_text(json.dumps(other) + "\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="give another output file"):
+        run(cut)
+
+
+def test_seed_must_be_one_number():
+    with pytest.raises(ValueError, match=r"sampling\.seed"):
+        GenerateConfig(sampling=SamplingParams(seed=(1, 2)))
