@@ -107,7 +107,7 @@ def decode(
       seen: bool[R, V] or None, for repetition penalties; donated.
 
     Returns:
-      (pool, Drawn).
+      (pool, Drawn, the steps that ran i32).
     """
     num_rows, steps = given.shape
 

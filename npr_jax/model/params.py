@@ -70,7 +70,7 @@ def _is_weight(x) -> bool:
 
 
 def init_params(config: ModelConfig, key: jax.Array, dtype="float32") -> dict:
-    """Random parameters; a weight's values depend on its name only, not on the others."""
+    """Random parameters, a key for each weight of the table."""
     leaves, tree = jax.tree.flatten_with_path(weight_table(config), is_leaf=_is_weight)
 
     def make(number: int, w: Weight):

@@ -1,0 +1,157 @@
+"""Compiles the train step and the decode step for one TPU chip, on a machine that has none.
+
+    pip install libtpu
+    JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 python bench/compile_tpu.py
+
+Writes bench/results/compile_tpu.json: per program the seconds of compilation and the memory
+that the compiler plans on the chip. Nothing is run.
+"""
+
+import datetime
+import json
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+from npr_jax.decode.compiled import Rows, decode, prefill
+from npr_jax.decode.sampling import LaneSampling
+from npr_jax.model import PRESETS, abstract_params
+from npr_jax.train.step import Objective, OptimizerConfig, new_state, train_step
+
+MODEL = "qwen3-0.6b"
+ROW_LEN, DEPTH = 4096, 3
+LANES, PAGES, PAGE_SIZE, TABLE, STEPS, STOPS = 32, 1024, 64, 64, 16, 8
+PREFILL_ROWS, PREFILL_CHUNK = 4, 256
+CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+
+
+def main() -> None:
+    config = PRESETS[MODEL]
+    programs = {"train_step": _train, "decode": _decode, "prefill": _prefill}
+    results = []
+    for chip, name in CHIPS.items():
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=name)
+        sharding = SingleDeviceSharding(topology.devices[0])
+        for program, lower in programs.items():
+            begun = time.perf_counter()
+            compiled = lower(config, sharding).compile()
+            memory = compiled.memory_analysis()
+            total = (
+                memory.argument_size_in_bytes
+                + memory.temp_size_in_bytes
+                + memory.output_size_in_bytes
+                - memory.alias_size_in_bytes
+            )
+            results.append(
+                {
+                    "chip": chip,
+                    "program": program,
+                    "seconds": round(time.perf_counter() - begun, 1),
+                    "memory_gib": round(total / 2**30, 2),
+                    "temp_gib": round(memory.temp_size_in_bytes / 2**30, 2),
+                }
+            )
+            print(json.dumps(results[-1]), flush=True)
+    record = {
+        "date": datetime.date.today().isoformat(),
+        "model": MODEL,
+        "row_len": ROW_LEN,
+        "lanes": LANES,
+        "pages": PAGES,
+        "page_size": PAGE_SIZE,
+        "table_pages": TABLE,
+        "versions": {name: version(name) for name in ("jax", "libtpu")},
+        "results": results,
+    }
+    path = Path(__file__).parent / "results" / "compile_tpu.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def _shapes(tree, sharding):
+    """The same tree of abstract arrays, on the chip."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+
+def _array(shape, dtype, sharding):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+
+def _train(config, sharding):
+    optimizer = OptimizerConfig(learning_rate=0.0)
+    state = jax.eval_shape(lambda p: new_state(p, optimizer), abstract_params(config))
+    shape = (1, 1, ROW_LEN)
+    batch = {name: _array(shape, "int32", sharding) for name in ("tokens", "positions", "pred")}
+    batch["hidden"] = _array((*shape, DEPTH, 2), "int32", sharding)
+    batch["loss_mask"] = _array(shape, "bool", sharding)
+    batch |= {name: _array(shape, "float32", sharding) for name in ("advantages", "old_logp")}
+    scalars = [_array((), dtype, sharding) for dtype in ("int32", "float32", "float32")]
+    return train_step.lower(
+        _shapes(state, sharding),
+        batch,
+        *scalars,
+        model_config=config,
+        config=optimizer,
+        objective=Objective("papo"),
+        compute_dtype="bfloat16",
+    )
+
+
+def _pool(config, sharding):
+    kv = (2, config.num_kv_heads, config.head_dim)
+    return _array((config.num_layers, PAGES, PAGE_SIZE, *kv), "bfloat16", sharding)
+
+
+def _rows(rows, sharding):
+    return Rows(
+        table=_array((rows, TABLE), "int32", sharding),
+        base=_array((rows, TABLE + 1), "int32", sharding),
+    )
+
+
+def _decode(config, sharding):
+    def ints(*shape):
+        return _array((LANES, *shape), "int32", sharding)
+
+    def floats():
+        return _array((LANES,), "float32", sharding)
+
+    lanes = LaneSampling(
+        key=_array((LANES, 2), jnp.uint32, sharding),
+        stops=ints(STOPS),
+        top_k=ints(),
+        min_p=floats(),
+        temperature=floats(),
+        top_p=floats(),
+        penalty=floats(),
+    )
+    return decode.lower(
+        config,
+        _shapes(abstract_params(config, "bfloat16"), sharding),
+        _pool(config, sharding),
+        _rows(LANES, sharding),
+        *(ints() for _ in range(4)),
+        ints(STEPS),
+        lanes,
+        None,
+    )
+
+
+def _prefill(config, sharding):
+    chunk = [_array((PREFILL_ROWS, PREFILL_CHUNK), "int32", sharding) for _ in range(3)]
+    return prefill.lower(
+        config,
+        _shapes(abstract_params(config, "bfloat16"), sharding),
+        _pool(config, sharding),
+        _rows(PREFILL_ROWS, sharding),
+        *chunk,
+    )
+
+
+if __name__ == "__main__":
+    main()
