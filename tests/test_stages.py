@@ -1,6 +1,7 @@
 """The three stages from end to end on a model that can nearly do the task: what they train on is
 what they say, and a run that was cut off ends as if nothing had happened."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -16,6 +17,7 @@ from npr_jax.metrics import read_metrics
 from npr_jax.pretrained import load, save
 from npr_jax.train import beta, papo, zero
 from npr_jax.train.fit import FitConfig, fit
+from npr_jax.train.rollout import Rollout
 from npr_jax.train.rows import Example
 from npr_jax.train.step import OptimizerConfig, TrainConfig
 from npr_jax.tree import layout, parse
@@ -121,8 +123,30 @@ def test_zero_drops_groups_that_say_nothing(home, tmp_path):
     assert line["parallel_rate"] == 0
 
 
+def test_papo_can_penalise_what_is_no_tree(home, tmp_path):
+    """The untrained model again: with a penalty below the reward of a wrong answer."""
+    model = load(home / "tree")
+    engine = Engine(model, config(home, "papo", tmp_path).engine)
+    prompt = encode(model, "A:1+2;B:3+4?", "")[0][:-1]
+    whole = engine.generate([prompt], SamplingParams(n=16, max_tokens=64))
+    whole = next(t for t in whole if papo.is_whole(t, model.tags, 1))
+    (cut,) = engine.generate([prompt], SamplingParams(max_tokens=20))
+    aborted = dataclasses.replace(cut, finish_reason="aborted")
+    for malformed, rewards in (("filter", [None, None]), ("penalty", [-2.0, None])):
+        settings = config(home, "papo", tmp_path, f"malformed={malformed}")
+        found = [
+            papo.reward_of(Rollout(trajectory, [], True), model.tags, settings)
+            for trajectory in (cut, aborted)
+        ]
+        assert found == rewards
+        for correct, reward in ((True, 1.0), (False, -1.0)):
+            assert papo.reward_of(Rollout(whole, [], correct), model.tags, settings) == reward
+    with pytest.raises(ValueError, match="malformed is 'drop'"):
+        config(home, "papo", tmp_path, "malformed=drop")
+
+
 def test_papo_trains_on_whole_trees_only_and_once(home, tmp_path):
-    settings = config(home, "papo", tmp_path, "steps=1", "model=tiny")
+    settings = config(home, "papo", tmp_path, "steps=1", "model=tiny", "malformed=filter")
     lines = []
     final = papo.run(settings, lines.append)
     (line,) = lines
