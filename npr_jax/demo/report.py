@@ -11,12 +11,14 @@ from npr_jax.metrics import read_metrics
 from npr_jax.tree import TagIds, TreeLayout, parse
 
 COLORS = ("#2a78d6", "#e07b39", "#3a9d5d", "#a259c4")  # told apart in light and dark
-CHARTS = (
-    ("reward", ("zero", "papo"), ("reward",)),
-    ("format and accuracy of the rollouts", ("zero", "papo"), ("format_rate", "accuracy")),
-    ("tokens and critical path", ("zero", "papo"), ("response_tokens", "critical_path")),
-    ("entropy", ("zero", "papo"), ("entropy",)),
-    ("loss", ("seed", "beta/fit"), ("loss",)),
+RATES_OF = ("format_rate", "accuracy")
+CHARTS = (  # title, runs, metrics of each, bounds of the y axis (None: those of the data)
+    ("Zero: format and accuracy of its answers", ("zero",), RATES_OF, (0, 1)),
+    ("PAPO: format and accuracy of its answers", ("papo",), RATES_OF, (0, 1)),
+    ("PAPO: tokens and critical path", ("papo",), ("response_tokens", "critical_path"), None),
+    ("reward", ("zero", "papo"), ("reward",), None),
+    ("entropy", ("zero", "papo"), ("entropy",), None),
+    ("loss", ("seed", "beta/fit"), ("loss",), None),
 )
 
 _STYLE = """
@@ -47,7 +49,7 @@ def write_report(
       settings: YAML texts by stage; seconds: wall-clock by stage.
     """
     charts = []
-    for title, stages, names in CHARTS:
+    for title, stages, names, bounds in CHARTS:
         lines = {}
         for stage in stages:
             metrics = read_metrics(output / stage)
@@ -55,7 +57,7 @@ def write_report(
                 points = [(m["step"], m[name]) for m in metrics if name in m]
                 if points:
                     lines[f"{stage.split('/')[0]} {name}".replace("_", " ")] = points
-        charts.append(chart(title, lines))
+        charts.append(chart(title, lines, bounds))
     tree = tree_svg(shown["ids"], shown["prompt_len"], tags)
     (output / "curves.svg").write_text(_beside(charts[:3]), encoding="utf-8")
     (output / "tree.svg").write_text(tree, encoding="utf-8")
@@ -100,8 +102,12 @@ def _html_table(rows) -> str:
     return f"<table><tr><th>model and decoding</th>{head}</tr>{body}</table>"
 
 
-def chart(title: str, lines: Mapping[str, Sequence[tuple[float, float]]]) -> str:
-    """An SVG of lines over steps: {label: [(step, value), ...]}."""
+def chart(
+    title: str,
+    lines: Mapping[str, Sequence[tuple[float, float]]],
+    bounds: tuple[float, float] | None = None,
+) -> str:
+    """An SVG of lines over steps: {label: [(step, value), ...]}; `bounds` of the y axis."""
     width, height, left, top, bottom = 380, 240, 46, 30, 46
     points = [point for line in lines.values() for point in line]
     parts = [
@@ -111,7 +117,7 @@ def chart(title: str, lines: Mapping[str, Sequence[tuple[float, float]]]) -> str
     ]
     if points:
         low_x, high_x = min(x for x, _ in points), max(x for x, _ in points)
-        low_y, high_y = min(y for _, y in points), max(y for _, y in points)
+        low_y, high_y = bounds or (min(y for _, y in points), max(y for _, y in points))
         span_x, span_y = (high_x - low_x) or 1, (high_y - low_y) or 1
 
         def place(x: float, y: float) -> str:
@@ -127,10 +133,11 @@ def chart(title: str, lines: Mapping[str, Sequence[tuple[float, float]]]) -> str
                 f'stroke-opacity="0.3"/><text x="{left - 4}" y="{y}" text-anchor="end" '
                 f'dominant-baseline="middle">{value:.3g}</text>'
             )
-        for x, anchor in ((low_x, "start"), (high_x, "end")):
+        for x, anchor, word in ((low_x, "start", "step "), (high_x, "end", "")):
             px = place(x, low_y).split(",")[0]
             parts.append(
-                f'<text x="{px}" y="{height - bottom + 14}" text-anchor="{anchor}">{x:g}</text>'
+                f'<text x="{px}" y="{height - bottom + 14}" text-anchor="{anchor}">{word}{x:g}'
+                "</text>"
             )
         for i, (label, line) in enumerate(lines.items()):
             color = COLORS[i % len(COLORS)]
