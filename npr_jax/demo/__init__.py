@@ -29,7 +29,7 @@ from npr_jax.train.step import OptimizerConfig, TrainConfig
 from npr_jax.tree import layout
 
 TRAIN_PROBLEMS, EVAL_PROBLEMS = 4096, 512
-SEED_STEPS, SEED_BATCH = 450, 32
+SEED_STEPS, SEED_BATCH = 700, 32
 SEED_FIT = fit.FitConfig(
     train=TrainConfig(
         optimizer=OptimizerConfig(

@@ -1,0 +1,119 @@
+"""What the stages make of judged answers: which are left out, and what the others are worth."""
+
+import random
+
+import numpy as np
+import pytest
+from train_toy import encode, problem, tiny
+
+from npr_jax.config import load_config
+from npr_jax.decode.trajectory import Trajectory
+from npr_jax.format import Violation
+from npr_jax.train import beta, papo, zero
+from npr_jax.train.rollout import Rollout
+from npr_jax.tree import parse
+
+BAD = [Violation("no_boxed", 9, "no box")]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny()
+
+
+class FakeEngine:
+    def __init__(self, model):
+        self.tags = model.tags
+
+
+class FakeFeed:
+    def take(self, num):
+        return [[1]] * num, ["1"] * num
+
+
+def judged(model, correct, violations=(), seed=0, reason="stop", length=None):
+    prompt, response, _ = problem(random.Random(seed))
+    ids, prompt_len = encode(model, prompt, response)
+    ids = ids[:length]
+    tree = parse(ids, prompt_len, model.tags, allow_open=True)
+    trajectory = Trajectory(
+        token_ids=ids,
+        prompt_len=prompt_len,
+        layout=tree,
+        logp=np.zeros(len(ids), np.float32),
+        logp_sampled=np.zeros(len(ids), np.float32),
+        margin=np.zeros(len(ids), np.float32),
+        forced=tree.forced,
+        text="",
+        finish_reason=reason,
+        detail="",
+        stats={"branches": tree.num_branches, "tokens": tree.total_len, "critical_path": 1},
+    )
+    return Rollout(trajectory, list(violations), correct)
+
+
+def collect(stage, config, groups, monkeypatch, model):
+    monkeypatch.setattr(stage, "roll_out", lambda *_: groups)
+    return stage.collect_groups(FakeEngine(model), FakeFeed(), 1, config)
+
+
+def advantages(collected):
+    return [[float(example.advantage[0]) for example in group] for group in collected.groups]
+
+
+def test_zero_compares_within_groups_and_drops_those_that_say_nothing(model, monkeypatch):
+    config = load_config(zero.ZeroConfig, "tiny_zero", ["prompts=4", "samples=3", "max_refills=0"])
+    groups = [
+        [judged(model, right) for right in (True, False, False)],
+        [judged(model, True) for _ in range(3)],
+        [judged(model, False, BAD) for _ in range(3)],
+        [judged(model, True, BAD), judged(model, False), judged(model, False)],
+    ]
+    collected = collect(zero, config, groups, monkeypatch, model)
+    assert collected.metrics["groups_dropped"] == 2
+    first, second = advantages(collected)
+    np.testing.assert_allclose(first, [2 / 3**0.5, -1 / 3**0.5, -1 / 3**0.5], rtol=1e-4)
+    # Malformed is worse than wrong, whatever it says.
+    np.testing.assert_allclose(second, [-2 / 3**0.5, 1 / 3**0.5, 1 / 3**0.5], rtol=1e-4)
+
+
+def test_papo_centers_each_group_and_divides_by_the_whole_batch(model, monkeypatch):
+    config = load_config(papo.PapoConfig, "tiny_papo", ["malformed=filter"])
+    groups = [
+        [judged(model, right) for right in (True, True, False)],
+        [judged(model, right) for right in (False, False, False)],
+        [judged(model, True), judged(model, False), judged(model, False, reason="length")],
+    ]
+    collected = collect(papo, config, groups, monkeypatch, model)
+    rewards = np.array([1, 1, -1, -1, -1, -1, 1, -1])
+    std = rewards.std(ddof=1)
+    found = advantages(collected)
+    expected = [[2 / 3, 2 / 3, -4 / 3], [0, 0, 0], [1, -1]]
+    assert [len(group) for group in found] == [3, 3, 2]
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, np.array(theirs) / std, atol=1e-4)
+    assert collected.metrics["filtered"] == 1
+    equal = [[judged(model, True), judged(model, True)]]
+    assert collect(papo, config, equal, monkeypatch, model).groups == []
+
+
+def test_what_the_engine_forced_is_not_trained_on(model, monkeypatch):
+    config = load_config(papo.PapoConfig, "tiny_papo")
+    groups = [[judged(model, True), judged(model, False)]]
+    for group in collect(papo, config, groups, monkeypatch, model).groups:
+        for example in group:
+            sampled = ~example.layout.forced
+            sampled[: example.layout.prompt_len] = False
+            assert np.array_equal(example.loss_mask, sampled)
+            assert example.layout.forced.sum() > 10
+
+
+def test_beta_accepts_only_what_is_finished_well_formed_right_and_short_enough(model):
+    good = judged(model, True)
+    size = len(good.trajectory.token_ids)
+    assert beta.accepts(good, model.tags, size)
+    assert not beta.accepts(good, model.tags, size - 1)
+    assert not beta.accepts(judged(model, False), model.tags, size)
+    assert not beta.accepts(judged(model, True, BAD), model.tags, size)
+    assert not beta.accepts(judged(model, True, reason="length"), model.tags, size)
+    assert not beta.accepts(judged(model, True, length=-9), model.tags, size)
