@@ -66,7 +66,7 @@ def test_the_teacher_is_imperfect_in_the_way_that_its_seed_says():
     assert all(value != true_value(*fact) for fact, value in teacher.wrong.items())
     fact, belief = next(iter(teacher.wrong.items()))
     believed = np.mean([teacher.value(fact, rng) == belief for _ in range(2000)])
-    assert abs(believed - 0.6) < 0.05
+    assert abs(believed - 0.75) < 0.05
     good = [not check_format(*encoded(one, teacher.answer(one, rng)), TAGS) for one in tasks(600)]
     assert abs(np.mean(good) - 0.35) < 0.07
 

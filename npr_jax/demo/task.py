@@ -15,7 +15,7 @@ import numpy as np
 
 LETTERS = "ABCD"
 TWO_BLOCKS = 0.15  # share of the problems of three or more groups that are answered in two blocks
-MISCONCEIVED, BELIEVED = 0.2, 0.75  # share of facts with a wrong value; how often it is used
+MISCONCEIVED, BELIEVED = 0.25, 0.75  # share of facts with a wrong value; how often it is used
 DEFECTIVE = 0.65  # share of the teacher's answers that break the format
 DEFECTS = (
     "untagged",
