@@ -126,7 +126,7 @@ class Progress:
         clock: Callable[[], float] = time.monotonic,
     ):
         self.name, self.total, self.unit, self.interval = name, total, unit, interval
-        self.done = self._start = start
+        self.done = self._start = self._shown = start  # _shown: when a line was last written
         self._console, self._clock = console or Console(), clock
         self._values: dict[str, Scalar] = {}
         self._began = self._written = clock()
@@ -149,7 +149,7 @@ class Progress:
     def __exit__(self, *exc_info) -> None:
         if self._live:
             self._live.stop()
-        elif self.done > self._start:
+        elif self.done > self._shown:
             self._write_line()
 
     def advance(self, count: int = 1, values: Mapping[str, Scalar] | None = None) -> None:
@@ -174,7 +174,7 @@ class Progress:
         return ", ".join(parts)
 
     def _write_line(self) -> None:
-        self._written = self._clock()
+        self._written, self._shown = self._clock(), self.done
         self._console.print(
             f"{self.name}: {self.status()}", markup=False, highlight=False, soft_wrap=True
         )

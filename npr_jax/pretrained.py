@@ -71,9 +71,9 @@ def _assemble(config: ModelConfig, params: dict, tokenizer) -> Model:
 
 def save(model: Model, directory: str | Path) -> None:
     """Writes a directory that `load` and transformers read."""
-    write(Path(directory), model.config, model.params)
     if model.tokenizer is not None:
         model.tokenizer.save_pretrained(directory)
+    write(Path(directory), model.config, model.params)  # config.json last: it is all there
 
 
 def _download(name: str) -> Path:

@@ -112,6 +112,12 @@ def test_a_cut_off_run_ends_as_if_nothing_had_happened(home, tmp_path, stage):
         run(config(home, stage, tmp_path / "cut", *changes, "samples=5"))
 
 
+def test_a_run_that_failed_at_once_does_not_keep_its_directory(home, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no/such/model"):
+        zero.run(config(home, "zero", tmp_path, "steps=1", "model=no/such/model"))
+    zero.run(config(home, "zero", tmp_path, "steps=1"))
+
+
 def test_zero_drops_groups_that_say_nothing(home, tmp_path):
     lines = []
     settings = config(home, "zero", tmp_path, "steps=1", "minibatches=2", "max_refills=2")

@@ -21,7 +21,8 @@ def claim(directory: str | Path, config_text: str) -> Path:
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "config.yaml"
-    if path.exists():
+    started = any(entry != path for entry in directory.iterdir())
+    if path.exists() and started:  # a run that failed at once has left its config only
         _same_config(path.read_text(encoding="utf-8"), config_text, directory)
     path.write_text(config_text, encoding="utf-8")
     return directory
