@@ -329,6 +329,8 @@ def test_what_cannot_fit_is_refused_with_numbers():
         engine.generate([[40]])
     with pytest.raises(ValueError, match="no tokenizer"):
         engine.generate(["text"])
+    with pytest.raises(ValueError, match="give a Trajectory"):
+        Engine(dataclasses.replace(model(), tags=None), CONFIG).replay([([9, 10, 12], 2)])
     answers = engine.generate([[12], [13]], SamplingParams(max_tokens=30, n=3))
     assert {len(answers)} == {6}
     assert engine.scheduler.pages.num_held == 0

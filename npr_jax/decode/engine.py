@@ -123,6 +123,11 @@ class Engine:
                 ids, tree = trace.token_ids, trace.layout
             else:
                 ids, prompt_len = trace
+                if self.tags is None:
+                    raise ValueError(
+                        f"trace {i} is a pair of ids and prompt length, and the model has no "
+                        "tokenizer whose tags could parse it: give a Trajectory with its layout"
+                    )
                 tree = parse(ids, prompt_len, self.tags, allow_open=True)
             ids = np.asarray(ids).tolist()
             if tree.prompt_len < 1 or tree.total_len < 1:
