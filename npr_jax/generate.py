@@ -73,11 +73,16 @@ def generate(
         target.open("a", encoding="utf-8") as file,
         Progress("generate", len(requests) * len(samples), "answer", len(done)) as progress,
     ):
-        for index, answer in engine.stream([request.prompt for request in todo], sampling):
-            request, sample = todo[index // len(samples)], index % len(samples)
+        asked = [(request, sample) for request in todo for sample in samples]
+        ids = engine.submit([request.prompt for request in todo], sampling)
+        of_id = dict(zip(ids, asked, strict=True))
+        for event in engine.stream(tokens=False):
+            if event.kind != "finish":
+                continue
+            request, sample = of_id[event.request]
             if (request.line, sample) in done:
                 continue
-            record = _record(request, sample, answer)
+            record = _record(request, sample, event.trajectory)
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
             file.flush()
             written += 1

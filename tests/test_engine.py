@@ -102,7 +102,7 @@ def test_replayed_traces_have_the_log_probs_of_one_forward():
     (plain,) = engine.replay([(ids, prompt_len)], parallel=False)
     assert gap(plain) < 1e-4
     assert plain.layout.num_branches == 0
-    assert engine.scheduler.pages.num_held == 0
+    assert engine.schedulers[0].pages.num_held == 0
 
 
 def test_cut_off_traces_can_be_replayed():
@@ -194,20 +194,28 @@ def test_an_answer_does_not_depend_on_its_batch_lane_or_pages():
 
 
 def recount(scheduler):
-    """The pages as the tables of all running answers list them, against the counts."""
-    refs = np.zeros_like(scheduler.pages.refs)
-    writable = []
-    for job in scheduler.running:
-        for table in job.tables():
-            for segment in table:
-                refs[segment.pages] += 1
-        writable += [page for line in job.lines() for page in line.tail.pages]
-    np.testing.assert_array_equal(refs, scheduler.pages.refs)
+    """Segments as the tables of all running answers list them, and pages as the live segments do,
+    against the counts; free, cached and held pages are disjoint and are all there are."""
+    tables = [table for job in scheduler.running for table in job.tables()]
+    segments = {id(segment): segment for table in tables for segment in table}
+    for segment in segments.values():
+        assert segment.refs == sum(segment in table for table in tables)
+    pool = scheduler.pages
+    refs = np.zeros(len(pool.refs), int)
+    for segment in segments.values():
+        np.add.at(refs, segment.pages, 1)
+    np.testing.assert_array_equal(refs, pool.refs)
+    writable = [p for job in scheduler.running for line in job.lines() for p in line.tail.pages]
     assert (refs[writable] == 1).all(), "a page that grows is shared"
-    free = scheduler.pages._free
-    assert len(set(free)) == len(free)
-    assert not refs[free].any()
-    assert (refs > 0).sum() + len(free) == len(refs) - 1
+    held = set(np.flatnonzero(refs).tolist())
+    free, cached = set(pool._free), set(pool._cached)
+    assert len(free) == len(pool._free)
+    assert not (held & free or held & cached or free & cached)
+    assert len(held) + len(free) + len(cached) == len(refs) - 1
+    assert cached <= set(pool._key)
+    assert {page: key for key, page in pool._published.items()} == pool._key
+    for before, _ in pool._published:
+        assert before == 0 or before in pool._key, "a cached page that nothing leads to"
 
 
 @pytest.mark.parametrize("pages", [200, 60])
@@ -219,15 +227,15 @@ def test_pages_add_up_after_every_operation(monkeypatch, pages):
         def wrapped(*args):
             nonlocal counted
             result = operation(*args)
-            recount(engine.scheduler)
+            recount(engine.schedulers[0])
             counted += 1
             return result
 
         return wrapped
 
     for owner, name in (
-        (engine.scheduler, "admit"),
-        (engine.scheduler, "reserve"),
+        (engine.schedulers[0], "admit"),
+        (engine.schedulers[0], "reserve"),
         (engine._grower, "advance"),
         (engine._grower, "_finish"),
     ):
@@ -235,9 +243,9 @@ def test_pages_add_up_after_every_operation(monkeypatch, pages):
     params = SamplingParams(n=5, max_tokens=150, seed=tuple(range(12)))
     answers = engine.generate([*PROMPTS, *PROMPTS, *PROMPTS], params)
     assert counted > 400
-    assert engine.scheduler.pages.num_held == 0
+    assert engine.schedulers[0].pages.num_held == 0
     if pages == 60:
-        assert engine.stats["preemptions"] > 5
+        assert engine.stats()["preemptions"] > 5
         roomy = Engine(model(), CONFIG).generate([*PROMPTS] * 3, params)
         for answer, other in zip(roomy, answers, strict=True):
             if other.finish_reason != "pages_exhausted":
@@ -311,9 +319,9 @@ def test_a_group_shares_the_pages_of_its_prompt():
     held = []
     stream = engine.stream([prompt], SamplingParams(n=8, max_tokens=12, parallel=False))
     for _ in stream:
-        held.append(engine.scheduler.pages.num_held)
+        held.append(engine.schedulers[0].pages.num_held)
     pages = -(-(len(prompt) - 1) // CONFIG.page_size)
-    assert engine.stats["prefill_tokens"] == len(prompt) - 1
+    assert engine.stats()["prefill_tokens"] == len(prompt) - 1
     assert max(held) <= pages + 8 * -(-(12 + CONFIG.steps) // CONFIG.page_size)
 
 
@@ -333,7 +341,7 @@ def test_what_cannot_fit_is_refused_with_numbers():
         Engine(dataclasses.replace(model(), tags=None), CONFIG).replay([([9, 10, 12], 2)])
     answers = engine.generate([[12], [13]], SamplingParams(max_tokens=30, n=3))
     assert {len(answers)} == {6}
-    assert engine.scheduler.pages.num_held == 0
+    assert engine.schedulers[0].pages.num_held == 0
 
 
 def test_filters_and_penalties_shape_the_distribution():
@@ -362,7 +370,7 @@ def test_abort_ends_everything_in_flight():
     )
     assert len(answers) == 16
     assert "aborted" in {a.finish_reason for a in answers}
-    assert engine.scheduler.pages.num_held == 0
+    assert engine.schedulers[0].pages.num_held == 0
     assert engine.generate([[12]], SamplingParams(max_tokens=1))[0].finish_reason == "length"
 
 
@@ -373,7 +381,7 @@ def test_an_abandoned_stream_leaves_nothing_behind():
     with pytest.raises(RuntimeError, match="already running"):
         engine.generate(PROMPTS, SamplingParams(max_tokens=5))
     stream.close()
-    assert engine.scheduler.pages.num_held == 0
+    assert engine.schedulers[0].pages.num_held == 0
     assert engine.generate(PROMPTS, SamplingParams(max_tokens=5))
 
 

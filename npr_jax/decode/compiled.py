@@ -1,30 +1,34 @@
 """The compiled steps of the engine: `prefill` computes known tokens, `decode` draws new ones.
 
 Both run the model over rows of tokens; each layer writes the rows' keys and values into pages of
-one pool, then every row attends over the pages of its own table. A table lists pages in depth-first
-order and `base[m]` counts the entries before page m, so entry z of page m has the rank base[m] + z
-if that is below base[m + 1]; a query sees the ranks up to its own. Visibility is what is listed:
-a line's table holds its ancestors, its joined branches and itself, and no sibling.
+one pool, then every row attends over the pages of its own table (decode/attention.py). Visibility
+is what is listed: a line's table holds its ancestors, its joined branches and itself, no sibling.
 
 Rows may depend on each other within one call (a branch's header on its parent's last token),
 because in every layer all keys are written before any row attends.
+
+What a lane does next stays on the device between two calls of `decode`, so that the host can ask
+for the next steps before it has read the last.
 """
 
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from npr_jax.decode.attention import paged_attention
 from npr_jax.decode.sampling import LaneSampling, sample
 from npr_jax.model import ModelConfig, forward, unembed
 
 
-def make_pool(config: ModelConfig, num_pages: int, page_size: int, dtype) -> jax.Array:
-    """The KV pool [L, P, Z, 2, KV, K]: layers, pages, entries; keys then values."""
-    shape = (config.num_layers, num_pages, page_size, 2, config.num_kv_heads, config.head_dim)
-    return jnp.zeros(shape, dtype)
+def pool_shape(config: ModelConfig, num_pages: int, page_size: int) -> tuple[int, ...]:
+    """The KV pool [L, P, Z, 2KV, K]: layers, pages, entries; k and v of a head side by side."""
+    return (config.num_layers, num_pages, page_size, 2 * config.num_kv_heads, config.head_dim)
 
 
 @struct.dataclass
@@ -35,144 +39,192 @@ class Rows:
     base: jax.Array
 
 
-def _attend(rows: Rows, ranks: jax.Array, page_size: int):
-    """The model's `attend` over the pages: writes k and v at `ranks` i32[R, C] (-1: nowhere)."""
-    entry = rows.base[:, :-1, None] + jnp.arange(page_size)  # [R, M, Z]
-    listed = entry < rows.base[:, 1:, None]
-    seen = listed[:, None] & (entry[:, None] <= ranks[:, :, None, None])  # [R, C, M, Z]
-    seen = seen.reshape(*seen.shape[:2], -1)
-    column = jnp.sum(rows.base[:, None, 1:] <= ranks[:, :, None], axis=-1)  # [R, C]
-    column = jnp.minimum(column, rows.table.shape[1] - 1)
-    page = jnp.where(ranks < 0, 0, jnp.take_along_axis(rows.table, column, axis=1))
-    offset = jnp.where(ranks < 0, 0, ranks - jnp.take_along_axis(rows.base, column, axis=1))
+@struct.dataclass
+class LaneState:
+    """Where R lanes are, arrays [R].
 
-    def attend(q, k, v, layer, pool):
-        new = jnp.stack([k, v], axis=2).astype(pool.dtype)
-        pool = pool.at[layer, page, offset].set(new, mode="drop")
-        kv = pool[layer, rows.table]  # [R, M, Z, 2, KV, K]
-        kv = kv.reshape(kv.shape[0], -1, *kv.shape[3:]).astype(q.dtype)
-        num_rows, chunk, heads, dim = q.shape
-        q = q.reshape(num_rows, chunk, k.shape[2], -1, dim)
-        scores = jnp.einsum("rcngd,rsnd->rngcs", q, kv[:, :, 0], preferred_element_type=jnp.float32)
-        scores = jnp.where(seen[:, None, None], scores * dim**-0.5, -1e30)
-        weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-        out = jnp.einsum("rngcs,rsnd->rcngd", weights, kv[:, :, 1])
-        return out.reshape(num_rows, chunk, heads, dim), pool
+    `tokens`, `positions`, `ranks` are of the last token, which is not computed yet; `left`: tokens
+    it may still draw; `frozen`: it rests until the host restarts it.
+    """
 
-    return attend
-
-
-@functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("pool",))
-def prefill(config: ModelConfig, params, pool, rows: Rows, tokens, positions, ranks):
-    """Writes the keys and values of tokens i32[R, C] at `positions` and `ranks` (-1: padding)."""
-    attend = _attend(rows, ranks, pool.shape[2])
-    _, pool = forward(config, params, tokens, positions, attend, pool)
-    return pool
+    tokens: jax.Array
+    positions: jax.Array
+    ranks: jax.Array
+    left: jax.Array
+    frozen: jax.Array
 
 
 @struct.dataclass
 class Drawn:
-    """What a visit drew: arrays [R, N], of which the first `count[r]` entries of row r count."""
+    """What a visit drew: arrays [R, N], of which the first `count[r]` entries of row r count;
+    `frozen` bool[R]: the lanes whose last token is one of their stops; `steps` i32[R]: that ran."""
 
     tokens: jax.Array
     logp: jax.Array
     logp_sampled: jax.Array
     margin: jax.Array
     count: jax.Array
+    frozen: jax.Array
+    steps: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("pool", "seen"))
-def decode(
+def _attend(rows: Rows, ranks: jax.Array, implementation: str):
+    """The model's `attend` over the pages: writes k and v at `ranks` i32[R, C] (-1: nowhere)."""
+    column = jnp.sum(rows.base[:, None, 1:] <= ranks[:, :, None], axis=-1)  # [R, C]
+    column = jnp.minimum(column, rows.table.shape[1] - 1)
+    page = jnp.where(ranks < 0, 0, jnp.take_along_axis(rows.table, column, axis=1))
+    offset = jnp.where(ranks < 0, 0, ranks - jnp.take_along_axis(rows.base, column, axis=1))
+    attention = paged_attention(implementation)
+
+    def attend(q, k, v, layer, pool):
+        new = jnp.stack([k, v], axis=3).reshape(*k.shape[:2], -1, k.shape[3])
+        pool = pool.at[layer, page, offset].set(new.astype(pool.dtype), mode="drop")
+        return attention(q, pool, layer, rows.table, rows.base, ranks), pool
+
+    return attend
+
+
+def _prefill(
+    config: ModelConfig, attention: str, params, pool, rows: Rows, tokens, positions, ranks
+):
+    """Writes the keys and values of tokens i32[R, C] at `positions` and `ranks` (-1: padding)."""
+    attend = _attend(rows, ranks, attention)
+    _, pool = forward(config, params, tokens, positions, attend, pool)
+    return pool
+
+
+def _decode(
     config: ModelConfig,
+    attention: str,
+    steps: int,
     params,
     pool,
     rows: Rows,
-    tokens,
-    positions,
-    ranks,
-    limits,
+    state: LaneState,
+    restart,
+    restarted: LaneState,
     given,
     lanes: LaneSampling,
     seen,
 ):
-    """Up to N steps of R lanes in one call.
+    """Up to N=`steps` steps of R lanes in one call.
 
     Args:
-      pool: donated.
-      rows: tables with pages reserved for the steps to come.
-      tokens, positions, ranks: i32[R], the last token of each lane, not yet computed.
-      limits: i32[R], the most tokens each lane may draw; 0 rests.
+      attention: an implementation of decode/attention.py.
+      rows: tables with pages reserved for steps to come; a lane waits at the end of its table.
+      state: of the last call. Lanes where `restart` bool[R] take `restarted` instead.
       given: i32[R, N], tokens to take instead of drawing, or -1.
       lanes: sampling knobs; a lane freezes after one of its `stops`.
-      seen: bool[R, V] or None, for repetition penalties; donated.
+      seen: bool[R, V] or None, for repetition penalties.
 
     Returns:
-      (pool, Drawn, the steps that ran i32).
+      (pool, LaneState, Drawn).
     """
-    num_rows, steps = given.shape
+    num_rows = given.shape[0]
+    room = rows.base[:, -1]
+    state = jax.tree.map(lambda new, old: jnp.where(restart, new, old), restarted, state)
 
-    def live(count, frozen):
-        return ~frozen & (count < limits)
+    def live(state):
+        return ~state.frozen & (state.left > 0) & (state.ranks < room)
 
     def more(carry):
-        step, _, _, _, _, frozen, drawn, _ = carry
-        return (step < steps) & jnp.any(live(drawn.count, frozen))
+        step, _, state, _, _ = carry
+        return (step < steps) & jnp.any(live(state))
 
     def body(carry):
-        step, pool, tokens, positions, ranks, frozen, drawn, seen = carry
-        on = live(drawn.count, frozen)
-        where = jnp.where(on, ranks, -1)[:, None]
-        attend = _attend(rows, where, pool.shape[2])
-        x, pool = forward(config, params, tokens[:, None], positions[:, None], attend, pool)
-        logits = unembed(config, params, x[:, 0])
-        new, logp, logp_sampled, margin = sample(logits, positions + 1, given[:, step], lanes, seen)
-        drawn = Drawn(
-            tokens=drawn.tokens.at[:, step].set(new),
-            logp=drawn.logp.at[:, step].set(logp),
-            logp_sampled=drawn.logp_sampled.at[:, step].set(logp_sampled),
-            margin=drawn.margin.at[:, step].set(margin),
-            count=drawn.count + on,
+        step, pool, state, drawn, seen = carry
+        on = live(state)
+        attend = _attend(rows, jnp.where(on, state.ranks, -1)[:, None], attention)
+        x, pool = forward(
+            config, params, state.tokens[:, None], state.positions[:, None], attend, pool
         )
-        frozen = frozen | (on & jnp.any(new[:, None] == lanes.stops, axis=1))
+        logits = unembed(config, params, x[:, 0])
+        new, *figures = sample(
+            logits,
+            state.positions + 1,
+            jax.lax.dynamic_index_in_dim(given, step, axis=1, keepdims=False),
+            lanes,
+            seen,
+        )
+
+        def put(column, values):
+            return jax.lax.dynamic_update_index_in_dim(column, values, step, axis=1)
+
+        logp, logp_sampled, margin = figures
+        stop = on & jnp.any(new[:, None] == lanes.stops, axis=1)
+        drawn = Drawn(
+            tokens=put(drawn.tokens, new),
+            logp=put(drawn.logp, logp),
+            logp_sampled=put(drawn.logp_sampled, logp_sampled),
+            margin=put(drawn.margin, margin),
+            count=drawn.count + on,
+            frozen=drawn.frozen | stop,
+            steps=drawn.steps + 1,
+        )
         if seen is not None:
             seen = seen.at[jnp.arange(num_rows), new].max(on)
-        tokens = jnp.where(on, new, tokens)
-        return step + 1, pool, tokens, positions + on, ranks + on, frozen, drawn, seen
+        state = LaneState(
+            tokens=jnp.where(on, new, state.tokens),
+            positions=state.positions + on,
+            ranks=state.ranks + on,
+            left=state.left - on,
+            frozen=state.frozen | stop,
+        )
+        return step + 1, pool, state, drawn, seen
 
-    empty = jnp.zeros((num_rows, steps), jnp.float32)
+    def empty(dtype):
+        return jnp.zeros((num_rows, steps), dtype)
+
     drawn = Drawn(
-        tokens=jnp.zeros((num_rows, steps), jnp.int32),
-        logp=empty,
-        logp_sampled=empty,
-        margin=empty,
+        tokens=empty(jnp.int32),
+        logp=empty(jnp.float32),
+        logp_sampled=empty(jnp.float32),
+        margin=empty(jnp.float32),
         count=jnp.zeros(num_rows, jnp.int32),
+        frozen=jnp.zeros(num_rows, bool),
+        steps=jnp.zeros(num_rows, jnp.int32),
     )
-    frozen = jnp.zeros(num_rows, bool)
-    carry = (jnp.int32(0), pool, tokens, positions, ranks, frozen, drawn, seen)
-    step, pool, _, _, _, _, drawn, _ = jax.lax.while_loop(more, body, carry)
-    return pool, drawn, step
+    _, pool, state, drawn, _ = jax.lax.while_loop(
+        more, body, (jnp.int32(0), pool, state, drawn, seen)
+    )
+    return pool, state, drawn
 
 
-def buckets(smallest: int, largest: int) -> tuple[int, ...]:
-    """The table lengths to compile: doublings of `smallest` below `largest`, then `largest`."""
-    sizes = []
-    while smallest < largest:
-        sizes.append(smallest)
-        smallest *= 2
-    return (*sizes, largest)
+class Steps(NamedTuple):
+    """The compiled steps: prefill(params, pool, rows, tokens, positions, ranks) -> pool and
+    decode(params, pool, rows, state, restart, restarted, given, lanes, seen)
+    -> (pool, state, Drawn); the pool and the state are donated."""
+
+    prefill: Callable
+    decode: Callable
 
 
-def pick(sizes: tuple[int, ...], need: int) -> int:
-    """The smallest bucket that holds `need`."""
-    return next(size for size in sizes if size >= need)
+@functools.cache
+def compiled(config: ModelConfig, attention: str, steps: int, mesh: Mesh | None = None) -> Steps:
+    """The steps for one device, or for a mesh with axes (data, tensor).
+
+    On a mesh every replica of `data` runs on its own: rows and pages are split over it, tables
+    hold the replica's own page numbers, and its loop ends when its own lanes rest. Over `tensor`
+    XLA partitions what is inside, as the parameters and the pool are laid out.
+    """
+    prefill = functools.partial(_prefill, config, attention)
+    decode = functools.partial(_decode, config, attention, steps)
+    if mesh is None:
+        return Steps(jax.jit(prefill, donate_argnums=1), jax.jit(decode, donate_argnums=(1, 3)))
+    pool, rows = P(None, "data"), P("data")
+    shard = functools.partial(jax.shard_map, mesh=mesh, axis_names={"data"}, check_vma=False)
+    prefill = shard(prefill, in_specs=(P(), pool, rows, rows, rows, rows), out_specs=pool)
+    decode = shard(decode, in_specs=(P(), pool, *[rows] * 7), out_specs=(pool, rows, rows))
+    laid_out = NamedSharding(mesh, pool_spec(config, mesh))
+    everywhere = NamedSharding(mesh, P())  # every process reads what was drawn
+    split = NamedSharding(mesh, rows)
+    return Steps(
+        jax.jit(prefill, donate_argnums=1, out_shardings=laid_out),
+        jax.jit(decode, donate_argnums=(1, 3), out_shardings=(laid_out, split, everywhere)),
+    )
 
 
-def as_rows(tables: list[tuple[np.ndarray, np.ndarray]], num_rows: int, width: int) -> Rows:
-    """Host tables (pages, base) padded to i32[num_rows, width]; unused columns hold no entry."""
-    table = np.zeros((num_rows, width), np.int32)
-    base = np.zeros((num_rows, width + 1), np.int32)
-    for r, (pages, starts) in enumerate(tables):
-        table[r, : len(pages)] = pages
-        base[r, : len(starts)] = starts
-        base[r, len(starts) :] = starts[-1]
-    return Rows(table=table, base=base)
+def pool_spec(config: ModelConfig, mesh: Mesh) -> P:
+    """Pages over `data`; heads over `tensor` where they divide, else on every shard."""
+    heads = "tensor" if config.num_kv_heads % mesh.shape["tensor"] == 0 else None
+    return P(None, "data", None, heads)

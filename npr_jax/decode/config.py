@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from npr_jax.decode.attention import IMPLEMENTATIONS
+
 
 @dataclasses.dataclass(frozen=True)
 class EngineConfig:
@@ -12,12 +14,16 @@ class EngineConfig:
       pages, page_size: of the KV pool, one page of which is a dummy.
       table_pages: the longest table of a line; 0 allows the whole pool.
       steps: decode steps per host visit.
-      header_chunk: prefill of all lanes, this many tokens each (headers, tags, short prompts).
-      prefill_rows, prefill_chunk: prefill of long prompts.
+      header_rows, header_chunk: prefill of many lines, this many tokens each (headers, tags, short
+        prompts).
+      prefill_rows, prefill_chunk: prefill of long prompts; decoding waits for one call at most.
       max_branches, max_depth: blocks beyond them are refused.
       on_invalid_block: "end" the answer, or go on "sequential"ly.
       max_stops: end-of-text ids and tags at which a lane can freeze.
       cache_dtype: of the pool; None is the parameters' dtype.
+      attention: "blockwise", "pallas" or "gather" (decode/attention.py); None suits the platform.
+
+    On a mesh lanes, pages and prefill rows are those of each replica.
     """
 
     lanes: int = 16
@@ -25,6 +31,7 @@ class EngineConfig:
     page_size: int = 16
     table_pages: int = 0
     steps: int = 16
+    header_rows: int = 16
     header_chunk: int = 8
     prefill_rows: int = 4
     prefill_chunk: int = 128
@@ -33,6 +40,7 @@ class EngineConfig:
     on_invalid_block: str = "end"
     max_stops: int = 8
     cache_dtype: str | None = None
+    attention: str | None = None
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -41,6 +49,10 @@ class EngineConfig:
                 low = 0 if field.name == "table_pages" else 1
                 if value < low:
                     raise ValueError(f"{field.name} is {value}, needed is {low} or more")
+        if self.attention not in (None, *IMPLEMENTATIONS):
+            raise ValueError(
+                f"attention is {self.attention!r}, needed is one of {', '.join(IMPLEMENTATIONS)}"
+            )
         if self.on_invalid_block not in ("end", "sequential"):
             raise ValueError(
                 f"on_invalid_block is {self.on_invalid_block!r}, needed is 'end' or 'sequential'"

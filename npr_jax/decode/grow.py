@@ -4,7 +4,7 @@ A branch that ends badly (end of text, no tokens left, an illegal tag) does not 
 when all are done, the line above ends with the first such reason in the order of the plans.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from npr_jax.decode.config import EngineConfig
 from npr_jax.decode.lines import Fork, Job, Line, Segment
@@ -19,25 +19,27 @@ class Grower:
     """Advances lines by what was drawn for them.
 
     `fold(key, n)` gives the keys of n branches; `finish(job, reason, detail)` is called once for
-    every answer, when its trunk has ended.
+    every answer, when its trunk has ended; `emit(line, kind, **what)` hears what happens.
     """
 
     def __init__(
         self,
         config: EngineConfig,
         tags: TagIds | None,
-        scheduler: Scheduler,
+        schedulers: Sequence[Scheduler],
         fold: Callable,
         finish: Callable[[Job, str, str], None],
+        emit: Callable[..., None],
     ):
-        self.config, self.tags, self.scheduler = config, tags, scheduler
-        self._fold_keys, self._finish = fold, finish
+        self.config, self.tags, self.schedulers = config, tags, schedulers
+        self._fold_keys, self._finish, self._emit = fold, finish, emit
         self.stats = {"forks": 0, "joins": 0}
 
     def advance(self, line: Line, tokens: list[int], *figures: list[float]) -> None:
         """Takes the tokens drawn for a line, with log-probs and margins, and acts on the last."""
         if line.script:
             line.tail.append(tokens, *figures)
+            self._emit(line, "token", tokens=tokens, logp=figures[0])
             self._advance_script(line)
             return
         job, automaton, tags = line.job, line.automaton, self.tags
@@ -53,6 +55,7 @@ class Grower:
                 keep = min(found.index - begin + 1, len(text))
         line.tail.append(tokens[:keep], *(figure[:keep] for figure in figures))
         line.budget -= keep
+        self._emit(line, "token", tokens=tokens[:keep], logp=figures[0])
         if error is not None:
             self._end(line, "malformed", error.reason)
         elif ended and automaton is not None and automaton.stack and line.parent is None:
@@ -93,6 +96,7 @@ class Grower:
         spare = line.budget - sum(map(len, heads))
         share = (spare - len(tags.takeaway_header)) // (num + 1)  # the join keeps one as well
         line.budget = spare - num * share
+        self._emit(line, "fork", branches=num)
         branches = []
         for number, (key, head) in enumerate(
             zip(self._fold_keys(line.key, num), heads, strict=True)
@@ -130,20 +134,22 @@ class Grower:
         segment = Segment(start, before)
         segment.append_known(head, forced=True)
         line.items.append(segment)
+        self._emit(line, "token", tokens=head, logp=None)
 
     def _wait(self, line: Line, fork: Fork) -> None:
         """The line gives its lane up and waits for the branches of `fork`."""
-        self.scheduler.leave_lane(line)
+        scheduler = self.schedulers[line.job.replica]
+        scheduler.leave_lane(line)
         line.items.append(fork)
         line.waiting = True
         for branch in fork.branches:
-            self.scheduler.hold(branch.table)
+            scheduler.hold(branch.table)
         self.stats["forks"] += 1
 
     def _branch_ended(self, line: Line) -> None:
         """A branch is done, well or not; the last of its siblings joins or ends the parent."""
         line.done = True
-        self.scheduler.leave_lane(line)
+        self.schedulers[line.job.replica].leave_lane(line)
         parent = line.parent
         fork = parent.items[-1]
         if not all(branch.done for branch in fork.branches):
@@ -181,10 +187,12 @@ class Grower:
             before += branch.table[len(old[0]) :]
         fork.joined = True
         line.waiting = False
+        self._emit(line, "join")
         self._start_segment(line, head, start, before)
-        self.scheduler.hold(line.table)
+        scheduler = self.schedulers[line.job.replica]
+        scheduler.hold(line.table)
         for table in old:
-            self.scheduler.drop(table)
+            scheduler.drop(table)
         self.stats["joins"] += 1
         if script:
             self._advance_script(line)  # a trace may end inside the header
@@ -197,6 +205,7 @@ class Grower:
         if len(line.tail.tokens) < len(script.pieces[line.piece]):
             return
         if line.piece < len(script.forks):
+            self._emit(line, "fork", branches=len(script.forks[line.piece]))
             branches = []
             for number, child in enumerate(script.forks[line.piece]):
                 branch = Line(line.job, line, number, line.key)

@@ -10,10 +10,11 @@ pages, and later its segments are computed again from their tokens.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from npr_jax.decode.events import Event, TextPieces
 from npr_jax.tree import Automaton, Block, TagIds, TreeLayout
 
 
@@ -22,6 +23,8 @@ class Segment:
 
     def __init__(self, start: int, before: tuple["Segment", ...]):
         self.start, self.before = start, before
+        self.table = (*before, self)
+        self.offset = sum(len(segment.tokens) for segment in before)  # entries before its own
         self.tokens: list[int] = []
         self.logp: list[float] = []
         self.logp_sampled: list[float] = []
@@ -29,7 +32,8 @@ class Segment:
         self.forced: list[bool] = []
         self.pages: list[int] = []
         self.computed = 0  # tokens whose keys are in `pages`
-        self.refs = 0  # tables that list the pages
+        self.published = 0  # pages of a prompt that the pool's cache knows
+        self.refs = 0  # tables that list it
 
     def append_known(self, tokens, forced: bool) -> None:
         """Adds tokens that were not sampled: the prompt (forced False) or a header."""
@@ -71,10 +75,18 @@ class Line:
         self.job, self.parent, self.number, self.key = job, parent, number, key
         self.path: tuple = (*parent.path, len(parent.items), number) if parent else (job.order,)
         self.depth: int = parent.depth + 1 if parent else 0
+        # The same for callers: (block, branch) of every line above, both counted from 0.
+        self.branch: tuple[tuple[int, int], ...] = ()
+        if parent:
+            block = sum(isinstance(item, Fork) for item in parent.items)
+            self.branch = (*parent.branch, (block, number))
         self.items: list[Segment | Fork] = []
         self.automaton: Automaton | None = None
         self.budget = 0
         self.lane: int | None = None
+        self.seat = 0  # counts starts on a lane: what was drawn for an earlier one is dropped
+        self.text: TextPieces | None = None
+        self.flying = 0  # tokens that may have been drawn and were not read yet
         self.waiting = False  # for its branches
         self.done = False
         self.failure: tuple[str, str] | None = None
@@ -95,13 +107,14 @@ class Line:
     def table(self) -> tuple[Segment, ...]:
         """The segments the line's next token sees, in order."""
         last = self.items[-1] if isinstance(self.items[-1], Segment) else self.items[-2]
-        return (*last.before, last)
+        return last.table
 
-    def allowed(self, steps: int) -> int:
-        """Tokens the line may draw next, at most `steps`: its budget, positions, or script."""
+    @property
+    def left(self) -> int:
+        """Tokens the line may still draw by its budget, its positions, or its script."""
         if self.script:
-            return min(steps, len(self.script.pieces[self.piece]) - len(self.tail.tokens))
-        return min(steps, self.budget, self.job.max_position - 1 - self.position)
+            return len(self.script.pieces[self.piece]) - len(self.tail.tokens)
+        return min(self.budget, self.job.max_position - 1 - self.position)
 
     def own_tokens(self) -> list[int]:
         """The line's own tokens, without those of its branches."""
@@ -111,14 +124,20 @@ class Line:
 class Job:
     """One answer in the making: what was asked, and the trunk with every line that grew from it.
 
-    `order`: of arrival, the priority; `ends`: ids that end the text; `stops`: ids at which a lane
-    freezes; `running`: whether its tables hold pages; `refused`: why blocks went on sequentially;
+    `order`: of arrival, the priority, and the request's id; `replica`: where it decodes;
+    `penalised`: whether tokens it has seen change the logits; `on_event`: the caller's; `failure`:
+    what this raised; `ends`: ids that end the text; `stops`: ids at which a lane freezes;
+    `running`: whether its tables hold pages; `refused`: why blocks went on sequentially;
     `tree`: the layout that is replayed.
     """
 
     def __init__(self, order: int, sampling, prompt_len: int, max_position: int):
         self.order, self.sampling, self.prompt_len = order, sampling, prompt_len
         self.max_position = max_position
+        self.replica = 0
+        self.penalised = False
+        self.failure: str | None = None
+        self.on_event: Callable[[Event], None] | None = None
         self.ends: frozenset[int] = frozenset()
         self.stops: tuple[int, ...] = ()
         self.trunk: Line | None = None

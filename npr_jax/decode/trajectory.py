@@ -15,6 +15,7 @@ FINISH_REASONS = (
     "invalid_block",
     "pages_exhausted",
     "aborted",
+    "error",
 )
 
 

@@ -26,10 +26,10 @@ def evaluate(
     sampling = SamplingParams(max_tokens=max_tokens, parallel=parallel)
     answers, seeds = [p.answer for p in problems], (seed, EVALUATION)
     roll_out(engine, prompts, answers, sampling, seeds)  # compiles; the next one is timed
-    steps, begun = engine.stats["decode_steps"], time.perf_counter()
+    steps, begun = engine.stats()["decode_steps"], time.perf_counter()
     groups = roll_out(engine, prompts, answers, sampling, seeds)
     seconds = time.perf_counter() - begun
-    steps = engine.stats["decode_steps"] - steps
+    steps = engine.stats()["decode_steps"] - steps
     rollouts = [rollout for (rollout,) in groups]
 
     def mean(values) -> float:

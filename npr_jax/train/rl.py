@@ -138,10 +138,10 @@ def train(
         with RunLog(STAGES[stage], output, config.steps, start, shown, report) as log:
             for step in range(start + 1, config.steps + 1):
                 engine.set_params(cast(state.params, config.train.compute_dtype))
-                begun, decoded = time.perf_counter(), engine.stats["sampled_tokens"]
+                begun, decoded = time.perf_counter(), engine.stats()["sampled_tokens"]
                 groups, metrics = collect(engine, feed, step)
                 sampled = time.perf_counter()
-                decoded = engine.stats["sampled_tokens"] - decoded
+                decoded = engine.stats()["sampled_tokens"] - decoded
                 state, updates = update(state, groups, model, config, objective, depth)
                 trained = time.perf_counter()
                 metrics = (

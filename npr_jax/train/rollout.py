@@ -52,8 +52,10 @@ def roll_out(
 ) -> list[list[Rollout]]:
     """`sampling.n` judged answers to each prompt, grouped by prompt.
 
-    The seeds come from `seed_path` alone, so that a resumed run samples the same.
+    The seeds come from `seed_path` alone and no prompt is cached, so that a resumed run samples
+    the same.
     """
+    engine.drop_prefix_cache()
     seeds = tuple(derive_seeds(len(prompts), *seed_path))
     trajectories = engine.generate(prompts, dataclasses.replace(sampling, seed=seeds))
     references = [answer for answer in answers for _ in range(sampling.n)]

@@ -1,0 +1,50 @@
+"""What JAX compiles, counted, and kept on disk between runs."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+DEFAULT_CACHE = Path("~/.cache/npr_jax/compiled")
+
+
+class Compilations(NamedTuple):
+    """Programs of this process so far: compiled, and read from the cache on disk."""
+
+    compiled: int
+    from_cache: int
+
+
+_built = _read = 0
+
+
+def _on_duration(name: str, *_, **__) -> None:
+    global _built
+    if name == "/jax/core/compile/backend_compile_duration":  # of programs from the cache too
+        _built += 1
+
+
+def _on_event(name: str, **_) -> None:
+    global _read
+    if name == "/jax/compilation_cache/cache_hits":
+        _read += 1
+
+
+jax.monitoring.register_event_duration_secs_listener(_on_duration)
+jax.monitoring.register_event_listener(_on_event)
+
+
+def compilations() -> Compilations:
+    """The count so far."""
+    return Compilations(_built - _read, _read)
+
+
+def use_cache(directory: str | Path = DEFAULT_CACHE) -> Path:
+    """Keeps every compiled program in `directory` (JAX's persistent compilation cache), so that a
+    later run with the same shapes, versions and devices compiles nothing."""
+    path = Path(directory).expanduser()
+    path.mkdir(parents=True, exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return path

@@ -1,0 +1,79 @@
+"""Where parameters live on a mesh: one rules table from logical axes to mesh axes.
+
+The resolver raises where others replicate without a word: on a mesh axis that the mesh does not
+have, on one axis used twice, and on sizes that do not divide.
+"""
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from npr_jax.model.config import ModelConfig
+from npr_jax.model.params import Weight, weight_table
+
+# Decoding: heads and the hidden layer over `tensor`, the same on every replica of `data`.
+DECODE_RULES = {
+    "layers": None,
+    "embed": None,
+    "head_dim": None,
+    "vocab": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+}
+
+
+def resolve(
+    name: str, weight: Weight, units: dict[str, int], rules: dict[str, str | None], mesh: Mesh
+) -> P:
+    """The PartitionSpec of one weight; `units[axis]` is what must divide where it is not the size
+    itself (heads, not columns)."""
+    spec: list[str | None] = []
+    for axis, size in zip(weight.axes, weight.shape, strict=True):
+        if axis not in rules:
+            raise ValueError(f"{name} has the logical axis {axis!r}, for which there is no rule")
+        target = rules[axis]
+        if target is not None:
+            if target not in mesh.shape:
+                raise ValueError(f"{axis} goes to {target!r}; the mesh has {tuple(mesh.shape)}")
+            if target in spec:
+                raise ValueError(f"two axes of {name} go to {target!r}")
+            size = units.get(axis, size)
+            if size % mesh.shape[target]:
+                raise ValueError(
+                    f"{name}: {axis}={size} does not divide by {target}={mesh.shape[target]}"
+                )
+        spec.append(target)
+    return P(*spec)
+
+
+def decode_shardings(config: ModelConfig, mesh: Mesh) -> dict:
+    """NamedShardings of the parameters on a mesh (data, tensor). KV heads that do not divide by
+    `tensor` are on every shard.
+
+    Raises ValueError where query heads, the hidden layer or the vocabulary do not divide.
+    """
+    rules = dict(DECODE_RULES)
+    if config.num_kv_heads % mesh.shape["tensor"]:
+        rules["kv_heads"] = None
+    units = {"heads": config.num_heads, "kv_heads": config.num_kv_heads}
+    return jax.tree_util.tree_map_with_path(
+        lambda path, weight: NamedSharding(
+            mesh, resolve(jax.tree_util.keystr(path, simple=True), weight, units, rules, mesh)
+        ),
+        weight_table(config),
+        is_leaf=lambda x: isinstance(x, Weight),
+    )
+
+
+def place_params(config: ModelConfig, params, mesh: Mesh):
+    """Parameters onto the mesh, from the devices or from hosts that all have them."""
+
+    def place(x, sharding):
+        if isinstance(x, jax.Array) and not (x.is_fully_addressable and mesh.is_multi_process):
+            return jax.device_put(x, sharding)
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(place, params, decode_shardings(config, mesh))
