@@ -9,6 +9,7 @@ import dataclasses
 import jax
 import numpy as np
 
+from npr_jax.format import Violation
 from npr_jax.model import PRESETS, init_params
 from npr_jax.pretrained import Model
 from npr_jax.tree import TagIds
@@ -56,7 +57,25 @@ def table(eos=0.015, nested=0.07, end_step=0.2, illegal=0.01):
     return p
 
 
-def model(seed=0, **rates) -> Model:
+def chain(**follows) -> np.ndarray:
+    """f64[V, V]: tables of which each line of `follows` is (tokens, next tokens)."""
+    p = np.zeros((VOCAB, VOCAB))
+    for tokens, targets in follows.values():
+        for target in targets:
+            p[list(tokens), target] += 1 / len(targets)
+    p[p.sum(1) == 0] = 1 / VOCAB
+    return p
+
+
+def check_block_without_numbers(token_ids, block, tags, max_branches):
+    """The engine's check of a block for a table, which cannot count: only the number of plans."""
+    if len(block.plans) > max_branches:
+        reason = f"{len(block.plans)} plans, at most {max_branches}"
+        return Violation("too_many_plans", 0, reason)
+    return None
+
+
+def model(seed=0, probabilities=None, **rates) -> Model:
     """3 layers, untied; logits = log of the table + what the random layers add."""
     config = dataclasses.replace(
         PRESETS["tiny"],
@@ -70,7 +89,8 @@ def model(seed=0, **rates) -> Model:
     rng = np.random.default_rng(seed)
     embed = rng.normal(size=params["embed"].shape).astype(np.float32)
     embed /= np.sqrt((embed**2).mean(-1, keepdims=True))  # the final norm leaves them as they are
-    goal = np.log(table(**rates) + 1e-4) + 0.3 * rng.normal(size=(VOCAB, VOCAB))
+    wanted = table(**rates) if probabilities is None else probabilities
+    goal = np.log(wanted + 1e-4) + 0.3 * rng.normal(size=(VOCAB, VOCAB))
     params["embed"] = embed
     for name in ("wo", "w_down"):
         params["layers"][name] *= 0.5

@@ -8,9 +8,9 @@ import jax
 import numpy as np
 import pytest
 from bigram import EOS, GC, GO, NL, PC, PO, SC, SO, TAGS, TC, TO
+from engine_checks import recount, same
 
 from npr_jax.decode import Engine, EngineConfig, SamplingParams, grow
-from npr_jax.format import Violation
 from npr_jax.model import token_logp
 from npr_jax.tree import layout, parse
 
@@ -31,16 +31,7 @@ PROMPTS = [[12, 13, 20], [GO, SC, TO, 21], [22], list(range(10, 21)) * 3]
 
 @pytest.fixture(autouse=True)
 def plans_without_numbers(monkeypatch):
-    """The table cannot count, so only the number of plans is checked here."""
-
-    def check(token_ids, block, tags, max_branches):
-        if len(block.plans) > max_branches:
-            return Violation(
-                "too_many_plans", 0, f"{len(block.plans)} plans, at most {max_branches}"
-            )
-        return None
-
-    monkeypatch.setattr(grow, "check_block", check)
+    monkeypatch.setattr(grow, "check_block", bigram.check_block_without_numbers)
 
 
 @functools.cache
@@ -158,20 +149,6 @@ def test_the_layout_is_the_parse_of_the_tokens():
     assert whole > 2
 
 
-def same(answer, other):
-    """Equal tokens up to a tie; log-probs equal until then."""
-    length = min(len(answer.token_ids), len(other.token_ids))
-    differ = np.flatnonzero(answer.token_ids[:length] != other.token_ids[:length])
-    if len(differ):
-        # A tie may also shift what follows in depth-first order, so look at the margins before.
-        assert answer.margin[: differ[0] + 1][answer.logp[: differ[0] + 1] < 0].min() < 1e-3
-        length = differ[0]
-    else:
-        assert len(answer.token_ids) == len(other.token_ids)
-        assert answer.finish_reason == other.finish_reason
-    np.testing.assert_allclose(answer.logp[:length], other.logp[:length], atol=1e-4)
-
-
 def test_an_answer_does_not_depend_on_its_batch_lane_or_pages():
     params = SamplingParams(n=6, max_tokens=120, seed=(1, 2, 3, 4))
     changes = [
@@ -191,31 +168,6 @@ def test_an_answer_does_not_depend_on_its_batch_lane_or_pages():
         ):
             same(answer, other)
             assert answer.token_ids.tolist() == other.token_ids.tolist()
-
-
-def recount(scheduler):
-    """Segments as the tables of all running answers list them, and pages as the live segments do,
-    against the counts; free, cached and held pages are disjoint and are all there are."""
-    tables = [table for job in scheduler.running for table in job.tables()]
-    segments = {id(segment): segment for table in tables for segment in table}
-    for segment in segments.values():
-        assert segment.refs == sum(segment in table for table in tables)
-    pool = scheduler.pages
-    refs = np.zeros(len(pool.refs), int)
-    for segment in segments.values():
-        np.add.at(refs, segment.pages, 1)
-    np.testing.assert_array_equal(refs, pool.refs)
-    writable = [p for job in scheduler.running for line in job.lines() for p in line.tail.pages]
-    assert (refs[writable] == 1).all(), "a page that grows is shared"
-    held = set(np.flatnonzero(refs).tolist())
-    free, cached = set(pool._free), set(pool._cached)
-    assert len(free) == len(pool._free)
-    assert not (held & free or held & cached or free & cached)
-    assert len(held) + len(free) + len(cached) == len(refs) - 1
-    assert cached <= set(pool._key)
-    assert {page: key for key, page in pool._published.items()} == pool._key
-    for before, _ in pool._published:
-        assert before == 0 or before in pool._key, "a cached page that nothing leads to"
 
 
 @pytest.mark.parametrize("pages", [200, 60])

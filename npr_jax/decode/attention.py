@@ -22,7 +22,9 @@ import jax.numpy as jnp
 
 IMPLEMENTATIONS = ("gather", "blockwise", "pallas")
 _NEGATIVE = -1e30  # finite, so that a row that sees nothing stays finite
-_BLOCK = 256  # entries that `blockwise` takes at a time
+# What `blockwise` takes at a time: entries of a row, and bytes of several rows' entries.
+_BLOCK = 256
+_CACHE_BYTES = 1 << 20
 
 
 def paged_attention(implementation: str):
@@ -65,40 +67,42 @@ def gather(q, pool, layer, table, base, ranks) -> jax.Array:
 
 
 def blockwise(q, pool, layer, table, base, ranks) -> jax.Array:
-    """Row by row, a block of pages at a time, up to the last page that the row sees.
+    """A few rows at a time, a block of pages at a time, up to the last page that these rows see.
 
-    One row's keys fit into a CPU's cache, where their transposition costs little: several times
-    faster there than `gather`, and a row's result does not depend on the other rows.
+    What is taken at a time fits into a CPU's cache, where transposing it costs little.
     """
-    _, chunk, heads, dim = q.shape
+    num_rows, chunk, heads, dim = q.shape
     size, kv_heads = pool.shape[2], pool.shape[3] // 2
-    width = table.shape[1]
-    pages = min(max(1, _BLOCK // size), width)
-    pad = -width % pages
-    table = jnp.pad(table, ((0, 0), (0, pad)))
-    base = jnp.pad(base, ((0, 0), (0, pad)), mode="edge")
+    group = heads // kv_heads
+    pages = min(max(1, _BLOCK // size), table.shape[1])
+    entry_bytes = 2 * kv_heads * dim * pool.dtype.itemsize
+    rows = min(max(1, _CACHE_BYTES // (pages * size * entry_bytes)), num_rows)
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
-    def row(inputs):
+    def some_rows(inputs):
         q, table, base, ranks = inputs
-        q = q.reshape(chunk, kv_heads, -1, dim).swapaxes(0, 1)  # [KV, C, G, K]
-        used = jnp.sum(base[:-1] <= jnp.max(ranks))  # pages that begin where a query still sees
+        # [r, KV, C * G, K]: one matrix per row and key head
+        q = q.reshape(rows, chunk, kv_heads, group, dim).swapaxes(1, 2)
+        q = q.reshape(rows, kv_heads, -1, dim)
+        limit = jnp.repeat(ranks, group, axis=1)[:, :, None, None]
+        last = jnp.max(ranks, axis=1, keepdims=True)
+        used = jnp.max(jnp.sum(base[:, :-1] <= last, axis=1))  # pages in which a query still sees
 
         def block(j, carry):
             top, total, acc = carry
-            here = jax.lax.dynamic_slice_in_dim(table, j * pages, pages)
-            edges = jax.lax.dynamic_slice_in_dim(base, j * pages, pages + 1)
-            entry = edges[:-1, None] + jnp.arange(size)
-            seen = (entry < edges[1:, None]) & (entry <= ranks[:, None, None])
-            kv = pool[layer, here].reshape(-1, kv_heads, 2, dim).astype(q.dtype)  # [S, KV, 2, K]
-            k, v = kv[:, :, 0].swapaxes(0, 1), kv[:, :, 1].swapaxes(0, 1)
-            scores = product("ncgd,nsd->ncgs", q, k) * dim**-0.5
-            seen = seen.reshape(chunk, 1, -1)
+            here = jax.lax.dynamic_slice_in_dim(table, j * pages, pages, axis=1)
+            edges = jax.lax.dynamic_slice_in_dim(base, j * pages, pages + 1, axis=1)
+            entry = (edges[:, :-1, None] + jnp.arange(size))[:, None]
+            seen = (entry < edges[:, None, 1:, None]) & (entry <= limit)
+            seen = seen.reshape(rows, 1, chunk * group, -1)
+            kv = pool[layer, here].reshape(rows, -1, kv_heads, 2, dim).astype(q.dtype)
+            k, v = kv[:, :, :, 0].swapaxes(1, 2), kv[:, :, :, 1].swapaxes(1, 2)
+            scores = product("rnqd,rnsd->rnqs", q, k) * dim**-0.5
             scores = jnp.where(seen, scores, _NEGATIVE)
             new = jnp.maximum(top, jnp.max(scores, axis=-1))
-            p = jnp.where(seen, jnp.exp(scores - new[..., None]), 0.0)
+            p = jnp.exp(scores - new[..., None])  # 1 while a row sees nothing: scaled away later
             scale = jnp.exp(top - new)
-            out = product("ncgs,nsd->ncgd", p.astype(q.dtype), v)
+            out = product("rnqs,rnsd->rnqd", p.astype(q.dtype), v)
             return new, total * scale + jnp.sum(p, axis=-1), acc * scale[..., None] + out
 
         start = (
@@ -107,7 +111,17 @@ def blockwise(q, pool, layer, table, base, ranks) -> jax.Array:
             jnp.zeros(q.shape, jnp.float32),
         )
         _, total, acc = jax.lax.fori_loop(0, -(-used // pages), block, start)
-        out = acc / jnp.maximum(total, 1e-30)[..., None]  # padding has seen nothing
-        return out.swapaxes(0, 1).reshape(chunk, heads, dim).astype(q.dtype)
+        out = acc / jnp.maximum(total, 1e-30)[..., None]
+        out = out.reshape(rows, kv_heads, chunk, group, dim).swapaxes(1, 2)
+        return out.reshape(rows, chunk, heads, dim).astype(q.dtype)
 
-    return jax.lax.map(row, (q, table, base, ranks))
+    def cut(x):
+        pad = [(0, -num_rows % rows)] + [(0, 0)] * (x.ndim - 1)
+        return jnp.pad(x, pad).reshape(-1, rows, *x.shape[1:])
+
+    pad = -table.shape[1] % pages
+    table = jnp.pad(table, ((0, 0), (0, pad)))
+    base = jnp.pad(base, ((0, 0), (0, pad)), mode="edge")
+    ranks = jnp.pad(ranks, ((0, -num_rows % rows), (0, 0)), constant_values=-1)
+    out = jax.lax.map(some_rows, (cut(q), cut(table), cut(base), ranks.reshape(-1, rows, chunk)))
+    return out.reshape(-1, chunk, heads, dim)[:num_rows]

@@ -79,6 +79,8 @@ def _attend(rows: Rows, ranks: jax.Array, implementation: str):
     def attend(q, k, v, layer, pool):
         new = jnp.stack([k, v], axis=3).reshape(*k.shape[:2], -1, k.shape[3])
         pool = pool.at[layer, page, offset].set(new.astype(pool.dtype), mode="drop")
+        # Else XLA may fuse the write into the reading, and do it twice.
+        pool = jax.lax.optimization_barrier(pool)
         return attention(q, pool, layer, rows.table, rows.base, ranks), pool
 
     return attend

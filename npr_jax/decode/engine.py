@@ -21,6 +21,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from numbers import Integral
 from pathlib import Path
 
 import jax
@@ -265,12 +266,21 @@ class Engine:
             if self.tokenizer is None:
                 raise ValueError(f"{name} is text, but the model has no tokenizer")
             prompt = self.tokenizer.encode(prompt)
-        ids = [int(token) for token in prompt]
-        if not ids:
+        if isinstance(prompt, bytes) or not isinstance(prompt, Sequence | np.ndarray):
+            raise ValueError(f"{name} is {type(prompt).__name__}, needed is text or token ids")
+        if not len(prompt):
             raise ValueError(f"{name} is empty, needed is at least one token")
         vocab = self.model_config.vocab_size
-        if not 0 <= min(ids) <= max(ids) < vocab:
-            raise ValueError(f"{name} has ids outside the vocabulary of {vocab}")
+        wrong = next((x for x in prompt if not _is_id(x, vocab)), None)
+        if wrong is not None:
+            raise ValueError(
+                f"{name} holds {wrong!r}, needed are token ids from 0 to {vocab - 1} (outside the "
+                f"vocabulary of {vocab})"
+            )
+        ids = [int(token) for token in prompt]
+        for token in sampling.stop_token_ids:
+            if token >= vocab:
+                raise ValueError(f"stop_token_ids holds {token}, needed are ids below {vocab}")
         self._refuse(len(ids), sampling, name)
         return ids
 
@@ -384,7 +394,7 @@ class Engine:
         self._clock.wait()
         drawn = flight.read()
         self._clock.go_on()
-        self.runner.count(drawn)
+        self.runner.stats["decode_steps"] += int(drawn.steps.max())
         figures = (drawn.tokens, drawn.logp, drawn.logp_sampled, drawn.margin)
         columns = [figure.tolist() for figure in figures]
         for line, seat, most in flight.lines:
@@ -401,7 +411,7 @@ class Engine:
                 line.seat += 1  # the tag was no event: the lane goes on
                 line.flying = 0
             if line.job.failure and line.job.order in self._jobs:
-                self._finish(line.job, "error", line.job.failure)
+                self._finish(line.job, "error", "")
 
     def _emit(self, line: Line, kind: str, tokens=(), logp=None, **what) -> None:
         """Makes events of what the grower reports, if somebody listens."""
@@ -435,6 +445,8 @@ class Engine:
 
     def _finish(self, job: Job, reason: str, detail: str) -> None:
         """Makes the trajectory, and lets go of lanes and pages."""
+        if job.failure:
+            reason, detail = "error", job.failure
         segments, blocks = flatten(job.trunk, self.tags)
 
         def column(name: str, dtype) -> np.ndarray:
@@ -488,6 +500,10 @@ class Engine:
                 failed = f"{type(error).__name__}: {error}"
                 answer = dataclasses.replace(answer, finish_reason="error", detail=failed)
                 self._events[-1] = dataclasses.replace(event, trajectory=answer)
+
+
+def _is_id(token, vocab: int) -> bool:
+    return isinstance(token, Integral) and not isinstance(token, bool) and 0 <= token < vocab
 
 
 class _Clock:

@@ -33,12 +33,13 @@ class Grower:
     ):
         self.config, self.tags, self.schedulers = config, tags, schedulers
         self._fold_keys, self._finish, self._emit = fold, finish, emit
-        self.stats = {"forks": 0, "joins": 0}
+        self.stats = {"sampled_tokens": 0, "forks": 0, "joins": 0}
 
     def advance(self, line: Line, tokens: list[int], *figures: list[float]) -> None:
         """Takes the tokens drawn for a line, with log-probs and margins, and acts on the last."""
         if line.script:
             line.tail.append(tokens, *figures)
+            self.stats["sampled_tokens"] += len(tokens)
             self._emit(line, "token", tokens=tokens, logp=figures[0])
             self._advance_script(line)
             return
@@ -55,6 +56,7 @@ class Grower:
                 keep = min(found.index - begin + 1, len(text))
         line.tail.append(tokens[:keep], *(figure[:keep] for figure in figures))
         line.budget -= keep
+        self.stats["sampled_tokens"] += keep
         self._emit(line, "token", tokens=tokens[:keep], logp=figures[0])
         if error is not None:
             self._end(line, "malformed", error.reason)

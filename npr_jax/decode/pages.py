@@ -78,6 +78,10 @@ class PagePool:
                 else:
                     self._free.append(page)
 
+    def leads_on(self, page: int) -> bool:
+        """Whether pages can be found, and published, behind this one (0: at the start)."""
+        return page == 0 or page in self._key
+
     def find(self, before: int, tokens: tuple[int, ...]) -> int | None:
         """The published page with these tokens behind the published page `before` (0: none)."""
         return self._published.get((before, tokens))

@@ -20,6 +20,7 @@ from npr_jax.decode.config import EngineConfig
 from npr_jax.decode.lines import Line, Segment
 from npr_jax.decode.sampling import LaneSampling, SamplingParams, fold_branches
 from npr_jax.decode.scheduler import Scheduler
+from npr_jax.model.params import unstack
 from npr_jax.model.sharding import place_params
 
 
@@ -59,9 +60,7 @@ class Runner:
                 )
             )
         )
-        self.stats = dict.fromkeys(
-            ("decode_steps", "sampled_tokens", "prefill_calls", "prefill_tokens"), 0
-        )
+        self.stats = dict.fromkeys(("decode_steps", "prefill_calls", "prefill_tokens"), 0)
         # What the lanes hold, as the device was last told; each is sent again where it has changed.
         width = config.longest_table
         self._table = np.zeros((lanes, width), np.int32)
@@ -88,6 +87,8 @@ class Runner:
         """Takes these weights from the next call on."""
         if self.mesh is not None:
             params = place_params(self.model_config, params, self.mesh)
+        if jax.default_backend() == "cpu":
+            params = _unstack(params)
         self.params = params
 
     def warmup(self, penalised: bool, progress: Callable[[int, int], None] | None = None) -> int:
@@ -143,11 +144,6 @@ class Runner:
             line.flying += count
         flown = [(line, line.seat, n) for line, n in zip(lines, counts, strict=True)]
         return Flight(flown, drawn)
-
-    def count(self, drawn: Drawn) -> None:
-        """Adds what a flight has drawn to the figures."""
-        self.stats["decode_steps"] += int(drawn.steps.max())
-        self.stats["sampled_tokens"] += int(drawn.count.sum())
 
     def _most(self, line: Line) -> int:
         """The most tokens a lane draws in its next visit; for given tokens this is exact."""
@@ -299,6 +295,9 @@ class Runner:
 
     def _state(self, tokens, left, frozen: bool = False) -> LaneState:
         return LaneState(tokens, tokens, tokens, left, np.full(len(tokens), frozen))
+
+
+_unstack = jax.jit(unstack)
 
 
 def _column(lines: list[Line | None], value: Callable[[Line], int]) -> np.ndarray:

@@ -5,6 +5,8 @@ Every lane has its own knobs and key, so a token depends on nothing else in the 
 """
 
 import dataclasses
+import math
+from numbers import Integral, Real
 
 import jax
 import jax.numpy as jnp
@@ -44,18 +46,33 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self):
-        penalties = (self.repetition_penalty, self.step_repetition_penalty or 1.0)
-        for name, value, good, need in (
-            ("temperature", self.temperature, self.temperature >= 0, "0 or more"),
-            ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0, at most 1"),
-            ("top_k", self.top_k, self.top_k >= 0, "0 (off) or more"),
-            ("min_p", self.min_p, 0 <= self.min_p < 1, "0 (off) or more, below 1"),
-            ("repetition penalty", penalties, min(penalties) > 0, "above 0"),
-            ("max_tokens", self.max_tokens, self.max_tokens >= 1, "1 or more"),
-            ("n", self.n, self.n >= 1, "1 or more"),
-        ):
-            if not good:
-                raise ValueError(f"{name} is {value}, needed is {need}")
+        def check(name, kind, good, need, optional=False):
+            value = getattr(self, name)
+            if optional and value is None:
+                return
+            right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+            if not right or (kind is Real and not math.isfinite(value)) or not good(value):
+                raise ValueError(f"{name} is {value!r}, needed is {need}")
+
+        check("temperature", Real, lambda x: x >= 0, "a finite number, 0 or more")
+        check("top_p", Real, lambda x: 0 < x <= 1, "a number above 0, at most 1")
+        check("top_k", Integral, lambda x: x >= 0, "an integer, 0 (off) or more")
+        check("min_p", Real, lambda x: 0 <= x < 1, "a number from 0 (off), below 1")
+        for name in ("repetition_penalty", "step_repetition_penalty"):
+            optional = name.startswith("step")
+            check(name, Real, lambda x: x > 0, "a finite number above 0", optional)
+        check("max_tokens", Integral, lambda x: x >= 1, "an integer, 1 or more")
+        check("max_position", Integral, lambda x: x >= 1, "an integer, 1 or more", optional=True)
+        check("n", Integral, lambda x: x >= 1, "an integer, 1 or more")
+        check("parallel", bool, lambda x: True, "true or false")
+        for name, many in (("seed", self.seed), ("stop_token_ids", self.stop_token_ids)):
+            many = (many,) if name == "seed" and isinstance(many, Integral) else many
+            if not isinstance(many, tuple) or not all(
+                isinstance(x, Integral) and not isinstance(x, bool) and 0 <= x < 2**32 for x in many
+            ):
+                one = "an integer or " if name == "seed" else ""
+                need = f"{one}a tuple of integers from 0, below 2**32"
+                raise ValueError(f"{name} is {getattr(self, name)!r}, needed is {need}")
 
 
 @struct.dataclass

@@ -159,8 +159,11 @@ class Scheduler:
         size, index = self.config.page_size, segment.published
         if segment.before or segment.start or segment.computed != index * size:
             return None
+        before = segment.pages[index - 1] if index else 0
         tokens = tuple(segment.tokens[index * size : (index + 1) * size])
-        return (segment.pages[index - 1] if index else 0, tokens) if len(tokens) == size else None
+        if len(tokens) < size or not self.pages.leads_on(before):
+            return None
+        return before, tokens
 
     def adopt(self, segment: Segment) -> int:
         """Takes the pages of a live prompt that others have computed, instead of computing them;

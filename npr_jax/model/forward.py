@@ -44,6 +44,8 @@ def forward(
     """Runs the model over tokens i32[B, T] at positions i32[B, T].
 
     Args:
+      params: with stacked layers, which are scanned, or a tuple of layers (`params.unstack`), which
+        are unrolled.
       attend: (q [B, T, H, K], k [B, T, KV, K], v, layer i32[], state) -> (out [B, T, H, K], state);
         q and k are normed and rotated.
       state: any pytree that `attend` threads through the layers (the KV pool, or None).
@@ -83,8 +85,13 @@ def forward(
         layer = jax.checkpoint(
             layer, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
         )
-    numbers = jnp.arange(c.num_layers, dtype=jnp.int32)
-    (x, state), _ = jax.lax.scan(layer, (x, state), (numbers, params["layers"]))
+    layers = params["layers"]
+    if isinstance(layers, tuple):
+        for number, weights in enumerate(layers):
+            (x, state), _ = layer((x, state), (jnp.int32(number), weights))
+    else:
+        numbers = jnp.arange(c.num_layers, dtype=jnp.int32)
+        (x, state), _ = jax.lax.scan(layer, (x, state), (numbers, layers))
     return rms_norm(x, params["final_norm"], c.rms_norm_eps), state
 
 

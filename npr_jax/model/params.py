@@ -82,6 +82,15 @@ def init_params(config: ModelConfig, key: jax.Array, dtype="float32") -> dict:
     return jax.tree.unflatten(tree, [make(i, w) for i, (_, w) in enumerate(leaves)])
 
 
+def unstack(params: dict) -> dict:
+    """The same parameters with a tuple of layers, for functions that unroll them: XLA on a CPU
+    copies every layer's weights out of a stack before it multiplies with them."""
+    layers = params["layers"]
+    count = jax.tree.leaves(layers)[0].shape[0]
+    split = [{name: x[i] for name, x in layers.items()} for i in range(count)]
+    return {**params, "layers": tuple(split)}
+
+
 def abstract_params(config: ModelConfig, dtype="float32") -> dict:
     """ShapeDtypeStructs of the parameters."""
     return jax.tree.map(

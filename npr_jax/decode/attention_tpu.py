@@ -1,0 +1,260 @@
+"""Paged attention on a TPU: a Pallas kernel for any table, and JAX's stock kernel for plain ones.
+
+The face is that of attention.py. `paged_attention` takes the rows one after another and brings a
+row's pages to the chip block by block, up to the last page that the row sees; while it works on
+one block the next one, of this row or of the next, is on its way. A page comes with the keys and
+values of all heads in one copy.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
+
+_NEGATIVE = -1e30  # finite, so that a query that sees nothing stays finite
+_SLOTS = 512  # of a block: 2 MiB with 8 key heads of 128 in bfloat16
+_QUERIES = 512  # times their group, that are worked on at once
+_LANES = 128
+_VMEM = 48 * 2**20  # bytes that a kernel may take; a decode step takes about 5 MiB
+
+
+def paged_attention(q, pool, layer, table, base, ranks, interpret=False) -> jax.Array:
+    """Attends over the pages of each row; see attention.py.
+
+    Nobody checks page ids: one that is not in the pool reads other memory.
+
+    Args:
+      q: [R, C, H, K]; on a TPU K is a multiple of 128.
+      pool: [L, P, Z, 2KV, K], read where it lies; unused slots hold finite values.
+      layer: i32[].
+      table: i32[R, M], whole in the chip's scalar memory: up to 250 000 entries.
+      base: i32[R, M + 1].
+      ranks: i32[R, C], in each row first, first + 1, ... and then -1.
+      interpret: True or pltpu.InterpretParams(), to run on a CPU.
+
+    Returns:
+      [R, C, H, K]
+    """
+    num_rows, chunk, heads, dim = q.shape
+    _, _, size, double, _ = pool.shape
+    width = table.shape[1]
+    kv_heads = double // 2
+    group = heads // kv_heads
+    if dim % _LANES and not interpret:  # XLA would copy the pool to pad it
+        raise ValueError(f"head_dim is {dim}, needed is a multiple of {_LANES}")
+
+    pages = max(1, _SLOTS // size)
+    tiles = 1  # that the queries of a row are cut into
+    while chunk % (2 * tiles) == 0 and chunk // tiles * group > _QUERIES:
+        tiles *= 2
+    tile = chunk // tiles
+    steps = num_rows * tiles
+    halves = 2 if steps % 2 == 0 else 1  # some chips have two cores
+
+    last = jnp.max(ranks.reshape(num_rows, tiles, tile), axis=-1)
+    used = jnp.sum(base[:, None, :-1] <= last[:, :, None], axis=-1, dtype=jnp.int32)
+
+    # [steps, KV, N, K]: the N = tile * G queries of one key head are the lines of a matrix
+    q = q.reshape(num_rows, tiles, tile, kv_heads, group, dim).swapaxes(2, 3)
+    q = q.reshape(steps, kv_heads, tile * group, dim)
+
+    def step(half, i):
+        return half * (steps // halves) + i
+
+    row = pl.BlockSpec(
+        (None, 1, width + 1),
+        lambda half, i, *_: (jax.lax.div(step(half, i), tiles), 0, 0),
+        memory_space=pltpu.SMEM,
+    )
+    matrix = pl.BlockSpec((None, *q.shape[1:]), lambda half, i, *_: (step(half, i), 0, 0, 0))
+    sums = pltpu.VMEM((kv_heads, tile * group, _LANES), jnp.float32)
+    out = pl.pallas_call(
+        functools.partial(_kernel, tiles=tiles, tile=tile),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=4,
+            grid=(halves, steps // halves),
+            in_specs=[row, matrix, pl.BlockSpec(memory_space=pl.ANY)],
+            out_specs=matrix,
+            scratch_shapes=[
+                pltpu.VMEM((2, pages, size, double, dim), pool.dtype),
+                pltpu.SemaphoreType.DMA((2,)),
+                pltpu.SMEM((1,), jnp.int32),
+                sums,
+                sums,
+                pltpu.VMEM(q.shape[1:], jnp.float32),
+            ],
+        ),
+        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"),
+            vmem_limit_bytes=_VMEM,
+            disable_bounds_checks=True,  # they double the time that it takes to start a copy
+        ),
+        name="npr_paged_attention",
+        interpret=interpret,
+    )(
+        jnp.reshape(layer, 1),
+        table.reshape(-1),
+        used.reshape(-1),
+        ranks[:, 0],
+        base[:, None],
+        q,
+        pool,
+    )
+    out = out.reshape(num_rows, tiles, kv_heads, tile, group, dim).swapaxes(2, 3)
+    return out.reshape(num_rows, chunk, heads, dim)
+
+
+def _kernel(*refs, tiles: int, tile: int):
+    """One step: a tile of the queries of one row over the pages that it sees.
+
+    Scalars: layer [1], table [R * M], used [steps] (pages that a step sees), first [R] (rank of a
+    row's first query), base [1, M + 1]. q and out are [KV, N, K]; pool stays where it is.
+    Scratch: buffer [2, pages, Z, 2KV, K] with a semaphore for either half, turn [1] (the half that
+    comes next), and of the softmax so far top and total [KV, N, 128] and acc [KV, N, K].
+    """
+    layer, table, used, first, base, q, pool, out, buffer, arrived, turn, top, total, acc = refs
+    _, pages, size, _, dim = buffer.shape
+    kv_heads, num_queries, _ = q.shape
+    width = base.shape[1] - 1
+    i = pl.program_id(0) * pl.num_programs(1) + pl.program_id(1)
+    is_last = pl.program_id(1) + 1 == pl.num_programs(1)
+    blocks = jax.lax.div(used[i] + pages - 1, pages)
+
+    def each_page(i, block, do):
+        """Does something for each page of a block that is seen."""
+        count = jnp.clip(used[i] - block * pages, 0, pages)
+        jax.lax.fori_loop(0, count, lambda p, _: do(p), None)
+
+    def fetch(i, block, half):
+        def start(p):
+            page = pool.at[layer[0], table[jax.lax.div(i, tiles) * width + block * pages + p]]
+            pltpu.make_async_copy(page, buffer.at[half, p], arrived.at[half]).start()
+
+        each_page(i, block, start)
+
+    def wait(block, half):
+        def one(p):  # all copies bring the same number of bytes, which is what is waited for
+            page = buffer.at[half, p]
+            pltpu.make_async_copy(page, page, arrived.at[half]).wait()
+
+        each_page(i, block, one)
+
+    def attend(block, half):
+        lane = jax.lax.broadcasted_iota(jnp.int32, (1, pages * size), 1)
+        page = jax.lax.div(lane, size)
+        start = end = jnp.zeros_like(lane)
+        for p in range(pages):  # of every slot: where its page starts and ends
+            column = block * pages + p
+            start = jnp.where(page == p, base[0, jnp.minimum(column, width)], start)
+            end = jnp.where(page == p, base[0, jnp.minimum(column + 1, width)], end)
+        entry = start + jax.lax.rem(lane, size)
+        query = jax.lax.broadcasted_iota(jnp.int32, (num_queries, 1), 0)
+        rank = first[jax.lax.div(i, tiles)] + jax.lax.rem(i, tiles) * tile
+        rank += jax.lax.div(query, num_queries // tile)
+        seen = (entry < end) & (entry <= rank)
+
+        for head in range(kv_heads):
+            k, v = _keys_values(buffer.at[half], head)
+            scores = _dot(q[head], k.astype(q.dtype), 1) * dim**-0.5
+            scores = jnp.where(seen, scores, _NEGATIVE)
+            old = top[head]
+            new = jnp.maximum(old, jnp.max(scores, axis=1, keepdims=True))
+            weights = jnp.exp(scores - _widen(new, scores.shape[1]))
+            scale = jnp.exp(old - new)
+            top[head] = new
+            total[head] = total[head] * scale + jnp.sum(weights, axis=1, keepdims=True)
+            values = _dot(weights.astype(q.dtype), v.astype(q.dtype), 0)
+            acc[head] = acc[head] * _widen(scale, dim) + values
+
+    def body(block, half):
+        more = block + 1 < blocks
+
+        @pl.when(more | ~is_last)
+        def _():
+            fetch(jnp.where(more, i, i + 1), jnp.where(more, block + 1, 0), 1 - half)
+
+        wait(block, half)
+        attend(block, half)
+        return 1 - half
+
+    @pl.when(pl.program_id(1) == 0)
+    def _():
+        def clear(p, _):  # slots that no copy reaches weigh 0, but 0 * NaN is NaN
+            at = jax.lax.div(p, pages), jax.lax.rem(p, pages)
+            buffer[at] = jnp.zeros(buffer.shape[2:], buffer.dtype)
+
+        jax.lax.fori_loop(0, 2 * pages, clear, None)
+        turn[0] = 0
+        fetch(i, 0, 0)
+
+    top[...] = jnp.full(top.shape, _NEGATIVE, top.dtype)
+    total[...] = jnp.zeros(total.shape, total.dtype)
+    acc[...] = jnp.zeros(acc.shape, acc.dtype)
+    turn[0] = jax.lax.fori_loop(0, blocks, body, turn[0])
+
+    @pl.when((blocks == 0) & ~is_last)  # a row at rest
+    def _():
+        fetch(i + 1, 0, turn[0])
+
+    for head in range(kv_heads):
+        seen = jnp.maximum(total[head], 1e-30)
+        out[head] = (acc[head] / _widen(seen, dim)).astype(out.dtype)
+
+
+def _keys_values(block, head):
+    """Key and value [S, K] of one head in a block [pages, Z, 2KV, K]: two of each 2KV lines."""
+    double, dim = block.shape[2:]
+    if block.dtype != jnp.bfloat16:
+        lines = block.reshape(-1, dim)
+        return lines[2 * head :: double, :], lines[2 * head + 1 :: double, :]
+    # Two lines share their 32-bit words: the key has the lower half, the value the upper.
+    words = block.bitcast(jnp.uint32).reshape(-1, dim)[head :: double // 2, :]
+    k = pltpu.bitcast(words << 16, jnp.float32)
+    v = pltpu.bitcast(words & jnp.uint32(0xFFFF0000), jnp.float32)
+    return k.astype(block.dtype), v.astype(block.dtype)
+
+
+def _dot(a, b, axis: int):
+    """a @ b (axis 0) or a @ b.T (axis 1) in float32."""
+    precision = "highest" if a.dtype == jnp.float32 else "default"
+    return jax.lax.dot_general(
+        a, b, (((1,), (axis,)), ((), ())), precision, preferred_element_type=jnp.float32
+    )
+
+
+def _widen(x, lanes: int):
+    """x [N, 128], the same in all lanes, as [N, lanes]: cheaper than to broadcast one lane."""
+    return jnp.tile(x, (1, -(-lanes // _LANES)))[:, :lanes]
+
+
+def plain_attention(q, pool, layer, table, base, ranks) -> jax.Array:
+    """The same by JAX's stock kernel, for rows whose pages are full but for the last one.
+
+    Slot z of page m has the rank m * Z + z; `base` is not looked at. Only bfloat16.
+    """
+    num_rows, chunk, heads, dim = q.shape
+    _, num_pages, size, double, _ = pool.shape
+    if dim % _LANES:
+        raise ValueError(f"head_dim is {dim}, needed is a multiple of {_LANES}")
+    if q.dtype != jnp.bfloat16 or pool.dtype != jnp.bfloat16:
+        raise ValueError(f"queries are {q.dtype}, pages {pool.dtype}, needed is bfloat16")
+    # To that kernel the queries of a row are its last `chunk` entries, and no row is empty: so
+    # padding queries stand for entries to come, and a row at rest for one that begins.
+    with jax.default_matmul_precision("default"):  # the kernel does not compile with another
+        out = ragged_paged_attention(
+            q.reshape(-1, heads, dim),
+            pool.reshape(-1, size, double, dim),
+            jnp.maximum(ranks[:, 0], 0) + chunk,
+            table + layer * num_pages,
+            jnp.arange(num_rows + 1, dtype=jnp.int32) * chunk,
+            jnp.array([num_rows], jnp.int32),
+            sm_scale=dim**-0.5,
+            num_kv_pages_per_block=min(max(1, _SLOTS // size), table.shape[1]),
+            num_queries_per_block=min(chunk, 32),
+            vmem_limit_bytes=_VMEM,
+        )
+    return out.reshape(q.shape)

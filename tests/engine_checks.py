@@ -1,0 +1,46 @@
+"""What must hold of any engine: its counts add up, and undisturbed answers do not change."""
+
+import numpy as np
+
+TIE = 1e-3  # a smaller margin may fall either way when sums are taken in another order
+
+
+def same(answer, other) -> int:
+    """Equal tokens up to a tie of `answer`, the undisturbed one; log-probs equal until then.
+    Returns how many ties there were, 0 or 1."""
+    length = min(len(answer.token_ids), len(other.token_ids))
+    differ = np.flatnonzero(answer.token_ids[:length] != other.token_ids[:length])
+    if len(differ):
+        # A tie may also shift what follows in depth-first order, so look at the margins before.
+        assert answer.margin[: differ[0] + 1][answer.logp[: differ[0] + 1] < 0].min() < TIE
+        length = differ[0]
+    else:
+        assert len(answer.token_ids) == len(other.token_ids)
+        assert answer.finish_reason == other.finish_reason
+    np.testing.assert_allclose(answer.logp[:length], other.logp[:length], atol=1e-4)
+    return int(len(differ) > 0)
+
+
+def recount(scheduler):
+    """Segments as the tables of all running answers list them, and pages as the live segments do,
+    against the counts; free, cached and held pages are disjoint and are all there are."""
+    tables = [table for job in scheduler.running for table in job.tables()]
+    segments = {id(segment): segment for table in tables for segment in table}
+    for segment in segments.values():
+        assert segment.refs == sum(segment in table for table in tables)
+    pool = scheduler.pages
+    refs = np.zeros(len(pool.refs), int)
+    for segment in segments.values():
+        np.add.at(refs, segment.pages, 1)
+    np.testing.assert_array_equal(refs, pool.refs)
+    writable = [p for job in scheduler.running for line in job.lines() for p in line.tail.pages]
+    assert (refs[writable] == 1).all(), "a page that grows is shared"
+    held = set(np.flatnonzero(refs).tolist())
+    free, cached = set(pool._free), set(pool._cached)
+    assert len(free) == len(pool._free)
+    assert not (held & free or held & cached or free & cached)
+    assert len(held) + len(free) + len(cached) == len(refs) - 1
+    assert cached <= set(pool._key)
+    assert {page: key for key, page in pool._published.items()} == pool._key
+    for before, _ in pool._published:
+        assert before == 0 or before in pool._key, "a cached page that nothing leads to"

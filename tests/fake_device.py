@@ -1,0 +1,195 @@
+"""A device in plain Python: pages hold (token, position), and what is drawn is a function of just
+what a table lists. So a finished answer can be checked against its own layout: had any page been
+given away too early, listed twice, or read at a wrong fill, another token would have come out.
+"""
+
+import dataclasses
+import functools
+
+import bigram
+import jax
+import numpy as np
+from engine_checks import recount
+
+from npr_jax.decode import Engine, EngineConfig, SamplingParams
+from npr_jax.decode.compiled import Drawn, LaneState, Steps
+
+_TABLE = np.cumsum(bigram.table(eos=0.01, nested=0.12), axis=1)
+PROMPTS = [[12, 13, 20], [22], list(range(9, 23)), [*range(9, 23), 20, 21, 22], [12] * 9]
+
+
+def draw(tokens, positions) -> int:
+    """The next token after what is seen, in order; a hash picks it from the table."""
+    ranks = np.arange(len(tokens), dtype=np.uint64)
+    mixed = (tokens.astype(np.uint64) * 0x9E3779B1 + positions.astype(np.uint64)) * 0x85EBCA77
+    mixed = (mixed ^ (mixed >> np.uint64(15))) * (2 * ranks + 0xC2B2AE3D)
+    total = int(mixed.sum()) & 0xFFFFFFFFFFFFFFFF
+    share = ((total ^ (total >> 29)) * 0xBF58476D1CE4E5B9 >> 11 & 0xFFFFFFFF) / 2**32
+    return int(np.searchsorted(_TABLE[tokens[-1]], share * _TABLE[tokens[-1], -1], side="right"))
+
+
+class Device:
+    """Stands in for the compiled steps."""
+
+    def __init__(self, config: EngineConfig):
+        self.cells = np.full((config.pages, config.page_size, 2), -1, np.int64)
+        self.steps = config.steps
+
+    def _seen(self, rows, r: int, rank: int):
+        """(tokens, positions) of the entries that row r sees up to `rank`."""
+        base, size = rows.base[r], self.cells.shape[1]
+        entry = base[:-1, None] + np.arange(size)
+        seen = (entry < base[1:, None]) & (entry <= rank)
+        cells = self.cells[rows.table[r]][seen]
+        assert (cells >= 0).all(), "an entry that was never written is read"
+        return cells[:, 0], cells[:, 1]
+
+    def _write(self, rows, r: int, rank: int, token: int, position: int) -> None:
+        column = int((rows.base[r, 1:] <= rank).sum())
+        page, slot = rows.table[r, column], rank - rows.base[r, column]
+        assert page > 0 and 0 <= slot < self.cells.shape[1], "a write outside the table"
+        self.cells[page, slot] = token, position
+
+    def prefill(self, params, pool, rows, tokens, positions, ranks):
+        for r, c in np.argwhere(ranks >= 0):
+            self._write(rows, r, ranks[r, c], tokens[r, c], positions[r, c])
+        for r, c in np.argwhere(ranks >= 0):
+            _, seen = self._seen(rows, r, ranks[r, c])
+            assert seen.max() == positions[r, c] and (seen < positions[r, c]).sum() == len(seen) - 1
+        return pool
+
+    def decode(self, params, pool, rows, state, restart, restarted, given, lanes, seen):
+        new = jax.tree.map(lambda a, b: np.where(restart, a, b), restarted, state)
+        tokens, positions, ranks, left, frozen = (
+            np.array(x) for x in (new.tokens, new.positions, new.ranks, new.left, new.frozen)
+        )
+        drawn = np.zeros((len(tokens), self.steps), np.int32)
+        count = np.zeros(len(tokens), np.int32)
+        stopped, step = np.zeros(len(tokens), bool), 0
+        for step in range(self.steps):
+            live = ~frozen & (left > 0) & (ranks < rows.base[:, -1])
+            if not live.any():
+                break
+            for r in np.flatnonzero(live):
+                self._write(rows, r, ranks[r], tokens[r], positions[r])
+            for r in np.flatnonzero(live):
+                token = draw(*self._seen(rows, r, ranks[r]))
+                drawn[r, step] = tokens[r] = token
+                stopped[r] = frozen[r] = token in lanes.stops[r]
+            count += live
+            positions, ranks, left = positions + live, ranks + live, left - live
+        figures = np.full(drawn.shape, -0.5, np.float32)
+        return (
+            pool,
+            LaneState(tokens, positions, ranks, left, frozen),
+            Drawn(drawn, figures, figures, figures, count, stopped, count * 0 + step),
+        )
+
+
+@functools.cache
+def _model():
+    return bigram.model()
+
+
+class Landed(np.ndarray):
+    """An array that is there at once."""
+
+    def is_ready(self) -> bool:
+        return True
+
+
+def engine_on_fake_device(config: EngineConfig) -> Engine:
+    """An engine whose every call to the device goes to `Device`."""
+    engine = Engine(_model(), config)
+    device, runner = Device(config), engine.runner
+
+    def decode(*args):
+        pool, state, drawn = device.decode(*args)
+        return pool, state, dataclasses.replace(drawn, count=drawn.count.view(Landed))
+
+    runner._steps = Steps(device.prefill, decode)
+    runner._put = lambda tree: tree
+    for name in ("_resting", "_sampling", "_lanes_state", "_device_rows", "_device_knobs"):
+        setattr(runner, name, jax.tree.map(np.array, getattr(runner, name)))
+    keys = lambda key, count: [np.zeros(2, np.uint32)] * count  # noqa: E731
+    runner.fold = engine._grower._fold_keys = keys
+    return engine
+
+
+def check_answer(answer) -> None:
+    """Every sampled token is what the function says of what the layout lets it see."""
+    tree, tokens = answer.layout, answer.token_ids
+    sampled = np.flatnonzero(~answer.forced)
+    for t in sampled[sampled >= answer.prompt_len]:
+        p = tree.pred[t]
+        k = np.arange(p + 1)
+        hidden = ((tree.hidden[: p + 1, :, 0] <= p) & (p < tree.hidden[: p + 1, :, 1])).any(axis=1)
+        assert draw(tokens[k[~hidden]], tree.positions[k[~hidden]]) == tokens[t]
+
+
+OPERATIONS = ("visit", "visit", "visit", "visit", "submit", "abort", "preempt", "forget")
+CONFIGS = [
+    EngineConfig(
+        lanes=lanes,
+        pages=pages,
+        page_size=size,
+        steps=steps,
+        header_rows=rows,
+        header_chunk=4,
+        prefill_rows=2,
+        prefill_chunk=chunk,
+        max_branches=4,
+        max_depth=3,
+    )
+    for lanes, pages, size, steps, rows, chunk in (
+        (4, 30, 4, 5, 4, 8),
+        (2, 60, 2, 3, 1, 5),
+        (7, 24, 8, 9, 3, 16),
+        (3, 90, 1, 4, 2, 8),
+    )
+]
+
+
+def run_program(config: EngineConfig, program: list[tuple[str, int]]) -> dict[str, int]:
+    """Runs (operation, argument) one after the other, then everything to its end; checks counts
+    after each, every answer at its end, and that nothing is held then. Returns the statistics."""
+    engine = engine_on_fake_device(config)
+    scheduler = engine.schedulers[0]
+    asked, answers = [], {}
+    budget = min(90, (config.pages - 8) * config.page_size - 20)
+
+    def collect():
+        while engine._events:
+            event = engine._events.popleft()
+            if event.kind == "finish":
+                assert event.request not in answers
+                answers[event.request] = event.trajectory
+
+    for operation, value in program:
+        if operation == "submit":
+            prompt = [*PROMPTS[value % len(PROMPTS)], 9 + value // 5 % 14]
+            sampling = SamplingParams(n=1 + value % 3, max_tokens=budget - value % 8 * budget // 9)
+            asked += engine.submit([prompt], sampling)
+        elif operation == "visit" and engine._jobs:
+            engine._visit()
+        elif operation == "abort" and asked:
+            engine.abort(asked[value % len(asked)])
+        elif operation == "preempt" and scheduler.running:
+            scheduler._preempt(scheduler.running[value % len(scheduler.running)])
+        elif operation == "forget":
+            engine.drop_prefix_cache()
+        recount(scheduler)
+        collect()
+    for _ in range(3000):
+        if not engine._jobs:
+            break
+        engine._visit()
+        recount(scheduler)
+        collect()
+    assert sorted(answers) == sorted(asked), "somebody starved"
+    for answer in answers.values():
+        check_answer(answer)
+    assert scheduler.pages.num_held == 0
+    engine._flight = None
+    reasons = {f"ends_{a.finish_reason}": 1 for a in answers.values()}
+    return engine.stats() | reasons

@@ -1,0 +1,94 @@
+"""Random programs of submit, visit, abort, preempt and forget on a device in plain Python."""
+
+from collections import Counter
+
+import bigram
+import numpy as np
+import pytest
+from fake_device import CONFIGS, OPERATIONS, Device, run_program
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from npr_jax.decode import grow
+from npr_jax.decode.pages import PagePool
+from npr_jax.decode.scheduler import Scheduler
+
+PROGRAMS = 2000
+operation = st.tuples(st.sampled_from(OPERATIONS), st.integers(0, 255))
+
+
+@pytest.fixture(autouse=True)
+def plans_without_numbers(monkeypatch):
+    monkeypatch.setattr(grow, "check_block", bigram.check_block_without_numbers)
+
+
+def test_random_programs_keep_every_page_right():
+    seen = Counter()
+
+    @settings(
+        max_examples=PROGRAMS, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+    )
+    @given(st.sampled_from(CONFIGS), st.lists(operation, min_size=8, max_size=30))
+    def programs(config, program):
+        stats = run_program(config, [("submit", 77), *program])
+        seen.update({"programs": 1} | {k: int(v) for k, v in stats.items() if v == int(v)})
+
+    programs()
+    print(dict(seen))
+    assert seen["programs"] >= PROGRAMS
+    for name in ("forks", "joins", "preemptions", "evictions", "cached_tokens", "ends_aborted"):
+        assert seen[name] > PROGRAMS / 20, name
+
+
+def faults():
+    """Mistakes that the programs must notice."""
+
+    def drop_too_early(self, pages):
+        PAGE_DROP(self, pages)
+        for page in pages[:1]:
+            if self.refs[page] > 0:
+                self._free.append(page)
+
+    def forget_to_hold(self, page):
+        self.refs[page] += 0
+
+    def hold_once_too_few(self, table):
+        for segment in table[:-1]:
+            segment.refs += 1
+        table[-1].refs += 1 if len(table) < 3 else 0
+
+    def keep_reserved(self, line):
+        self._stand_up(line)
+        line.tail.pages = line.tail.pages[:1]
+
+    yield PagePool, "drop", drop_too_early
+    yield PagePool, "hold", forget_to_hold
+    yield Scheduler, "hold", hold_once_too_few
+    yield Scheduler, "leave_lane", keep_reserved
+
+
+PAGE_DROP = PagePool.drop
+
+
+@pytest.mark.parametrize("owner, name, fault", list(faults()), ids=lambda x: getattr(x, "__name__", x))
+def test_the_programs_notice_a_fault(monkeypatch, owner, name, fault):
+    monkeypatch.setattr(owner, name, fault)
+    rng = np.random.default_rng(0)
+    with pytest.raises((AssertionError, ValueError, IndexError, KeyError)):
+        for _ in range(60):
+            picks = rng.integers(0, 256, (25, 2))
+            program = [(OPERATIONS[a % len(OPERATIONS)], int(b)) for a, b in picks]
+            run_program(CONFIGS[0], [("submit", 77), *program])
+
+
+def test_the_programs_notice_a_wrong_fill(monkeypatch):
+    seen = Device._seen
+
+    def all_slots(self, rows, r, rank):
+        tokens, positions = seen(self, rows, r, rank)
+        return (tokens[1:], positions[1:]) if len(tokens) > 9 else (tokens, positions)
+
+    monkeypatch.setattr(Device, "_seen", all_slots)
+    with pytest.raises(AssertionError):
+        for value in range(20):
+            run_program(CONFIGS[0], [("submit", 77 + value)])
