@@ -68,13 +68,12 @@ class Drawn:
     steps: jax.Array
 
 
-def _attend(rows: Rows, ranks: jax.Array, implementation: str):
+def _attend(rows: Rows, ranks: jax.Array, attention: Callable):
     """The model's `attend` over the pages: writes k and v at `ranks` i32[R, C] (-1: nowhere)."""
     column = jnp.sum(rows.base[:, None, 1:] <= ranks[:, :, None], axis=-1)  # [R, C]
     column = jnp.minimum(column, rows.table.shape[1] - 1)
     page = jnp.where(ranks < 0, 0, jnp.take_along_axis(rows.table, column, axis=1))
     offset = jnp.where(ranks < 0, 0, ranks - jnp.take_along_axis(rows.base, column, axis=1))
-    attention = paged_attention(implementation)
 
     def attend(q, k, v, layer, pool):
         new = jnp.stack([k, v], axis=3).reshape(*k.shape[:2], -1, k.shape[3])
@@ -97,7 +96,7 @@ def _prefill(
 
 def _decode(
     config: ModelConfig,
-    attention: str,
+    attention: Callable,
     steps: int,
     params,
     pool,
@@ -112,7 +111,7 @@ def _decode(
     """Up to N=`steps` steps of R lanes in one call.
 
     Args:
-      attention: an implementation of decode/attention.py.
+      attention: of decode/attention.py.
       rows: tables with pages reserved for steps to come; a lane waits at the end of its table.
       state: of the last call. Lanes where `restart` bool[R] take `restarted` instead.
       given: i32[R, N], tokens to take instead of drawing, or -1.
@@ -195,7 +194,7 @@ def _decode(
 class Steps(NamedTuple):
     """The compiled steps: prefill(params, pool, rows, tokens, positions, ranks) -> pool and
     decode(params, pool, rows, state, restart, restarted, given, lanes, seen)
-    -> (pool, state, Drawn); the pool and the state are donated."""
+    -> (pool, state, Drawn); the pool is donated."""
 
     prefill: Callable
     decode: Callable
@@ -209,10 +208,13 @@ def compiled(config: ModelConfig, attention: str, steps: int, mesh: Mesh | None 
     hold the replica's own page numbers, and its loop ends when its own lanes rest. Over `tensor`
     XLA partitions what is inside, as the parameters and the pool are laid out.
     """
-    prefill = functools.partial(_prefill, config, attention)
-    decode = functools.partial(_decode, config, attention, steps)
+    attend = paged_attention(attention)
+    if mesh is not None:
+        attend = _over_heads(config, attention, attend, mesh)
+    prefill = functools.partial(_prefill, config, attend)
+    decode = functools.partial(_decode, config, attend, steps)
     if mesh is None:
-        return Steps(jax.jit(prefill, donate_argnums=1), jax.jit(decode, donate_argnums=(1, 3)))
+        return Steps(jax.jit(prefill, donate_argnums=1), jax.jit(decode, donate_argnums=1))
     pool, rows = P(None, "data"), P("data")
     shard = functools.partial(jax.shard_map, mesh=mesh, axis_names={"data"}, check_vma=False)
     prefill = shard(prefill, in_specs=(P(), pool, rows, rows, rows, rows), out_specs=pool)
@@ -222,8 +224,29 @@ def compiled(config: ModelConfig, attention: str, steps: int, mesh: Mesh | None 
     split = NamedSharding(mesh, rows)
     return Steps(
         jax.jit(prefill, donate_argnums=1, out_shardings=laid_out),
-        jax.jit(decode, donate_argnums=(1, 3), out_shardings=(laid_out, split, everywhere)),
+        jax.jit(decode, donate_argnums=1, out_shardings=(laid_out, split, everywhere)),
     )
+
+
+def _over_heads(config: ModelConfig, name: str, attend: Callable, mesh: Mesh) -> Callable:
+    """Every shard of `tensor` attends with its own heads. Where KV heads do not divide XLA finds
+    out what each needs, which it cannot do for a kernel."""
+    shards = mesh.shape["tensor"]
+    if config.num_kv_heads % shards == 0:
+        heads = P(None, None, "tensor")
+        return jax.shard_map(
+            attend,
+            in_specs=(heads, P(None, None, None, "tensor"), P(), P(), P(), P()),
+            out_specs=heads,
+            axis_names={"tensor"},
+            check_vma=False,
+        )
+    if name == "pallas":
+        raise ValueError(
+            f"num_kv_heads={config.num_kv_heads} does not divide by tensor={shards}, as the "
+            "kernels need: make tensor smaller, or set attention to 'gather'"
+        )
+    return attend
 
 
 def pool_spec(config: ModelConfig, mesh: Mesh) -> P:

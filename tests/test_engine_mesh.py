@@ -1,0 +1,154 @@
+"""One device, eight host devices in several shapes, and two processes of four: the same tokens."""
+
+import dataclasses
+import functools
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import bigram
+import jax
+import numpy as np
+import pytest
+from engine_checks import recount, same
+
+from npr_jax.decode import Engine, EngineConfig, SamplingParams, grow
+from npr_jax.model.params import Weight
+from npr_jax.model.sharding import DECODE_RULES, decode_shardings, resolve
+
+CONFIG = EngineConfig(
+    lanes=4,
+    pages=120,
+    page_size=4,
+    steps=5,
+    header_rows=4,
+    header_chunk=4,
+    prefill_rows=2,
+    prefill_chunk=16,
+    max_branches=4,
+    max_depth=3,
+)
+PROMPTS = [[12, 13, 20], [22], list(range(10, 21)) * 3]
+SHAPES = [(2, 4), (4, 2), (8, 1)]  # the model has 4 heads and 2 KV heads: 4 shards have too few
+
+
+def decode_all(mesh):
+    """Greedy and seeded answers, and the engine; run in every process of a mesh alike."""
+    engine = Engine(bigram.model(), CONFIG, mesh)
+    seeded = SamplingParams(n=4, max_tokens=100, seed=(1, 2, 3))
+    answers = engine.generate(PROMPTS, seeded)
+    answers += engine.generate(PROMPTS, SamplingParams(max_tokens=60, temperature=0))
+    return engine, answers
+
+
+@pytest.fixture(autouse=True)
+def plans_without_numbers(monkeypatch):
+    monkeypatch.setattr(grow, "check_block", bigram.check_block_without_numbers)
+
+
+@functools.cache
+def one_device():
+    return decode_all(None)[1]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_mesh_gives_the_tokens_of_one_device(shape):
+    undisturbed = one_device()
+    mesh = jax.make_mesh(shape, ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    engine, answers = decode_all(mesh)
+    ties = sum(same(a, b) for a, b in zip(undisturbed, answers, strict=True))
+    print(f"{shape}: {ties} ties in {len(answers)} answers")
+    assert ties <= 1
+    assert len(engine.schedulers) == shape[0]
+    for scheduler in engine.schedulers:
+        recount(scheduler)
+        assert scheduler.pages.num_held == 0
+    stats = engine.stats()
+    assert stats["lanes"] == 4 * shape[0]
+    assert stats["forks"] > 5
+    pool = engine.runner._pool
+    split = shape[1] if 2 % shape[1] == 0 else 1  # KV heads that do not divide are on every shard
+    expected = (3, CONFIG.pages, CONFIG.page_size, 4 // split, 24)
+    assert {s.data.shape for s in pool.addressable_shards} == {expected}
+    wq = engine.runner.params["layers"][0]["wq"]
+    assert wq.addressable_shards[0].data.shape == (96, 96 // shape[1])
+
+
+def test_every_replica_works_and_shares_its_prompts():
+    mesh = jax.make_mesh((4, 1), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    engine = Engine(bigram.model(), CONFIG, mesh)
+    prompt = list(range(9, 23)) * 2
+    engine.generate([prompt], SamplingParams(n=16, max_tokens=8, parallel=False))
+    assert engine.stats()["prefill_tokens"] == 4 * (len(prompt) - 1)  # once per replica
+    assert all(scheduler.pages.num_cached for scheduler in engine.schedulers)
+    engine.drop_prefix_cache()
+    before = engine.stats()["prefill_tokens"]
+    engine.generate([[*prompt, i] for i in range(9, 13)], SamplingParams(n=4, max_tokens=8))
+    assert engine.stats()["prefill_tokens"] - before == 4 * len(prompt)
+
+
+def test_layouts_that_cannot_be_are_refused():
+    config = bigram.model().config
+    mesh = jax.make_mesh((1, 8), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    with pytest.raises(ValueError, match="wo: heads=4 does not divide by tensor=8"):
+        decode_shardings(config, mesh)
+    weight = Weight((8, 8), ("heads", "mlp"), None)
+    with pytest.raises(ValueError, match="two axes of w go to 'tensor'"):
+        resolve("w", weight, {}, DECODE_RULES, mesh)
+    with pytest.raises(ValueError, match="logical axis 'colour', for which there is no rule"):
+        resolve("w", Weight((8,), ("colour",), None), {}, DECODE_RULES, mesh)
+    with pytest.raises(ValueError, match="heads goes to 'rows'; the mesh has"):
+        resolve("w", weight, {}, DECODE_RULES | {"heads": "rows"}, mesh)
+
+
+def test_two_processes_give_the_tokens_of_one_device(tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "JAX_PLATFORMS": "cpu",
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, address, str(i), str(tmp_path / f"{i}.json")],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    errors = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    first, second = (json.loads((tmp_path / f"{i}.json").read_text()) for i in range(2))
+    assert first == second  # every process knows every answer
+    ties = 0
+    for answer, other in zip(one_device(), first, strict=True):
+        arrays = {name: np.array(x) for name, x in other.items() if isinstance(x, list)}
+        ties += same(answer, dataclasses.replace(answer, **(other | arrays)))
+    assert ties <= 1
+
+
+def _process(address: str, number: int, path: Path) -> None:
+    jax.config.update("jax_default_matmul_precision", "highest")
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(address, num_processes=2, process_id=number)
+    grow.check_block = bigram.check_block_without_numbers
+    mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    _, answers = decode_all(mesh)
+    rows = [
+        {
+            "token_ids": a.token_ids.tolist(),
+            "logp": a.logp.tolist(),
+            "finish_reason": a.finish_reason,
+        }
+        for a in answers
+    ]
+    path.write_text(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    _process(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))
