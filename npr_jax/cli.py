@@ -1,5 +1,6 @@
 """The command line: one verb, one function. Heavy modules are imported when a verb runs."""
 
+import functools
 import json
 import os
 import sys
@@ -92,7 +93,8 @@ def generate(
     from npr_jax.generate import generate as run
 
     settings = load_config(GenerateConfig, config, overrides or ())
-    written, bad = run(model, source, target, settings, lambda line: typer.echo(line, err=True))
+    tell = functools.partial(typer.echo, err=True)
+    written, bad = run(model, source, target, settings, warn=tell, tell=tell)
     typer.echo(f"{written} answers written to {target}, {bad} bad lines left out")
 
 

@@ -6,11 +6,13 @@ or "prompt" (text that is continued as it is). Answers are appended as they fini
 
 import dataclasses
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 from npr_jax.answers import extract
+from npr_jax.compilation import DEFAULT_CACHE, use_cache
 from npr_jax.decode import Engine, EngineConfig, SamplingParams, Trajectory
 from npr_jax.metrics import Progress
 from npr_jax.pretrained import load
@@ -24,11 +26,15 @@ class GenerateConfig:
     Attributes:
       dtype: of weights and cache, "float32" or "bfloat16".
       engine, sampling: see EngineConfig and SamplingParams; line k gets seed `sampling.seed` + k.
+      compilation_cache: where compiled programs are kept for the next run; null keeps none.
+      stats: a file to which the engine's statistics are added every ten seconds, as JSONL.
     """
 
     dtype: str = "float32"
     engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
     sampling: SamplingParams = dataclasses.field(default_factory=SamplingParams)
+    compilation_cache: str | None = str(DEFAULT_CACHE)
+    stats: str | None = None
 
     def __post_init__(self):
         if not isinstance(self.sampling.seed, int):
@@ -49,16 +55,20 @@ def generate(
     target: Path,
     config: GenerateConfig,
     warn: Callable[[str], None],
+    tell: Callable[[str], None] = lambda line: None,
 ) -> tuple[int, int]:
     """Answers every line of `source` into `target`: returns (answers written, bad lines).
 
     `target` gets an object per answer: line (from 1), sample, input (the line's object), text,
     prediction (content of the last `\\boxed{}` or null), finish_reason, detail, and figures. Lines
     that it already has answers to are skipped. A line that is no request, or that the engine would
-    refuse, is reported through `warn` by its number, and left out.
+    refuse, is reported through `warn` by its number, and left out. `tell` hears how compilation
+    goes.
 
     Raises ValueError if `target` holds answers to other lines.
     """
+    if config.compilation_cache:
+        use_cache(config.compilation_cache)
     loaded = load(model, dtype=config.dtype)
     engine = Engine(loaded, config.engine)
     requests, bad = read_requests(source, engine, config.sampling, warn)
@@ -68,7 +78,9 @@ def generate(
     sampling = dataclasses.replace(
         config.sampling, seed=tuple(config.sampling.seed + request.line for request in todo)
     )
-    written = 0
+    if todo:
+        compile_all(engine, config, tell)
+    written, told = 0, time.monotonic()
     with (
         target.open("a", encoding="utf-8") as file,
         Progress("generate", len(requests) * len(samples), "answer", len(done)) as progress,
@@ -86,8 +98,28 @@ def generate(
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
             file.flush()
             written += 1
-            progress.advance()
+            stats = engine.stats()
+            progress.advance(1, {"tokens/s": stats["tokens_per_s"]})
+            if config.stats and time.monotonic() - told > 10:
+                engine.write_stats(config.stats)
+                told = time.monotonic()
+    if config.stats:
+        engine.write_stats(config.stats)
     return written, bad
+
+
+def compile_all(engine: Engine, config: GenerateConfig, tell: Callable[[str], None]) -> None:
+    """Compiles every shape before the first answer, and tells what that took."""
+
+    def show(done: int, total: int) -> None:
+        tell(f"compile: {done}/{total} programs")
+
+    found = engine.warmup(config.sampling, show)
+    if found["compiled"]:
+        what = f"{found['compiled']} compiled, {found['from_cache']} from the cache"
+    else:
+        what = "nothing had to be compiled"
+    tell(f"compile: {what}, {found['seconds']:.1f} s")
 
 
 def read_requests(

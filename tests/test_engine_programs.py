@@ -70,7 +70,9 @@ def faults():
 PAGE_DROP = PagePool.drop
 
 
-@pytest.mark.parametrize("owner, name, fault", list(faults()), ids=lambda x: getattr(x, "__name__", x))
+@pytest.mark.parametrize(
+    "owner, name, fault", list(faults()), ids=lambda x: getattr(x, "__name__", x)
+)
 def test_the_programs_notice_a_fault(monkeypatch, owner, name, fault):
     monkeypatch.setattr(owner, name, fault)
     rng = np.random.default_rng(0)

@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import re
+import subprocess
+import sys
 
 import pytest
 from train_toy import tiny
@@ -39,7 +42,14 @@ def home(tmp_path_factory):
 
 def config(**sampling):
     settings = load_config(
-        GenerateConfig, "generate", ["engine.lanes=4", "engine.pages=64", "sampling.max_tokens=24"]
+        GenerateConfig,
+        "generate",
+        [
+            "engine.lanes=4",
+            "engine.pages=64",
+            "sampling.max_tokens=24",
+            "compilation_cache=null",
+        ],
     )
     return dataclasses.replace(
         settings, sampling=dataclasses.replace(settings.sampling, **sampling)
@@ -91,3 +101,31 @@ def test_a_cut_off_run_goes_on(home, tmp_path):
 def test_seed_must_be_one_number():
     with pytest.raises(ValueError, match=r"sampling\.seed"):
         GenerateConfig(sampling=SamplingParams(seed=(1, 2)))
+
+
+def test_a_second_run_compiles_nothing_and_says_so(home, tmp_path):
+    script = (
+        "import sys; from npr_jax.cli import main; sys.argv = ['npr-jax', *sys.argv[1:]]; main()"
+    )
+    said = []
+    for run in range(2):
+        command = ["generate", "--model", home / "model", "--input", home / "input.jsonl"]
+        command += ["--output", tmp_path / f"{run}.jsonl"]
+        for change in (
+            f"compilation_cache={tmp_path / 'cache'}",
+            f"stats={tmp_path / 'stats.jsonl'}",
+            "engine.lanes=2",
+            "sampling.max_tokens=8",
+        ):
+            command += ["--set", change]
+        done = subprocess.run(
+            [sys.executable, "-c", script, *map(str, command)], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        said.append(done.stderr)
+    assert "compile: 1/4 programs" in said[0]
+    assert re.search(r"compile: \d+ compiled, 0 from the cache", said[0])
+    assert "compile: nothing had to be compiled" in said[1]
+    assert records(tmp_path / "0.jsonl") == records(tmp_path / "1.jsonl")
+    stats = records(tmp_path / "stats.jsonl")
+    assert len(stats) == 2 and all(row["sampled_tokens"] > 0 for row in stats)
