@@ -1,5 +1,5 @@
 # Every target sets up what it needs; nothing is installed outside this folder.
-.PHONY: help install demo test lint test-real clean
+.PHONY: help install libtpu demo test lint test-real clean
 .DEFAULT_GOAL := help
 
 VENV := .venv
@@ -14,6 +14,10 @@ REAL_STAMP := $(REAL_VENV)/.installed-$(shell echo $(REAL_PINS) $(REAL_GGUF) | c
 REAL_DIR := build/smollm2
 
 NPR_SHARED ?= ../shared
+
+# The TPU compiler has a place of its own: where JAX finds it, it looks for TPUs.
+LIBTPU := libtpu==0.0.52
+LIBTPU_DIR := build/libtpu
 
 # $(call make_venv,DIR): a venv from the first Python that is new enough and can make one.
 define make_venv
@@ -41,7 +45,12 @@ demo: install  ## teach a tiny model to reason in parallel, and show it
 	$(VENV)/bin/npr-jax demo
 
 test: install  ## run the tests
-	$(VENV)/bin/python -m pytest -m "not real"
+	PYTHONPATH=$(LIBTPU_DIR) $(VENV)/bin/python -m pytest -m "not real"
+
+$(LIBTPU_DIR)/libtpu: | $(STAMP)
+	$(VENV)/bin/python -m pip install -q --no-deps --target $(LIBTPU_DIR) $(LIBTPU)
+
+libtpu: $(LIBTPU_DIR)/libtpu  ## bring the TPU compiler (Linux on x86), for the tests that use it
 
 lint: install  ## check style and format
 	$(VENV)/bin/ruff check .

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from npr_jax.decode.compiled import Rows, decode, prefill
+from npr_jax.decode.compiled import LaneState, Rows, compiled, pool_shape
 from npr_jax.decode.sampling import LaneSampling
 from npr_jax.model import PRESETS, abstract_params
 from npr_jax.train.step import Objective, OptimizerConfig, new_state, train_step
@@ -103,8 +103,7 @@ def _train(config, sharding):
 
 
 def _pool(config, sharding):
-    kv = (2, config.num_kv_heads, config.head_dim)
-    return _array((config.num_layers, PAGES, PAGE_SIZE, *kv), "bfloat16", sharding)
+    return _array(pool_shape(config, PAGES, PAGE_SIZE), "bfloat16", sharding)
 
 
 def _rows(rows, sharding):
@@ -130,12 +129,14 @@ def _decode(config, sharding):
         top_p=floats(),
         penalty=floats(),
     )
-    return decode.lower(
-        config,
+    state = LaneState(*(ints() for _ in range(4)), _array((LANES,), "bool", sharding))
+    return compiled(config, "pallas", STEPS).decode.lower(
         _shapes(abstract_params(config, "bfloat16"), sharding),
         _pool(config, sharding),
         _rows(LANES, sharding),
-        *(ints() for _ in range(4)),
+        state,
+        _array((LANES,), "bool", sharding),
+        state,
         ints(STEPS),
         lanes,
         None,
@@ -144,8 +145,7 @@ def _decode(config, sharding):
 
 def _prefill(config, sharding):
     chunk = [_array((PREFILL_ROWS, PREFILL_CHUNK), "int32", sharding) for _ in range(3)]
-    return prefill.lower(
-        config,
+    return compiled(config, "pallas", STEPS).prefill.lower(
         _shapes(abstract_params(config, "bfloat16"), sharding),
         _pool(config, sharding),
         _rows(PREFILL_ROWS, sharding),

@@ -31,6 +31,10 @@ def paged_attention(implementation: str):
     """The function of that name; "pallas" is the kernel of the platform that compiles."""
     if implementation == "gather":
         return gather
+    if implementation == "plain":  # the runner's, for prompts on a TPU
+        from npr_jax.decode.attention_tpu import plain_attention
+
+        return plain_attention
     if implementation == "blockwise":
         return blockwise
     if implementation != "pallas":

@@ -91,7 +91,7 @@ def paged_attention(q, pool, layer, table, base, ranks, interpret=False) -> jax.
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),
             vmem_limit_bytes=_VMEM,
-            disable_bounds_checks=True,  # they double the time that it takes to start a copy
+            disable_bounds_checks=True,  # they double the instructions that start a copy
         ),
         name="npr_paged_attention",
         interpret=interpret,

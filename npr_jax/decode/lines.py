@@ -31,6 +31,7 @@ class Segment:
         self.margin: list[float] = []
         self.forced: list[bool] = []
         self.pages: list[int] = []
+        self.row: np.ndarray | None = None  # `pages` as an array; None where they have changed
         self.computed = 0  # tokens whose keys are in `pages`
         self.published = 0  # pages of a prompt that the pool's cache knows
         self.refs = 0  # tables that list it

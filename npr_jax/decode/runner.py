@@ -6,6 +6,7 @@ that still writes to it is in flight.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -15,7 +16,15 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from npr_jax.decode.attention import default_implementation
-from npr_jax.decode.compiled import Drawn, LaneState, Rows, compiled, pool_shape, pool_spec
+from npr_jax.decode.compiled import (
+    Drawn,
+    LaneState,
+    Rows,
+    Steps,
+    compiled,
+    pool_shape,
+    pool_spec,
+)
 from npr_jax.decode.config import EngineConfig
 from npr_jax.decode.lines import Line, Segment
 from npr_jax.decode.sampling import LaneSampling, SamplingParams, fold_branches
@@ -46,12 +55,18 @@ class Runner:
     def __init__(self, model_config, params, config: EngineConfig, mesh: Mesh | None = None):
         self.model_config, self.config, self.mesh = model_config, config, mesh
         self.replicas = mesh.shape["data"] if mesh else 1
-        self._steps = compiled(
-            model_config, config.attention or default_implementation(), config.steps, mesh
-        )
+        attention = config.attention or default_implementation()
+        dtype = jax.numpy.dtype(config.cache_dtype or params["embed"].dtype)
+        self._steps = compiled(model_config, attention, config.steps, mesh)
+        # Prompts, whose pages are full but the last, are what the stock kernel of a TPU can do.
+        stock = attention == "pallas" and jax.default_backend() == "tpu"
+        stock = stock and model_config.head_dim % 128 == 0 and dtype == jax.numpy.bfloat16
+        self._prompt_steps = self._steps
+        if stock and params["embed"].dtype == dtype:
+            self._prompt_steps = compiled(model_config, "plain", config.steps, mesh)
         self.set_params(params)
         lanes = self.replicas * config.lanes
-        self._pool = self._make_pool(config.cache_dtype or params["embed"].dtype)
+        self._pool = self._make_pool(dtype)
         self._shapes = tuple(
             dict.fromkeys(
                 (
@@ -93,7 +108,11 @@ class Runner:
 
     def warmup(self, penalised: bool, progress: Callable[[int, int], None] | None = None) -> int:
         """Compiles every shape this engine can need; returns how many."""
-        calls = [lambda s=shape: self._prefill_call([], *s) for shape in self._shapes]
+        calls = [
+            functools.partial(self._prefill_call, [], *shape, steps)
+            for steps in dict.fromkeys((self._prompt_steps, self._steps))
+            for shape in self._shapes
+        ]
         calls.append(lambda: self._decode_call([], False))
         if penalised:
             calls.append(lambda: self._decode_call([], True))
@@ -170,7 +189,7 @@ class Runner:
 
         return min(self._shapes, key=cost)
 
-    def _prefill_call(self, work, rows: int, chunk: int) -> None:
+    def _prefill_call(self, work, rows: int, chunk: int, steps: Steps | None = None) -> None:
         rows *= self.replicas
         tokens = np.zeros((rows, chunk), np.int32)
         positions = np.zeros((rows, chunk), np.int32)
@@ -184,7 +203,10 @@ class Runner:
             positions[r, :count] = segment.start + first + number
             ranks[r, :count] = segment.offset + first + number
         arrays = self._put((Rows(table, base), tokens, positions, ranks))
-        self._pool = self._steps.prefill(self.params, self._pool, *arrays)
+        if steps is None:
+            branches = any(segment.before for _, _, segment, _ in work)
+            steps = self._steps if branches else self._prompt_steps
+        self._pool = steps.prefill(self.params, self._pool, *arrays)
 
     def _decode_call(self, lines: Sequence[Line], penalised: bool, counts=()) -> Drawn:
         restart, state = self._update_lanes(lines)
@@ -309,7 +331,9 @@ def _write_row(table: np.ndarray, base: np.ndarray, segments: Sequence[Segment],
     used = entries = 0
     for segment in segments:
         count = len(segment.pages)
-        table[used : used + count] = segment.pages
+        if segment.row is None:
+            segment.row = np.array(segment.pages, np.int32)
+        table[used : used + count] = segment.row
         base[used : used + count] = entries + size * np.arange(count)
         used += count
         entries += size * count if segment is segments[-1] else len(segment.tokens)

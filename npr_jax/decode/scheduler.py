@@ -124,6 +124,7 @@ class Scheduler:
                 if pages is None:
                     return "pages"
                 segment.pages.extend(pages)
+                segment.row = None
         return None
 
     def leave_lane(self, line: Line) -> None:
@@ -134,6 +135,7 @@ class Scheduler:
             keep = math.ceil(len(segment.tokens) / self.config.page_size)
             self.pages.drop(segment.pages[keep:])
             del segment.pages[keep:]
+            segment.row = None
 
     def _stand_up(self, line: Line) -> None:
         if line.lane is not None:
@@ -152,6 +154,7 @@ class Scheduler:
             if segment.refs == 0:
                 self.pages.drop(segment.pages)
                 segment.pages, segment.computed, segment.published = [], 0, 0
+                segment.row = None
 
     def next_page(self, segment: Segment) -> tuple[int, tuple[int, ...]] | None:
         """What identifies the next whole page of a prompt to be computed: the page before, and its
@@ -181,6 +184,7 @@ class Scheduler:
         if index < len(segment.pages):
             self.pages.drop([segment.pages[index]])
         segment.pages[index : index + 1] = [page]
+        segment.row = None
         segment.published += 1
 
     def computed(self, segment: Segment, count: int) -> None:

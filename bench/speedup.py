@@ -1,0 +1,108 @@
+"""Replays one trace with real branches and as one line of text: what parallel decoding gains.
+
+    python bench/speedup.py
+
+The ids are given, so both sides compute exactly the same tokens, one step each. The ideal is total
+tokens over critical path. Batch 1: one answer at a time, in an engine with one lane per branch
+against an engine with one lane. Writes bench/results/speedup.json.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import statistics
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from models import NEW_LINE, SHAPES, TAGS, make_model
+
+from npr_jax import Engine, EngineConfig
+
+PROMPT, TAKEAWAY, PAGE = 64, 16, 16
+CASES = [("tiny", width, length) for length in (256, 1024) for width in (1, 2, 3, 4, 5)]
+CASES += [("mid", width, 256) for width in (1, 3, 5)]
+
+
+def trace(name: str, width: int, length: int) -> list[int]:
+    """A prompt, and a block of `width` steps of `length` tokens each."""
+    text = iter(np.random.default_rng(0).integers(20, SHAPES[name]["vocab"], 100_000).tolist())
+
+    def some(count: int) -> list[int]:
+        return [next(text) for _ in range(count)]
+
+    ids = [*some(PROMPT), TAGS.guideline_open]
+    for number in range(width):
+        ids += [TAGS.plan_open, 8 + number, *some(6), TAGS.plan_close]
+    ids.append(TAGS.guideline_close)
+    for number in range(width):
+        head = TAGS.step_headers[number]
+        ids += [*head, *some(length - len(head) - 1), TAGS.step_close]
+    ids += [*TAGS.takeaway_header, *some(TAKEAWAY), NEW_LINE, TAGS.takeaway_close]
+    return ids
+
+
+def engine(model, lanes: int, entries: int) -> Engine:
+    pages = entries // PAGE + 4 * lanes + 8
+    config = EngineConfig(
+        lanes=lanes, pages=pages + 1, page_size=PAGE, table_pages=pages, steps=32, header_rows=8
+    )
+    made = Engine(model, config)
+    made.warmup()
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--repeats", type=int, default=5)
+    repeats, rows = parser.parse_args().repeats, []
+    for name, width, length in CASES:
+        model, ids = make_model(name), trace(name, width, length)
+        sides = {
+            "parallel": engine(model, width, len(ids)),
+            "sequential": engine(model, 1, len(ids)),
+        }
+        times: dict[str, list[float]] = {side: [] for side in sides}
+        for number in range((1 if name == "mid" else repeats) + 1):
+            for side, made in sides.items():  # by turns
+                made.drop_prefix_cache()
+                begun = time.perf_counter()
+                (answer,) = made.replay([(ids, PROMPT)], parallel=side == "parallel")
+                if number:
+                    times[side].append(time.perf_counter() - begun)
+                if side == "parallel":
+                    tree = answer.layout
+        parallel, sequential = (statistics.median(times[side]) for side in sides)
+        ideal = tree.total_len / tree.critical_path_len
+        rows.append(
+            {
+                "model": name,
+                "width": width,
+                "branch_tokens": length,
+                "tokens": tree.total_len,
+                "critical_path": tree.critical_path_len,
+                "parallel_s": round(parallel, 3),
+                "sequential_s": round(sequential, 3),
+                "parallel_tokens_per_s": round(tree.total_len / parallel, 1),
+                "sequential_tokens_per_s": round(tree.total_len / sequential, 1),
+                "speedup": round(sequential / parallel, 2),
+                "ideal": round(ideal, 2),
+                "share_of_ideal": round(sequential / parallel / ideal, 2),
+            }
+        )
+        print(json.dumps(rows[-1]), flush=True)
+    record = {
+        "date": datetime.date.today().isoformat(),
+        "device": jax.devices()[0].device_kind,
+        "cores": len(os.sched_getaffinity(0)),
+        "jax": jax.__version__,
+        "rows": rows,
+    }
+    path = Path(__file__).parent / "results" / "speedup.json"
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
