@@ -40,10 +40,8 @@ def main() -> None:
     limits = last_line([sys.executable, str(HERE / "roofline.py"), "--measure"], HERE)
     cases = []
     for model, batch in CASES:
-        large = model == "mid" and batch == 64  # minutes a run: one round, peers with fewer runs
-        rounds, repeats = (1, 2) if large else (args.rounds, args.repeats)
-        if model == "mid" and batch == 16:
-            rounds, repeats = args.rounds, 3
+        large = model == "mid" and batch > 1  # minutes a run: one round, fewer runs of the others
+        rounds, repeats = (1, max(1, 48 // batch)) if large else (args.rounds, args.repeats)
         runs: dict[str, list[dict]] = {"npr_jax": []} | {name: [] for name in peers}
         for _ in range(rounds):
             ours = [sys.executable, str(HERE / "decode.py"), "--model", model]

@@ -442,6 +442,10 @@ def test_requests_may_come_while_others_run():
             answers[event.request] = event.trajectory
     assert len(answers) == 5
     assert same(alone, answers[late]) == 0
+    (early,) = engine.submit([[22]], sampling)
+    assert len(engine.generate([[12, 20]], SamplingParams(max_tokens=30))) == 1
+    (kept,) = [e for e in engine.stream() if e.kind == "finish"]  # generate took only its own
+    assert kept.request == early and same(alone, kept.trajectory) == 0
 
 
 def test_weights_are_swapped_between_batches_only():

@@ -1,12 +1,12 @@
-"""Paged attention on a GPU: a Pallas kernel with the face of attention.py.
+"""Paged attention on a GPU: a Pallas kernel for any table. The face is that of attention.py.
 
-One program works on a tile of queries of one row, one key head, and one share of the pages that the
-row sees; a small sum over the shares follows (split-K, as in flash-decoding), so that one row with
-a long table fills the GPU too. Work follows what a table holds, not how long it may be.
+One program of the kernel takes a tile of the queries of one row that share a key head, and one
+stretch of the slots that these queries see. So a few long rows fill a GPU as well as many short
+ones; XLA merges the stretches of a row afterwards.
 
-Written for Pallas' Triton backend: what its interpreter and its lowering show on a machine without a
-GPU is what runs. Mosaic GPU, its successor, multiplies tiles of 64 rows at least, where a decode
-step has the 2 to 8 queries of one key head.
+The kernel is for the Triton backend of Pallas, which compiles it for every GPU since Ampere and
+multiplies float32 as such. What Mosaic GPU, its successor, has for products in jax 0.10.2 is
+`wgmma` (Hopper only) and `tcgen05_mma` (Blackwell only), with float32 cut to tf32.
 """
 
 import functools
@@ -14,134 +14,139 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
+from jax.experimental.pallas import triton as plgpu
 
 _NEGATIVE = -1e30  # finite, so that a query that sees nothing stays finite
-_ENTRIES = 64  # that a program takes at a time
-_QUERIES = 64  # lines of a tile at most: queries times their group
-_LEAST = 16  # lines that a product needs
-_PROGRAMS = 512  # that keep a GPU busy
+_LEAST = 16  # lines and lanes of a matrix that Triton multiplies
+# What a program holds, so that it fits into the registers and shared memory of all these GPUs.
+_LINES = 128  # queries, and of these so many numbers by their bytes: float32 takes more registers
+_LINES_SIZE = {2: 2**14, 4: 2**12}
+_BLOCK, _BLOCK_BYTES = 64, 2**14  # slots at a time: their keys, and as much again of values
+_STRETCH = 256  # slots that are worth a program of their own
+_ALL_LINES = 2**15  # of all programs together up to which rows are cut into stretches
 
 
 def paged_attention(q, pool, layer, table, base, ranks, interpret=False) -> jax.Array:
     """Attends over the pages of each row; see attention.py.
 
+    Nobody checks page ids: one that is not in the pool reads other memory.
+
     Args:
-      q: [R, C, H, K], K a power of two from 16.
-      pool: [L, P, Z, 2KV, K], Z a power of two; read where it lies.
-      layer, table, base, ranks: see attention.py.
-      interpret: runs on a CPU.
+      q: [R, C, H, K]; K is a power of two, 16 or more.
+      pool: [L, P, Z, 2KV, K], read where it lies; slots that nobody sees are not read.
+      layer: i32[].
+      table: i32[R, M].
+      base: i32[R, M + 1].
+      ranks: i32[R, C].
+      interpret: True to run on a CPU.
 
     Returns:
       [R, C, H, K]
     """
     num_rows, chunk, heads, dim = q.shape
-    layers, num_pages, size, double, _ = pool.shape
+    _, _, size, double, _ = pool.shape
     kv_heads = double // 2
-    group = heads // kv_heads
-    for name, value in (("head_dim", dim), ("page_size", size)):
-        least = _LEAST if name == "head_dim" else 1
-        if value < least or value & (value - 1):
-            raise ValueError(f"{name} is {value}, needed is a power of two from {least}")
+    if dim < _LEAST or dim & (dim - 1):
+        raise ValueError(f"head_dim is {dim}, needed is a power of two, {_LEAST} or more")
 
-    tile = min(chunk, max(1, _QUERIES // group))
-    tiles = -(-chunk // tile)
-    lines = max(_LEAST, pl.next_power_of_2(tile * group))
-    pages = max(1, _ENTRIES // size)
-    steps = -(-table.shape[1] // pages)
-    splits = max(1, min(steps, _PROGRAMS // (num_rows * tiles * kv_heads)))
-
-    # [R * tiles, KV, N, K]: the queries of one key head, and the rank that each line sees up to
-    pad = tiles * tile - chunk
-    q = jnp.pad(q, ((0, 0), (0, pad), (0, 0), (0, 0)))
-    q = q.reshape(num_rows * tiles, tile, kv_heads, group, dim).swapaxes(1, 2)
-    q = q.reshape(num_rows * tiles, kv_heads, tile * group, dim)
-    q = jnp.pad(q, ((0, 0), (0, 0), (0, lines - tile * group), (0, 0)))
-    limit = jnp.pad(ranks, ((0, 0), (0, pad)), constant_values=-1).reshape(-1, tile)
-    last = jnp.max(limit, axis=1)
-    limit = jnp.repeat(limit, group, axis=1)
-    limit = jnp.pad(limit, ((0, 0), (0, lines - tile * group)), constant_values=-1)
-    used = jnp.sum(jnp.repeat(base[:, :-1], tiles, axis=0) <= last[:, None], axis=1)
-    # A program reads whole groups of columns: past the last there is nothing, in page 0.
-    short = -table.shape[1] % pages + pages
-    start = jnp.pad(base[:, :-1], ((0, 0), (0, short)), mode="edge")
-    stop = jnp.pad(base[:, 1:], ((0, 0), (0, short)), mode="edge")
-    stop = stop.at[:, table.shape[1] :].set(0)
-    table = jnp.pad(table, ((0, 0), (0, short))) + layer * num_pages
-
-    out = jax.ShapeDtypeStruct((num_rows * tiles, kv_heads, splits, lines, dim), jnp.float32)
-    sums = jax.ShapeDtypeStruct(out.shape[:-1], jnp.float32)
-    row = pl.BlockSpec((None, table.shape[1]), lambda i, h, s: (i // tiles, 0))
-    acc, top, total = pl.pallas_call(
-        functools.partial(_kernel, pages=pages, splits=splits),
-        grid=(num_rows * tiles, kv_heads, splits),
-        in_specs=[
-            pl.BlockSpec((None, None, lines, dim), lambda i, h, s: (i, h, 0, 0)),
-            pl.BlockSpec((None, lines), lambda i, h, s: (i, 0)),
-            pl.BlockSpec((None,), lambda i, h, s: (i,)),
-            row,
-            row,
-            row,
-            pl.BlockSpec(memory_space=pl.ANY) if interpret else pl.no_block_spec,
-        ],
-        out_specs=[
-            pl.BlockSpec((None, None, None, lines, dim), lambda i, h, s: (i, h, s, 0, 0)),
-            pl.BlockSpec((None, None, None, lines), lambda i, h, s: (i, h, s, 0)),
-            pl.BlockSpec((None, None, None, lines), lambda i, h, s: (i, h, s, 0)),
-        ],
-        out_shape=[out, sums, sums],
-        compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
+    lines = chunk * (heads // kv_heads)  # queries of a row that share a key head
+    tile = min(_LINES, _LINES_SIZE[q.dtype.itemsize] // dim, pl.next_power_of_2(lines))
+    tile = max(_LEAST, tile)
+    tiles = pl.cdiv(lines, tile)
+    stretches = min(
+        pl.cdiv(_ALL_LINES, num_rows * tiles * kv_heads * tile),
+        pl.cdiv(table.shape[1] * size, _STRETCH),
+    )
+    used = jnp.sum(base[:, None, :-1] <= ranks[:, :, None], axis=-1, dtype=jnp.int32)
+    out, weight = pl.pallas_call(
+        functools.partial(_kernel, tile=tile, tiles=tiles),
+        grid=(kv_heads, num_rows * tiles, stretches),
+        out_shape=(
+            jax.ShapeDtypeStruct((stretches, *q.shape), q.dtype if stretches == 1 else jnp.float32),
+            jax.ShapeDtypeStruct((stretches, *q.shape[:-1]), jnp.float32),
+        ),
+        # Three stages bring page ids and then pages; two more bring the next block of pages.
+        compiler_params=plgpu.CompilerParams(
+            num_warps=4 if tile < _LINES else 8, num_stages=5 if tile == _LEAST else 3
+        ),
         name="npr_paged_attention",
         interpret=interpret,
-    )(q, limit, used.astype(jnp.int32), table, start, stop, pool.reshape(-1, *pool.shape[2:]))
-
-    best = jnp.max(top, axis=2, keepdims=True)
-    scale = jnp.exp(top - best)
-    total = jnp.sum(total * scale, axis=2)
-    out = jnp.sum(acc * scale[..., None], axis=2) / jnp.maximum(total, 1e-30)[..., None]
-    out = out[:, :, : tile * group].reshape(num_rows, tiles, kv_heads, tile, group, dim)
-    out = out.swapaxes(2, 3).reshape(num_rows, tiles * tile, heads, dim)
-    return out[:, :chunk].astype(q.dtype)
+    )(jnp.reshape(layer, 1), table, base, ranks, used, q, pool)
+    if stretches == 1:
+        return out[0]
+    weight = jax.nn.softmax(weight, axis=0)[..., None]
+    return jnp.sum(weight * out, axis=0).astype(q.dtype)
 
 
-def _kernel(q, limit, used, table, start, stop, pool, acc, top, total, *, pages, splits):
-    """One tile of queries q [N, K] over its share of the pages.
+def _kernel(layer, table, base, ranks, used, q, pool, out, weight, *, tile: int, tiles: int):
+    """One program; all arguments are whole.
 
-    limit i32[N], used i32[], table, start, stop i32[M]: what lines see, how many pages any of them
-    does, the pages and their first and last ranks; acc [N, K], top, total [N]: its softmax.
+    used [R, C]: pages that hold something that a query sees. out [S, R, C, H, K] is what a query
+    is told by each stretch, weight [S, R, C, H] the logarithm of what that weighs.
     """
-    head, split = pl.program_id(1), pl.program_id(2)
-    lines, dim = q.shape
-    size = pool.shape[1]
-    queries, upto = q[...], limit[...]
-    precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
-    product = functools.partial(triton.dot, precision=precision)
-    count = pl.cdiv(used[...], pages)
-    share = pl.cdiv(count, splits)
+    _, chunk, heads, dim = q.shape
+    _, _, size, double, _ = pool.shape
+    group = heads // (double // 2)
+    block = min(_BLOCK, _BLOCK_BYTES // (dim * pool.dtype.itemsize))
+    head, i, stretch = (pl.program_id(axis) for axis in range(3))
+    row = jax.lax.div(i, tiles)
+    lane = jnp.arange(dim)[None]
 
-    def step(i, carry):
+    line = jax.lax.rem(i, tiles) * tile + jnp.arange(tile)
+    query, query_head = jax.lax.div(line, group), head * group + jax.lax.rem(line, group)
+    real = query < chunk
+    real_lanes = jnp.broadcast_to(real[:, None], (tile, dim))
+    at = row, query[:, None], query_head[:, None], lane
+    queries = plgpu.load(q.at[at], mask=real_lanes, other=0)
+    rank = plgpu.load(ranks.at[row, query], mask=real, other=-1)
+    last = jnp.max(rank)
+
+    end = jnp.max(plgpu.load(used.at[row, query], mask=real, other=0)) * size
+    span = jnp.maximum(pl.cdiv(end, pl.num_programs(2)), _STRETCH)
+    span = pl.cdiv(span, block) * block
+    begin = stretch * span
+    end = jnp.minimum(begin + span, end)
+
+    def body(j, carry):
         top, total, acc = carry
-        here = pl.ds(i * pages, pages)
-        listed = table[here]
-        entry = start[here][:, None] + jnp.arange(size)[None, :]
-        inside = entry < stop[here][:, None]
-        entry = jnp.where(inside, entry, jnp.iinfo(jnp.int32).max).reshape(1, pages * size)
-        k = pool[listed, :, 2 * head, :].reshape(pages * size, dim)
-        v = pool[listed, :, 2 * head + 1, :].reshape(pages * size, dim)
-        scores = product(queries, k.astype(q.dtype).T) * dim**-0.5
-        seen = entry <= upto[:, None]
+        slot = begin + j * block + jnp.arange(block)
+        column, offset = jax.lax.div(slot, size), jax.lax.rem(slot, size)
+        inside = slot < end
+        page = plgpu.load(table.at[row, column], mask=inside, other=0)
+        entry = plgpu.load(base.at[row, column], mask=inside, other=0) + offset
+        stop = plgpu.load(base.at[row, column + 1], mask=inside, other=0)
+        listed = (entry < stop) & (entry <= last)
+
+        def load(which):  # what nobody sees may be anything, and 0 * NaN is NaN
+            at = layer[0], page[:, None], offset[:, None], 2 * head + which, lane
+            mask = jnp.broadcast_to(listed[:, None], (block, dim))
+            return plgpu.load(pool.at[at], mask=mask, other=0).astype(q.dtype)
+
+        scores = _dot(queries, load(0), 1) * dim**-0.5
+        seen = listed[None] & (entry[None] <= rank[:, None])
         scores = jnp.where(seen, scores, _NEGATIVE)
         new = jnp.maximum(top, jnp.max(scores, axis=1))
-        p = jnp.where(seen, jnp.exp(scores - new[:, None]), 0.0)
+        p = jnp.exp(scores - new[:, None])  # 1 while a query sees nothing: scaled away later
         scale = jnp.exp(top - new)
-        out = product(p.astype(q.dtype), v.astype(q.dtype))
-        return new, total * scale + jnp.sum(p, axis=1), acc * scale[:, None] + out
+        told = _dot(p.astype(q.dtype), load(1), 0)
+        return new, total * scale + jnp.sum(p, axis=1), acc * scale[:, None] + told
 
-    empty = (
-        jnp.full((lines,), _NEGATIVE, jnp.float32),
-        jnp.zeros((lines,), jnp.float32),
-        jnp.zeros((lines, dim), jnp.float32),
+    start = (
+        jnp.full(tile, _NEGATIVE, jnp.float32),
+        jnp.zeros(tile, jnp.float32),
+        jnp.zeros((tile, dim), jnp.float32),
     )
-    first = split * share
-    end = jnp.minimum(first + share, count)
-    top[...], total[...], acc[...] = jax.lax.fori_loop(first, end, step, empty)
+    blocks = pl.cdiv(jnp.maximum(end - begin, 0), block)
+    top, total, acc = jax.lax.fori_loop(0, blocks, body, start)
+    total = jnp.maximum(total, 1e-30)
+    told = (acc / total[:, None]).astype(out.dtype)
+    plgpu.store(out.at[(stretch, *at)], told, mask=real_lanes)
+    plgpu.store(weight.at[stretch, row, query, query_head], top + jnp.log(total), mask=real)
+
+
+def _dot(a, b, axis: int):
+    """a @ b (axis 0) or a @ b.T (axis 1) in float32."""
+    precision = "highest" if a.dtype == jnp.float32 else "default"
+    return jax.lax.dot_general(
+        a, b, (((1,), (axis,)), ((), ())), precision, preferred_element_type=jnp.float32
+    )

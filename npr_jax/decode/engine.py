@@ -73,9 +73,11 @@ class Engine:
 
         lanes_busy, lanes, pages_free, pages_cached, pages_held, unfinished;
         visits, decode_steps, sampled_tokens, prefill_calls, prefill_tokens, cached_tokens (of
-        prompts, not computed again), evictions, forks, joins, preemptions, compilations;
-        seconds (of visits), tokens_per_s, host_us_per_visit, and device_wait_share: the part of
-        the time in which the device may have had nothing to do (an upper bound).
+        prompts, not computed again), evictions, forks, joins, preemptions, compilations (of the
+        process, since the engine was made);
+        seconds (of visits), tokens_per_s, host_us_per_visit, host_share (of the time in which the
+        host does not wait), and device_wait_share: the part of the time in which the device may
+        have had nothing to do (an upper bound).
         """
         figures = {
             "lanes_busy": sum(len(s.active) for s in self.schedulers),
@@ -346,12 +348,15 @@ class Engine:
 
     def _answers(self, requests: list[int], progress=None) -> list[Trajectory]:
         answers: dict[int, Trajectory] = {}
-        wanted = set(requests)
+        wanted, others = set(requests), []
         for event in self._stream(tokens=False):
-            if event.kind == "finish" and event.request in wanted:
+            if event.request not in wanted:
+                others.append(event)
+            elif event.kind == "finish":
                 answers[event.request] = event.trajectory
                 if progress:
                     progress(len(answers), len(requests))
+        self._events.extend(others)  # what was submitted before is for the next stream
         return [answers[request] for request in requests]
 
     def _stream(self, tokens: bool) -> Iterator[Event]:
@@ -558,5 +563,6 @@ class _Clock:
             "seconds": self.seconds,
             "tokens_per_s": tokens / seconds,
             "host_us_per_visit": 1e6 * (self.seconds - self.waited) / max(1, self.visits),
+            "host_share": (self.seconds - self.waited) / seconds,
             "device_wait_share": self.idle / seconds,
         }

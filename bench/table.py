@@ -1,0 +1,122 @@
+"""Writes the performance tables of README.md from the files in bench/results/.
+
+python bench/table.py            # rewrites the README
+python bench/table.py --check    # exit code 1 if the README is not what the results say
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results"
+BEGIN, END = "<!-- performance: made by bench/table.py -->", "<!-- end of performance -->"
+
+
+def load(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def markdown(head: list[str], rows: list[list]) -> list[str]:
+    lines = [head, ["---"] * len(head), *rows]
+    return ["| " + " | ".join(str(cell) for cell in line) + " |" for line in lines]
+
+
+def decoding() -> list[str]:
+    found, roof = load("decode"), {(r["model"], r["batch"]): r for r in load("roofline")["rows"]}
+    peers = [name for name in found["cases"][0]["sides"] if name != "npr_jax"]
+    rows = []
+    for case in found["cases"]:
+        sides, limit = case["sides"], roof[case["model"], case["batch"]]
+        rows.append(
+            [
+                case["model"],
+                case["batch"],
+                f"{sides['npr_jax']['tokens_per_s']:,}",
+                *(f"{sides[name]['tokens_per_s']:,}" for name in peers),
+                case.get("ratio", ""),
+                f"{100 * limit['share_of_bandwidth']:.0f}%",
+                f"{100 * limit['share_of_peak']:.0f}%",
+            ]
+        )
+    limits = found["limits"]
+    versions = {name: found["cases"][0]["sides"][name]["version"] for name in peers}
+    head = ["model", "batch", "npr_jax", *peers, "ratio to the best", "of bandwidth", "of peak"]
+    return [
+        f"Tokens/s, prompt 128, 128 new tokens, greedy, float32, one core of a {limits['device']} "
+        f"machine with {limits['gb_per_s']} GB/s and {limits['gflop_per_s']} GFLOP/s (measured), "
+        f"{found['date']}; "
+        + ", ".join(f"{name} {version}" for name, version in versions.items())
+        + ". The last two columns: what a decode step of npr_jax reaches of these limits.",
+        "",
+        *markdown(head, rows),
+    ]
+
+
+def parallel() -> list[str]:
+    found = load("speedup")
+    rows = [
+        [
+            row["model"],
+            row["width"],
+            row["branch_tokens"],
+            f"{row['sequential_s']:.2f}",
+            f"{row['parallel_s']:.2f}",
+            row["speedup"],
+            row["ideal"],
+            f"{100 * row['share_of_ideal']:.0f}%",
+        ]
+        for row in found["rows"]
+    ]
+    head = ["model", "branches", "tokens each", "as text, s", "parallel, s", "speed-up", "ideal"]
+    return [
+        f"One answer, the same given tokens decoded as one line and with real branches "
+        f"({found['device']}, {found['cores']} cores):",
+        "",
+        *markdown([*head, "reached"], rows),
+    ]
+
+
+def small_figures() -> list[str]:
+    fork, programs = load("fork"), load("programs")
+    tiny = next(
+        case["sides"]["npr_jax"]
+        for case in load("decode")["cases"]
+        if (case["model"], case["batch"]) == ("tiny", 64)
+    )
+    short, long = fork["prefix_tokens"]["1024"], fork["prefix_tokens"]["16384"]
+    happened = programs["happened"]
+    return [
+        f"- A fork into {fork['width']} branches costs the host {short['fork_us']:.0f} µs behind "
+        f"1,024 tokens and {long['fork_us']:.0f} µs behind 16,384; a join {short['join_us']:.0f} "
+        f"and {long['join_us']:.0f} µs. No key is copied.",
+        f"- At 64 lanes of the tiny model the host works {tiny['host_us_per_visit']:,.0f} µs per "
+        f"visit, with {1 / tiny['visits_per_token']:,.0f} tokens a visit; the device waits for at "
+        f"most {100 * tiny['device_wait_share']:.1f}% of the time.",
+        f"- {programs['programs']:,} random programs of the scheduler ({happened['operations']:,} "
+        f"operations, {happened['forks']:,} forks, {happened['preemptions']:,} preemptions): "
+        f"{programs['failures']} failures.",
+    ]
+
+
+def text() -> str:
+    parts = [decoding(), parallel(), small_figures()]
+    return "\n".join(line for part in parts for line in [*part, ""])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    readme = ROOT / "README.md"
+    old = readme.read_text(encoding="utf-8")
+    begin, end = old.index(BEGIN) + len(BEGIN), old.index(END)
+    new = f"{old[:begin]}\n{text()}{old[end:]}"
+    if check:
+        sys.exit(0 if new == old else 1)
+    readme.write_text(new, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
