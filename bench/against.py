@@ -4,7 +4,8 @@
 
 DIR holds bench_hf_decode.py and bench_tunix_decode.py, which print one JSON line for a model, a
 batch and the same prompts and lengths; PYTHON is the interpreter of the library's own environment.
-Writes bench/results/decode.json after every case, with the machine's own limits.
+Writes bench/results/decode.json after every case, with the machine's own limits. Nothing else
+should run on the machine meanwhile.
 """
 
 import argparse
@@ -33,13 +34,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--scripts", type=Path, required=True)
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON")
+    parser.add_argument("--case", action="append", metavar="MODEL:BATCH", help="default: all")
     parser.add_argument("--rounds", type=int, default=2, help="of all sides, by turns")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs per round")
     args = parser.parse_args()
     peers = dict(peer.split("=", 1) for peer in args.peer)
     limits = last_line([sys.executable, str(HERE / "roofline.py"), "--measure"], HERE)
-    cases = []
-    for model, batch in CASES:
+    wanted = [(m, int(b)) for m, b in (case.split(":") for case in args.case or ())] or CASES
+    cases = {}
+    if args.case and RESULTS.exists():  # the others stay as they are
+        found = json.loads(RESULTS.read_text(encoding="utf-8"))["cases"]
+        cases = {(case["model"], case["batch"]): case for case in found}
+    for model, batch in wanted:
         large = model == "mid" and batch > 1  # minutes a run: one round, fewer runs of the others
         rounds, repeats = (1, max(1, 48 // batch)) if large else (args.rounds, args.repeats)
         runs: dict[str, list[dict]] = {"npr_jax": []} | {name: [] for name in peers}
@@ -71,10 +77,11 @@ def main() -> None:
         others = [case["sides"][name]["tokens_per_s"] for name in peers]
         if others:
             case["ratio"] = round(case["sides"]["npr_jax"]["tokens_per_s"] / max(others), 2)
-        cases.append(case)
+        cases[model, batch] = case
         print(json.dumps(case), flush=True)
         record = {"date": ours["date"], "device": ours["device"], "cores": 1, "limits": limits}
-        RESULTS.write_text(json.dumps(record | {"cases": cases}, indent=1) + "\n")
+        record["cases"] = [cases[key] for key in CASES if key in cases]
+        RESULTS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

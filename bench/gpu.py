@@ -1,10 +1,11 @@
-"""Checks the GPU kernel of paged attention on a GPU, and times it against the oracle.
+"""Checks and times the attention kernel on a GPU, against the XLA gather that is the oracle.
 
     python bench/gpu.py
 
-Every shape is first compared with `gather` (exit code 1 if one differs), then both are timed.
-Prints a JSON line per shape and a table, and writes bench/results/gpu.json. Bandwidth counts the
-keys and values that the rows see, once.
+Writes bench/results/gpu.json. The times are of one layer in decoding: of several steps in one
+program, each over another layer of the pool, the median of seven runs. `gb_per_s` counts the keys
+and values that the rows see, `copy_gb_per_s` what a copy on this GPU reads and writes.
+Exits with 1 if a check fails.
 """
 
 import datetime
@@ -13,6 +14,7 @@ import json
 import statistics
 import sys
 import time
+from importlib.metadata import distributions
 from pathlib import Path
 
 import jax
@@ -21,102 +23,191 @@ import numpy as np
 
 from npr_jax.decode.attention import gather
 from npr_jax.decode.attention_gpu import paged_attention
+from npr_jax.model import PRESETS
 
-HEADS, KV_HEADS, DIM, LAYERS = 32, 8, 128, 4  # a layer of Qwen3-4B
-RUNS = 7
-CHECKS = [  # rows, chunk, page size, context, dtype
-    (5, 1, 16, 700, "float32"),
-    (5, 1, 64, 3000, "bfloat16"),
-    (1, 1, 16, 16000, "bfloat16"),
-    (4, 5, 16, 900, "bfloat16"),
-    (4, 128, 16, 1500, "bfloat16"),
-    (2, 256, 64, 4000, "bfloat16"),
-]
-TIMED = [(rows, 1, 16, context) for context in (1024, 4096, 16384) for rows in (1, 16, 64)]
-TIMED += [(4, 128, 16, context) for context in (1024, 4096, 16384)]
-
-
-def make_case(rows, chunk, size, context, dtype, layers=LAYERS, seed=0):
-    """Tables of about `context` entries, every fourth page filled in part, last queries last."""
-    rng = np.random.default_rng(seed)
-    width = -(-context // size) + 8
-    table = 1 + rng.permutation(rows * width).reshape(rows, width)
-    fills = np.full((rows, width), size)
-    fills[:, 3::4] = rng.integers(1, size + 1, fills[:, 3::4].shape)
-    base = np.concatenate([np.zeros((rows, 1), int), np.cumsum(fills, axis=1)], axis=1)
-    ranks = base[:, -1:] - size - chunk + np.arange(chunk)
-    keys = jax.random.split(jax.random.key(seed))
-    pool = jax.random.normal(keys[0], (layers, rows * width + 1, size, 2 * KV_HEADS, DIM), dtype)
-    q = jax.random.normal(keys[1], (rows, chunk, HEADS, DIM), dtype)
-    i32 = functools.partial(jnp.asarray, dtype=jnp.int32)
-    return (q, pool, i32(layers - 1), i32(table), i32(base), i32(ranks)), int(ranks.max(1).sum())
-
-
-def seconds(function, *args) -> float:
-    """Median of some runs, each of several calls behind each other."""
-    function(*args).block_until_ready()
-    begun = time.perf_counter()
-    function(*args).block_until_ready()
-    calls = max(1, int(0.02 / (time.perf_counter() - begun)))
-    times = []
-    for _ in range(RUNS):
-        begun = time.perf_counter()
-        for _ in range(calls):
-            out = function(*args)
-        out.block_until_ready()
-        times.append((time.perf_counter() - begun) / calls)
-    return statistics.median(times)
+MODEL = "qwen3-4b"
+CONTEXTS, BATCHES, PAGE_SIZES = (1024, 4096, 16384), (1, 16, 64), (16, 64)
+POOL_BYTES, STEPS, RUNS = 9 * 2**30, 36, 7
+COPY_BYTES = 2**30
+# Rows, queries of a row, entries of a row, page size, heads, KV heads, head_dim, dtype, layers. The
+# pool of the second is larger than 4 GiB.
+CHECKS = (
+    (4, 1, 16384, 16, 32, 8, 128, "bfloat16", 2),
+    (32, 1, 2048, 64, 32, 8, 128, "bfloat16", 12),
+    (1, 1, 16384, 16, 32, 8, 128, "bfloat16", 2),
+    (4, 128, 4096, 16, 32, 8, 128, "bfloat16", 2),
+    (4, 256, 4096, 64, 32, 8, 128, "bfloat16", 2),
+    (4, 8, 1024, 32, 32, 8, 128, "bfloat16", 2),
+    (4, 32, 1024, 16, 16, 8, 64, "bfloat16", 2),
+    (8, 1, 4096, 16, 32, 8, 128, "float32", 2),
+    (4, 128, 1024, 16, 32, 8, 128, "float32", 2),
+    (4, 5, 200, 4, 4, 2, 32, "float32", 2),
+)
+# What a query's result may be off by, as a part of its length.
+TOLERANCE = {"bfloat16": 1e-2, "float32": 5e-5}
 
 
 def main() -> None:
     if jax.default_backend() != "gpu":
-        raise SystemExit(f"this needs a GPU; JAX runs on {jax.default_backend()!r} here")
-    kernel, oracle = jax.jit(paged_attention), jax.jit(gather)
-    failed = 0
-    for rows, chunk, size, context, dtype in CHECKS:
-        case, _ = make_case(rows, chunk, size, context, dtype)
-        with jax.default_matmul_precision("highest"):
-            out, expected = (np.asarray(f(*case), np.float32) for f in (kernel, oracle))
-        error = float(np.abs(out - expected).max())
-        good = error < (1e-4 if dtype == "float32" else 2e-2)
-        failed += not good
-        what = dict(rows=rows, chunk=chunk, page_size=size, context=context, dtype=dtype)
-        print(json.dumps({"check": what, "error": error, "good": good}), flush=True)
-    words = jnp.ones(1 << 28, jnp.float32)
-    copy = 2 * words.nbytes / seconds(jax.jit(lambda x: x + 1), words) / 1e9
-    del words
-    results = []
-    for rows, chunk, size, context in TIMED:
-        case, seen = make_case(rows, chunk, size, context, "bfloat16", layers=1)
-        bytes_read = seen * 2 * KV_HEADS * DIM * 2
-        ours, theirs = seconds(kernel, *case), seconds(oracle, *case)
-        results.append(
-            {
-                "rows": rows,
-                "chunk": chunk,
-                "context": context,
-                "kernel_us": round(1e6 * ours, 1),
-                "gather_us": round(1e6 * theirs, 1),
-                "speedup": round(theirs / ours, 2),
-                "gb_per_s": round(bytes_read / ours / 1e9, 1),
-                "share_of_copy": round(bytes_read / ours / 1e9 / copy, 3),
-            }
-        )
-        print(json.dumps(results[-1]), flush=True)
+        sys.exit(f"bench/gpu.py needs a GPU that JAX can use; it found {jax.default_backend()}")
+    copy = _copy_speed()
     record = {
         "date": datetime.date.today().isoformat(),
         "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-        "copy_gb_per_s": round(copy, 1),
-        "failed_checks": failed,
-        "results": results,
+        "versions": {
+            d.name: d.version
+            for d in distributions()
+            if d.name.lower().startswith(("jax", "numpy"))
+        },
+        "model": MODEL,
+        "copy_gb_per_s": round(copy / 1e9),
+        "checks": [],
+        "times": [],
     }
+    print(json.dumps({k: v for k, v in record.items() if v != []}), flush=True)
+    for case in CHECKS:
+        record["checks"].append(_check(*case))
+        print(json.dumps(record["checks"][-1]), flush=True)
+    for size in PAGE_SIZES:
+        for context in CONTEXTS:
+            for batch in BATCHES:
+                record["times"].append(_time(batch, context, size, copy))
+                print(json.dumps(record["times"][-1]), flush=True)
     path = Path(__file__).parent / "results" / "gpu.json"
+    path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(" | ".join(results[0]))
-    for row in results:
-        print(" | ".join(str(value) for value in row.values()))
-    sys.exit(1 if failed else 0)
+    _print_table(record)
+    failed = sum(not check["ok"] for check in record["checks"])
+    sys.exit(f"{failed} of {len(CHECKS)} checks failed" if failed else 0)
+
+
+def _check(rows, chunk, context, size, heads, kv_heads, dim, dtype, layers) -> dict:
+    """Random rows: pages filled in part, one shared page, a row at rest, fewer queries than C."""
+    rng = np.random.default_rng(rows)
+    table, base = _tables(rng, rows, context, size, least=1)
+    table[:, 0] = table[0, 0]
+    ranks = np.full((rows, chunk), -1, np.int32)
+    for r in range(rows):
+        count = chunk if r == 0 else int(rng.integers(1, chunk + 1))
+        first = base[r, -1] - count if r == 0 else int(rng.integers(0, base[r, -1] - count + 1))
+        if r != 1:
+            ranks[r, :count] = np.arange(first, first + count)
+    pages = int(table.max()) + 1
+    pool = _numbers((layers, pages, size, 2 * kv_heads, dim), dtype)
+    q = 3 * _numbers((rows, chunk, heads, dim), dtype)
+    args = (pool, jnp.int32(layers - 1), *map(jnp.asarray, (table, base, ranks)))
+    out = jax.jit(paged_attention)(q, *args)
+    with jax.default_matmul_precision("highest"):
+        expected = jax.jit(gather)(q.astype(jnp.float32), *args)
+    out, expected = (np.asarray(x, np.float32)[ranks >= 0] for x in (out, expected))
+    error = np.linalg.norm(out - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
+    return {
+        "rows": rows,
+        "queries": chunk,
+        "context": context,
+        "page_size": size,
+        "heads": [heads, kv_heads, dim],
+        "dtype": dtype,
+        "pool_gib": round(pool.nbytes / 2**30, 1),
+        "error": float(error.max()),
+        "ok": bool(error.max() < TOLERANCE[dtype]),  # NaN is not
+    }
+
+
+def _time(batch, context, size, copy) -> dict:
+    """Seconds of one layer of a decode step, by the kernel and by gather."""
+    config = PRESETS[MODEL]
+    table, base = _tables(np.random.default_rng(0), batch, context, size, least=size)
+    seen = batch * context * 4 * config.num_kv_heads * config.head_dim  # bytes of a layer
+    layers = int(np.clip(POOL_BYTES // seen, 2, STEPS))  # so many that no cache holds them
+    kv = (2 * config.num_kv_heads, config.head_dim)
+    result = {"batch": batch, "context": context, "page_size": size, "kv_mib": seen / 2**20}
+    try:
+        pool = _numbers((layers, int(table.max()) + 1, size, *kv), "bfloat16")
+        q = _numbers((batch, 1, config.num_heads, config.head_dim), "bfloat16")
+        ranks = jnp.asarray(base[:, -1:] - 1)
+        args = (q, pool, jnp.asarray(table), jnp.asarray(base), ranks)
+        for name, attend in (("kernel", paged_attention), ("gather", gather)):
+            seconds = _seconds(functools.partial(_steps, attend, layers), *args) / STEPS
+            result[f"{name}_us"] = round(seconds * 1e6, 1)
+            result[f"{name}_gb_per_s"] = round(seen / seconds / 1e9)
+            result[f"{name}_of_copy"] = round(seen / seconds / copy, 2)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        result["out_of_memory"] = True
+    return result
+
+
+def _steps(attend, layers, q, pool, table, base, ranks):
+    """STEPS times attention, as in the layers of a model: each step waits for the last."""
+
+    def step(i, q):
+        return attend(q, pool, i % layers, table, base, ranks)
+
+    return jax.lax.fori_loop(0, STEPS, step, q)
+
+
+def _copy_speed() -> float:
+    """Bytes per second that an elementwise operation reads and writes."""
+
+    def copies(x):
+        return jax.lax.fori_loop(0, STEPS, lambda i, x: x + i.astype(x.dtype), x)
+
+    x = jnp.zeros(COPY_BYTES // 4, jnp.float32)
+    return 2 * COPY_BYTES * STEPS / _seconds(copies, x)
+
+
+def _seconds(function, *args) -> float:
+    function = jax.jit(function)
+    for _ in range(2):
+        jax.block_until_ready(function(*args))
+    runs = []
+    for _ in range(RUNS):
+        begun = time.perf_counter()
+        jax.block_until_ready(function(*args))
+        runs.append(time.perf_counter() - begun)
+    return statistics.median(runs)
+
+
+def _tables(rng, rows, context, size, least):
+    """Tables and bases of rows that hold `context` entries, `least` or more of them in a page."""
+    fills = []
+    for _ in range(rows):
+        fill = rng.integers(least, size + 1, -(-context // least))
+        ends = np.minimum(np.cumsum(fill), context)
+        fills.append(np.diff(ends[: 1 + np.argmax(ends == context)], prepend=0))
+    width = max(map(len, fills)) + 2
+    base = np.zeros((rows, width + 1), np.int32)
+    base[:, 1:] = np.cumsum([np.pad(fill, (0, width - len(fill))) for fill in fills], axis=1)
+    table = 1 + rng.permutation(rows * width).reshape(rows, width).astype(np.int32)
+    return np.where(np.diff(base, axis=1) > 0, table, 0), base
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _numbers(shape, dtype) -> jax.Array:
+    """Numbers in -1..1 that look random, made where they lie: a pool may take most of a GPU."""
+    n = jnp.uint32(len(shape))
+    for axis in range(len(shape)):
+        n = (n ^ jax.lax.broadcasted_iota(jnp.uint32, shape, axis)) * jnp.uint32(2654435761)
+        n = n ^ (n >> 15)
+    return (n.astype(jnp.int32).astype(jnp.float32) / 2.0**31).astype(dtype)
+
+
+def _print_table(record) -> None:
+    passed = sum(check["ok"] for check in record["checks"])
+    print(f"\n{record['device']}: copy {record['copy_gb_per_s']} GB/s")
+    print(f"{passed} of {len(record['checks'])} checks passed")
+    print("page  context  batch   kernel us    GB/s  of copy   gather us  speed-up")
+    for t in record["times"]:
+        line = f"{t['page_size']:4}  {t['context']:7}  {t['batch']:5}"
+        if "kernel_us" in t:
+            line += f"  {t['kernel_us']:10}  {t['kernel_gb_per_s']:6}  {t['kernel_of_copy']:7}"
+        if "gather_us" in t:
+            line += f"  {t['gather_us']:10}  {t['gather_us'] / t['kernel_us']:8.1f}"
+        if "out_of_memory" in t:
+            line += "  out of memory"
+        print(line)
 
 
 if __name__ == "__main__":

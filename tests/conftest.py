@@ -24,3 +24,19 @@ def shared_path(name: str) -> Path:
             pytest.fail(message)
         pytest.skip(message)
     return path
+
+
+_REPORTS: list[str] = []
+
+
+@pytest.fixture
+def report(request):
+    """A function that adds a line to what is printed at the end of the run."""
+    return lambda line: _REPORTS.append(f"{request.node.name}: {line}")
+
+
+def pytest_terminal_summary(terminalreporter):
+    if _REPORTS:
+        terminalreporter.section("figures")
+        for line in _REPORTS:
+            terminalreporter.write_line(line)

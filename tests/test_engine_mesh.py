@@ -55,12 +55,12 @@ def one_device():
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_mesh_gives_the_tokens_of_one_device(shape):
+def test_a_mesh_gives_the_tokens_of_one_device(shape, report):
     undisturbed = one_device()
     mesh = jax.make_mesh(shape, ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     engine, answers = decode_all(mesh)
     ties = sum(same(a, b) for a, b in zip(undisturbed, answers, strict=True))
-    print(f"{shape}: {ties} ties in {len(answers)} answers")
+    report(f"{ties} ties in {len(answers)} answers")
     assert ties <= 1
     assert len(engine.schedulers) == shape[0]
     for scheduler in engine.schedulers:

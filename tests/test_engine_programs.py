@@ -22,7 +22,7 @@ def plans_without_numbers(monkeypatch):
     monkeypatch.setattr(grow, "check_block", bigram.check_block_without_numbers)
 
 
-def test_random_programs_keep_every_page_right():
+def test_random_programs_keep_every_page_right(report):
     seen = Counter()
 
     @settings(
@@ -34,7 +34,8 @@ def test_random_programs_keep_every_page_right():
         seen.update({"programs": 1} | {k: int(v) for k, v in stats.items() if v == int(v)})
 
     programs()
-    print(dict(seen))
+    counted = ("programs", "visits", "forks", "joins", "preemptions", "evictions")
+    report(", ".join(f"{seen[name]} {name}" for name in counted))
     assert seen["programs"] >= PROGRAMS
     for name in ("forks", "joins", "preemptions", "evictions", "cached_tokens", "ends_aborted"):
         assert seen[name] > PROGRAMS / 20, name

@@ -109,7 +109,7 @@ def test_a_thousand_plans_end_by_the_budget():
     assert answer.finish_reason == "length"
 
 
-def test_pages_that_run_out_preempt_and_change_no_token():
+def test_pages_that_run_out_preempt_and_change_no_token(report):
     requests = [[12, 13, 20 + i % 3, *range(9, 9 + i % 7)] for i in range(40)]
     sampling = SamplingParams(max_tokens=150, seed=tuple(range(40)))
     nested = model(nested=0.12, eos=0.003)
@@ -130,7 +130,7 @@ def test_pages_that_run_out_preempt_and_change_no_token():
     ties = sum(same(answer, answers[i]) for i, answer in enumerate(undisturbed))
     depths = [answer.layout.depth for answer in undisturbed]
     preempted = tight.stats()["preemptions"]
-    print(f"{preempted} preemptions, {ties} ties, pages {config.pages}, depth {max(depths)}")
+    report(f"{preempted} preemptions, {ties} ties, pages {config.pages}, depth {max(depths)}")
     assert preempted >= 200
     assert ties <= 2
     assert max(depths) >= 2
@@ -138,7 +138,7 @@ def test_pages_that_run_out_preempt_and_change_no_token():
     idle(tight)
 
 
-def test_the_same_tokens_whatever_happens_around():
+def test_the_same_tokens_whatever_happens_around(report):
     """Lanes, steps, chunks, page sizes, arrival order, aborts, cache state and pressure at once."""
     prompts = [[12, 13, 20], [22], list(range(10, 21)) * 3, [*list(range(10, 21)) * 3, 22]]
     sampling = SamplingParams(n=4, max_tokens=100, seed=(1, 2, 3, 4))
@@ -176,7 +176,7 @@ def test_the_same_tokens_whatever_happens_around():
                     ties += same(undisturbed[answers[event.request]], other)
                     runs += 1
         idle(engine)
-    print(f"{runs} answers, {ties} ties, {len(sampled)} margins: least {sampled.min():.1e}")
+    report(f"{runs} answers, {ties} ties, {len(sampled)} margins: least {sampled.min():.1e}")
     assert runs > 80
     assert ties <= 4
 
@@ -211,6 +211,32 @@ def test_prompts_share_their_pages():
     engine.set_params(model().params)
     assert engine.stats()["pages_cached"] == 0
     idle(engine)
+
+
+def test_a_long_prompt_stalls_decoding_for_one_chunk_at_a_time(monkeypatch):
+    config = dataclasses.replace(CONFIG, pages=400, lanes=4, header_rows=2)
+    engine = Engine(model(eos=0.0, illegal=0.0), config)
+    long, visits = list(range(9, 23)) * 12, []
+    visit, call = engine._visit, engine.runner._prefill_call
+
+    def counting_visit():
+        visits.append([])
+        visit()
+
+    def counting_call(work, rows, chunk, *rest):
+        visits[-1].append((chunk, sum(len(segment.before) == 0 for _, _, segment, _ in work)))
+        call(work, rows, chunk, *rest)
+
+    monkeypatch.setattr(engine, "_visit", counting_visit)
+    monkeypatch.setattr(engine.runner, "_prefill_call", counting_call)
+    stream = engine.stream([[12, 20]] * 2, SamplingParams(max_tokens=150, parallel=False))
+    for number, _ in enumerate(stream):
+        if number == 10:
+            engine.submit([[*long, 12], [13, *long]], SamplingParams(max_tokens=5, parallel=False))
+    chunks = [[n for chunk, n in calls if chunk == config.prefill_chunk] for calls in visits]
+    assert max(map(len, chunks)) == 1
+    assert sum(map(len, chunks)) >= len(long) // config.prefill_chunk
+    assert max(n for calls in chunks for n in calls) == 2  # both prompts in one call
 
 
 def test_cached_prompts_go_before_answers_are_preempted():

@@ -48,9 +48,19 @@ def paged_attention(implementation: str):
     return kernel
 
 
-def default_implementation() -> str:
-    """What suits the platform that JAX runs on."""
-    return "blockwise" if jax.default_backend() == "cpu" else "pallas"
+def default_implementation(head_dim: int) -> str:
+    """What suits the platform that JAX runs on: its kernel where that takes such heads."""
+    takes = {"gpu": head_dim >= 16 and head_dim & (head_dim - 1) == 0, "tpu": head_dim % 128 == 0}
+    return "pallas" if takes.get(jax.default_backend()) else "blockwise"
+
+
+def table_width(longest: int, page_size: int) -> int:
+    """Columns of a table of `longest` pages, so that `blockwise` need not pad it."""
+    return -(-longest // _pages_per_block(page_size)) * _pages_per_block(page_size)
+
+
+def _pages_per_block(page_size: int) -> int:
+    return max(1, _BLOCK // page_size)
 
 
 def gather(q, pool, layer, table, base, ranks) -> jax.Array:
@@ -78,7 +88,7 @@ def blockwise(q, pool, layer, table, base, ranks) -> jax.Array:
     num_rows, chunk, heads, dim = q.shape
     size, kv_heads = pool.shape[2], pool.shape[3] // 2
     group = heads // kv_heads
-    pages = min(max(1, _BLOCK // size), table.shape[1])
+    pages = min(_pages_per_block(size), table.shape[1])
     entry_bytes = 2 * kv_heads * dim * pool.dtype.itemsize
     rows = min(max(1, _CACHE_BYTES // (pages * size * entry_bytes)), num_rows)
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)

@@ -4,9 +4,10 @@ One program of the kernel takes a tile of the queries of one row that share a ke
 stretch of the slots that these queries see. So a few long rows fill a GPU as well as many short
 ones; XLA merges the stretches of a row afterwards.
 
-The kernel is for the Triton backend of Pallas, which compiles it for every GPU since Ampere and
-multiplies float32 as such. What Mosaic GPU, its successor, has for products in jax 0.10.2 is
-`wgmma` (Hopper only) and `tcgen05_mma` (Blackwell only), with float32 cut to tf32.
+The kernel is for the Triton backend of Pallas, which compiles it for every GPU from Ampere to
+Blackwell and multiplies float32 as such. Mosaic GPU, its successor, has in jax 0.10.2 one product
+for Hopper (`wgmma`), another for Blackwell (`tcgen05_mma`), none for older GPUs, and cuts float32
+to tf32. Later releases have `mma` there for older GPUs too: with them is the time to move.
 """
 
 import functools
@@ -17,9 +18,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 _NEGATIVE = -1e30  # finite, so that a query that sees nothing stays finite
-_LEAST = 16  # lines and lanes of a matrix that Triton multiplies
+_DIMS = (16, 32, 64, 128, 256)  # powers of two; Triton multiplies nothing narrower than 16
 # What a program holds, so that it fits into the registers and shared memory of all these GPUs.
-_LINES = 128  # queries, and of these so many numbers by their bytes: float32 takes more registers
+_LEAST, _LINES = 16, 128  # queries, and of these so many numbers by their bytes
 _LINES_SIZE = {2: 2**14, 4: 2**12}
 _BLOCK, _BLOCK_BYTES = 64, 2**14  # slots at a time: their keys, and as much again of values
 _STRETCH = 256  # slots that are worth a program of their own
@@ -32,7 +33,7 @@ def paged_attention(q, pool, layer, table, base, ranks, interpret=False) -> jax.
     Nobody checks page ids: one that is not in the pool reads other memory.
 
     Args:
-      q: [R, C, H, K]; K is a power of two, 16 or more.
+      q: [R, C, H, K]; K is 16, 32, 64, 128 or 256.
       pool: [L, P, Z, 2KV, K], read where it lies; slots that nobody sees are not read.
       layer: i32[].
       table: i32[R, M].
@@ -46,8 +47,8 @@ def paged_attention(q, pool, layer, table, base, ranks, interpret=False) -> jax.
     num_rows, chunk, heads, dim = q.shape
     _, _, size, double, _ = pool.shape
     kv_heads = double // 2
-    if dim < _LEAST or dim & (dim - 1):
-        raise ValueError(f"head_dim is {dim}, needed is a power of two, {_LEAST} or more")
+    if dim not in _DIMS:
+        raise ValueError(f"head_dim is {dim}, needed is one of {', '.join(map(str, _DIMS))}")
 
     lines = chunk * (heads // kv_heads)  # queries of a row that share a key head
     tile = min(_LINES, _LINES_SIZE[q.dtype.itemsize] // dim, pl.next_power_of_2(lines))

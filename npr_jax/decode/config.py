@@ -21,7 +21,8 @@ class EngineConfig:
       on_invalid_block: "end" the answer, or go on "sequential"ly.
       max_stops: end-of-text ids and tags at which a lane can freeze.
       cache_dtype: of the pool; None is the parameters' dtype.
-      attention: "blockwise", "pallas" or "gather" (decode/attention.py); None suits the platform.
+      attention: "blockwise", "pallas" or "gather" (decode/attention.py); None suits the platform
+        and the model.
 
     On a mesh lanes, pages and prefill rows are those of each replica.
     """

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from npr_jax.decode.attention import default_implementation
+from npr_jax.decode.attention import default_implementation, table_width
 from npr_jax.decode.compiled import (
     Drawn,
     LaneState,
@@ -55,7 +55,7 @@ class Runner:
     def __init__(self, model_config, params, config: EngineConfig, mesh: Mesh | None = None):
         self.model_config, self.config, self.mesh = model_config, config, mesh
         self.replicas = mesh.shape["data"] if mesh else 1
-        attention = config.attention or default_implementation()
+        attention = config.attention or default_implementation(model_config.head_dim)
         dtype = jax.numpy.dtype(config.cache_dtype or params["embed"].dtype)
         self._steps = compiled(model_config, attention, config.steps, mesh)
         # Prompts, whose pages are full but the last, are what the stock kernel of a TPU can do.
@@ -77,7 +77,7 @@ class Runner:
         )
         self.stats = dict.fromkeys(("decode_steps", "prefill_calls", "prefill_tokens"), 0)
         # What the lanes hold, as the device was last told; each is sent again where it has changed.
-        width = config.longest_table
+        width = table_width(config.longest_table, config.page_size)
         self._table = np.zeros((lanes, width), np.int32)
         self._base = np.zeros((lanes, width + 1), np.int32)
         self._pages = [0] * lanes  # of `_table` that count
