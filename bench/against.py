@@ -47,7 +47,7 @@ def main() -> None:
         cases = {(case["model"], case["batch"]): case for case in found}
     for model, batch in wanted:
         large = model == "mid" and batch > 1  # minutes a run: one round, fewer runs of the others
-        rounds, repeats = (1, max(1, 48 // batch)) if large else (args.rounds, args.repeats)
+        rounds, repeats = (1, max(1, 32 // batch)) if large else (args.rounds, args.repeats)
         runs: dict[str, list[dict]] = {"npr_jax": []} | {name: [] for name in peers}
         for _ in range(rounds):
             ours = [sys.executable, str(HERE / "decode.py"), "--model", model]

@@ -34,7 +34,7 @@ def decoding() -> list[str]:
                 case["model"],
                 case["batch"],
                 f"{sides['npr_jax']['tokens_per_s']:,}",
-                *(f"{sides[name]['tokens_per_s']:,}" for name in peers),
+                *(f"{sides[name]['tokens_per_s']:,}" if name in sides else "" for name in peers),
                 case.get("ratio", ""),
                 f"{100 * limit['share_of_bandwidth']:.0f}%",
                 f"{100 * limit['share_of_peak']:.0f}%",

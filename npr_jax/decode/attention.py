@@ -50,7 +50,7 @@ def paged_attention(implementation: str):
 
 def default_implementation(head_dim: int) -> str:
     """What suits the platform that JAX runs on: its kernel where that takes such heads."""
-    takes = {"gpu": head_dim >= 16 and head_dim & (head_dim - 1) == 0, "tpu": head_dim % 128 == 0}
+    takes = {"gpu": head_dim in (16, 32, 64, 128, 256), "tpu": head_dim % 128 == 0}
     return "pallas" if takes.get(jax.default_backend()) else "blockwise"
 
 
