@@ -7,6 +7,7 @@ Writes bench/results/compile_tpu.json: per program the seconds of compilation an
 that the compiler plans on the chip. Nothing is run.
 """
 
+import argparse
 import datetime
 import json
 import time
@@ -33,11 +34,19 @@ CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 def main() -> None:
     config = PRESETS[MODEL]
     programs = {"train_step": _train, "decode": _decode, "prefill": _prefill}
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("programs", nargs="*", help=f"of {', '.join(programs)}; default: all")
+    wanted = parser.parse_args().programs or list(programs)
+    path = Path(__file__).parent / "results" / "compile_tpu.json"
     results = []
+    if len(wanted) < len(programs):  # the others stay as they are
+        found = json.loads(path.read_text(encoding="utf-8"))["results"]
+        results = [row for row in found if row["program"] not in wanted]
     for chip, name in CHIPS.items():
         topology = topologies.get_topology_desc(platform="tpu", topology_name=name)
         sharding = SingleDeviceSharding(topology.devices[0])
-        for program, lower in programs.items():
+        for program in wanted:
+            lower = programs[program]
             begun = time.perf_counter()
             compiled = lower(config, sharding).compile()
             memory = compiled.memory_analysis()
@@ -66,10 +75,8 @@ def main() -> None:
         "page_size": PAGE_SIZE,
         "table_pages": TABLE,
         "versions": {name: version(name) for name in ("jax", "libtpu")},
-        "results": results,
+        "results": sorted(results, key=lambda row: (row["chip"], row["program"])),
     }
-    path = Path(__file__).parent / "results" / "compile_tpu.json"
-    path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
