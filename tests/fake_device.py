@@ -107,7 +107,7 @@ def engine_on_fake_device(config: EngineConfig) -> Engine:
         pool, state, drawn = device.decode(*args)
         return pool, state, dataclasses.replace(drawn, count=drawn.count.view(Landed))
 
-    runner._steps = Steps(device.prefill, decode)
+    runner._steps = runner._prompt_steps = Steps(device.prefill, decode)
     runner._put = lambda tree: tree
     for name in ("_resting", "_sampling", "_lanes_state", "_device_rows", "_device_knobs"):
         setattr(runner, name, jax.tree.map(np.array, getattr(runner, name)))

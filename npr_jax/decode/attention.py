@@ -94,21 +94,17 @@ def blockwise(q, pool, layer, table, base, ranks) -> jax.Array:
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
     def some_rows(inputs):
-        q, table, base, ranks = inputs
+        q, table, slots, used, ranks = inputs
         # [r, KV, C * G, K]: one matrix per row and key head
         q = q.reshape(rows, chunk, kv_heads, group, dim).swapaxes(1, 2)
         q = q.reshape(rows, kv_heads, -1, dim)
-        limit = jnp.repeat(ranks, group, axis=1)[:, :, None, None]
-        last = jnp.max(ranks, axis=1, keepdims=True)
-        used = jnp.max(jnp.sum(base[:, :-1] <= last, axis=1))  # pages in which a query still sees
+        limit = jnp.repeat(ranks, group, axis=1)[:, None, :, None]
 
         def block(j, carry):
             top, total, acc = carry
             here = jax.lax.dynamic_slice_in_dim(table, j * pages, pages, axis=1)
-            edges = jax.lax.dynamic_slice_in_dim(base, j * pages, pages + 1, axis=1)
-            entry = (edges[:, :-1, None] + jnp.arange(size))[:, None]
-            seen = (entry < edges[:, None, 1:, None]) & (entry <= limit)
-            seen = seen.reshape(rows, 1, chunk * group, -1)
+            entry = jax.lax.dynamic_slice_in_dim(slots, j * pages * size, pages * size, axis=1)
+            seen = entry[:, None, None] <= limit
             kv = pool[layer, here].reshape(rows, -1, kv_heads, 2, dim).astype(q.dtype)
             k, v = kv[:, :, :, 0].swapaxes(1, 2), kv[:, :, :, 1].swapaxes(1, 2)
             scores = product("rnqd,rnsd->rnqs", q, k) * dim**-0.5
@@ -124,7 +120,8 @@ def blockwise(q, pool, layer, table, base, ranks) -> jax.Array:
             jnp.zeros(q.shape[:-1], jnp.float32),
             jnp.zeros(q.shape, jnp.float32),
         )
-        _, total, acc = jax.lax.fori_loop(0, -(-used // pages), block, start)
+        blocks = -(-jnp.max(used) // pages)
+        _, total, acc = jax.lax.fori_loop(0, blocks, block, start)
         out = acc / jnp.maximum(total, 1e-30)[..., None]
         out = out.reshape(rows, kv_heads, chunk, group, dim).swapaxes(1, 2)
         return out.reshape(rows, chunk, heads, dim).astype(q.dtype)
@@ -137,5 +134,12 @@ def blockwise(q, pool, layer, table, base, ranks) -> jax.Array:
     table = jnp.pad(table, ((0, 0), (0, pad)))
     base = jnp.pad(base, ((0, 0), (0, pad)), mode="edge")
     ranks = jnp.pad(ranks, ((0, -num_rows % rows), (0, 0)), constant_values=-1)
-    out = jax.lax.map(some_rows, (cut(q), cut(table), cut(base), ranks.reshape(-1, rows, chunk)))
+    # The same in every layer: the rank of each slot (none: beyond all), and the pages in which a
+    # row still sees something.
+    entry = base[:, :-1, None] + jnp.arange(size)
+    slots = jnp.where(entry < base[:, 1:, None], entry, jnp.iinfo(jnp.int32).max)
+    slots = slots.reshape(num_rows, -1)
+    used = jnp.sum(base[:, :-1] <= jnp.max(ranks[:num_rows], axis=1, keepdims=True), axis=1)
+    inputs = (cut(q), cut(table), cut(slots), cut(used), ranks.reshape(-1, rows, chunk))
+    out = jax.lax.map(some_rows, inputs)
     return out.reshape(-1, chunk, heads, dim)[:num_rows]
