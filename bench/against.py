@@ -51,7 +51,7 @@ def main() -> None:
         runs: dict[str, list[dict]] = {"npr_jax": []} | {name: [] for name in peers}
         for _ in range(rounds):
             ours = [sys.executable, str(HERE / "decode.py"), "--model", model]
-            ours += ["--batch", str(batch), "--repeats", str(5 if large else repeats)]
+            ours += ["--batch", str(batch), "--repeats", str(args.repeats)]
             runs["npr_jax"].append(last_line(ours, HERE))
             for name, python in peers.items():
                 theirs = [python, f"bench_{name}_decode.py", "--preset", model]
