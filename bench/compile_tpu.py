@@ -147,6 +147,7 @@ def _decode(config, sharding):
         ints(STEPS),
         lanes,
         None,
+        _array((), "int32", sharding),
     )
 
 

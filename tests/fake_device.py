@@ -58,7 +58,7 @@ class Device:
             assert seen.max() == positions[r, c] and (seen < positions[r, c]).sum() == len(seen) - 1
         return pool
 
-    def decode(self, params, pool, rows, state, restart, restarted, given, lanes, seen):
+    def decode(self, params, pool, rows, state, restart, restarted, given, lanes, seen, limit):
         new = jax.tree.map(lambda a, b: np.where(restart, a, b), restarted, state)
         tokens, positions, ranks, left, frozen = (
             np.array(x) for x in (new.tokens, new.positions, new.ranks, new.left, new.frozen)
@@ -66,7 +66,7 @@ class Device:
         drawn = np.zeros((len(tokens), self.steps), np.int32)
         count = np.zeros(len(tokens), np.int32)
         stopped, step = np.zeros(len(tokens), bool), 0
-        for step in range(self.steps):
+        for step in range(min(limit, self.steps)):
             live = ~frozen & (left > 0) & (ranks < rows.base[:, -1])
             if not live.any():
                 break

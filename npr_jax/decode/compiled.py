@@ -107,8 +107,9 @@ def _decode(
     given,
     lanes: LaneSampling,
     seen,
+    limit,
 ):
-    """Up to N=`steps` steps of R lanes in one call.
+    """Up to `limit` i32 of N=`steps` steps of R lanes in one call.
 
     Args:
       attention: of decode/attention.py.
@@ -130,7 +131,7 @@ def _decode(
 
     def more(carry):
         step, _, state, _, _ = carry
-        return (step < steps) & jnp.any(live(state))
+        return (step < jnp.minimum(limit, steps)) & jnp.any(live(state))
 
     def body(carry):
         step, pool, state, drawn, seen = carry
@@ -193,7 +194,7 @@ def _decode(
 
 class Steps(NamedTuple):
     """The compiled steps: prefill(params, pool, rows, tokens, positions, ranks) -> pool and
-    decode(params, pool, rows, state, restart, restarted, given, lanes, seen)
+    decode(params, pool, rows, state, restart, restarted, given, lanes, seen, limit)
     -> (pool, state, Drawn); the pool is donated."""
 
     prefill: Callable
@@ -218,7 +219,7 @@ def compiled(config: ModelConfig, attention: str, steps: int, mesh: Mesh | None 
     pool, rows = P(None, "data"), P("data")
     shard = functools.partial(jax.shard_map, mesh=mesh, axis_names={"data"}, check_vma=False)
     prefill = shard(prefill, in_specs=(P(), pool, rows, rows, rows, rows), out_specs=pool)
-    decode = shard(decode, in_specs=(P(), pool, *[rows] * 7), out_specs=(pool, rows, rows))
+    decode = shard(decode, in_specs=(P(), pool, *[rows] * 7, P()), out_specs=(pool, rows, rows))
     laid_out = NamedSharding(mesh, pool_spec(config, mesh))
     everywhere = NamedSharding(mesh, P())  # every process reads what was drawn
     split = NamedSharding(mesh, rows)

@@ -153,12 +153,18 @@ class Runner:
                 return
 
     def decode(self, lines: Sequence[Line]) -> Flight | None:
-        """Asks for N steps of these lines; None where none of them can draw."""
-        lines = [line for line in lines if _ready(line)]
-        counts = [self._most(line) for line in lines]
+        """Asks for N steps of these lines; None where none of them can draw.
+
+        For a few steps only while other lanes wait for a chunk of their prompts: a step takes its
+        time however few lanes are in it.
+        """
+        ready = [line for line in lines if _ready(line)]
+        limit = self.config.steps if len(ready) == len(lines) else max(1, self.config.steps // 16)
+        lines = ready
+        counts = [min(self._most(line), limit) for line in lines]
         if not any(counts):
             return None
-        drawn = self._decode_call(lines, any(line.job.penalised for line in lines), counts)
+        drawn = self._decode_call(lines, any(line.job.penalised for line in lines), counts, limit)
         for line, count in zip(lines, counts, strict=True):
             line.flying += count
         flown = [(line, line.seat, n) for line, n in zip(lines, counts, strict=True)]
@@ -208,7 +214,7 @@ class Runner:
             steps = self._steps if branches else self._prompt_steps
         self._pool = steps.prefill(self.params, self._pool, *arrays)
 
-    def _decode_call(self, lines: Sequence[Line], penalised: bool, counts=()) -> Drawn:
+    def _decode_call(self, lines: Sequence[Line], penalised: bool, counts=(), limit=0) -> Drawn:
         restart, state = self._update_lanes(lines)
         given = self._sampling
         if any(line.script for line in lines):
@@ -234,6 +240,7 @@ class Runner:
             given,
             self._device_knobs,
             seen,
+            np.int32(limit),
         )
         return drawn
 
