@@ -22,7 +22,7 @@ from jax.sharding import SingleDeviceSharding
 from npr_jax.decode.compiled import LaneState, Rows, compiled, pool_shape
 from npr_jax.decode.sampling import LaneSampling
 from npr_jax.model import PRESETS, abstract_params
-from npr_jax.train.step import Objective, OptimizerConfig, new_state, train_step
+from npr_jax.train.step import Objective, OptimizerConfig, abstract_state, compiled_step
 
 MODEL = "qwen3-0.6b"
 ROW_LEN, DEPTH = 4096, 3
@@ -91,22 +91,15 @@ def _array(shape, dtype, sharding):
 
 def _train(config, sharding):
     optimizer = OptimizerConfig(learning_rate=0.0)
-    state = jax.eval_shape(lambda p: new_state(p, optimizer), abstract_params(config))
+    state = abstract_state(config, optimizer, None)
     shape = (1, 1, ROW_LEN)
     batch = {name: _array(shape, "int32", sharding) for name in ("tokens", "positions", "pred")}
     batch["hidden"] = _array((*shape, DEPTH, 2), "int32", sharding)
     batch["loss_mask"] = _array(shape, "bool", sharding)
     batch |= {name: _array(shape, "float32", sharding) for name in ("advantages", "old_logp")}
     scalars = [_array((), dtype, sharding) for dtype in ("int32", "float32", "float32")]
-    return train_step.lower(
-        _shapes(state, sharding),
-        batch,
-        *scalars,
-        model_config=config,
-        config=optimizer,
-        objective=Objective("papo"),
-        compute_dtype="bfloat16",
-    )
+    step = compiled_step(config, optimizer, Objective("papo"), "bfloat16", None)
+    return step.lower(_shapes(state, sharding), batch, *scalars)
 
 
 def _pool(config, sharding):

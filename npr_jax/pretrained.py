@@ -1,12 +1,16 @@
 """A model as a whole: config, parameters, tokenizer and tags; loaded and saved together."""
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from npr_jax.model import PRESETS, ModelConfig, init_params
 from npr_jax.model.hf import read_config, read_params, write
+from npr_jax.model.sharding import place_params, train_shardings
 from npr_jax.model.tokenizer import add_tags, demo_tokenizer, has_tags
 from npr_jax.tree import TagIds
 
@@ -31,7 +35,13 @@ class Model:
         return Model(config, params, self.tokenizer, TagIds.from_tokenizer(self.tokenizer))
 
 
-def load(source: str | Path, dtype: str = "float32", seed: int = 0) -> Model:
+def load(
+    source: str | Path,
+    dtype: str = "float32",
+    seed: int = 0,
+    tags: bool = False,
+    mesh: Mesh | None = None,
+) -> Model:
     """Loads a model.
 
     Args:
@@ -39,16 +49,22 @@ def load(source: str | Path, dtype: str = "float32", seed: int = 0) -> Model:
         gets random weights.
       dtype: of the parameters.
       seed: of a preset's weights.
+      tags: adds the eight tags to a tokenizer that lacks them (`Model.with_tags`).
+      mesh: of training, on which parameters are created in parts: no device holds a whole matrix.
 
     Raises:
       FileNotFoundError: there is no such directory, preset or reachable hub repository.
-      ValueError: the config or the tensors are not what the model needs; they are named.
+      ValueError: the config or the tensors are not what the model needs; they are named. Or `tags`
+        are wanted and there is no tokenizer.
     """
     if str(source) in PRESETS:
         config = PRESETS[str(source)]
-        params = init_params(config, jax.random.key(seed), dtype)
+        make = functools.partial(init_params, config, dtype=dtype)
+        if mesh is not None:
+            make = jax.jit(make, out_shardings=train_shardings(config, mesh))
         tokenizer = demo_tokenizer() if str(source) == "tiny" else None
-        return _assemble(config, params, tokenizer)
+        model = _assemble(config, make(jax.random.key(seed)), tokenizer)
+        return model.with_tags() if tags else model
     directory = Path(source)
     if not directory.is_dir():
         directory = _download(str(source))
@@ -59,7 +75,12 @@ def load(source: str | Path, dtype: str = "float32", seed: int = 0) -> Model:
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(directory)
-    return _assemble(config, params, tokenizer)
+    model = _assemble(config, params, tokenizer)
+    model = model.with_tags() if tags else model
+    if mesh is None:
+        return dataclasses.replace(model, params=jax.tree.map(jnp.asarray, model.params))
+    shardings = train_shardings(model.config, mesh)
+    return dataclasses.replace(model, params=place_params(model.params, shardings))
 
 
 def _assemble(config: ModelConfig, params: dict, tokenizer) -> Model:

@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -66,6 +67,23 @@ def test_blockwise_is_dense_forward_and_backward(length, block):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
+@pytest.mark.parametrize("first, last", [(0, 20), (20, 45), (69, 70)])
+def test_some_queries_of_a_row_see_what_they_see_in_the_whole(first, last):
+    q, k, v, hidden = inputs(70)
+
+    def value_and_grads(function):
+        def loss(q, k, v):
+            return jnp.sum(jnp.sin(function(q, k, v)))
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(q, k, v)
+
+    expected = value_and_grads(lambda q, k, v: dense(q, k, v, hidden)[:, first:last])
+    found = value_and_grads(
+        lambda q, k, v: blockwise(q[:, first:last], k, v, hidden, 16, jnp.int32(first))
+    )
+    chex.assert_trees_all_close(found, expected, atol=1e-4, rtol=1e-5)
+
+
 def test_blockwise_in_bfloat16():
     args = [jnp.asarray(x, jnp.bfloat16) if x.dtype != np.int32 else x for x in inputs(70)]
     expected = brute_force(*(np.asarray(x, np.float64) for x in args[:3]), args[3])
@@ -80,7 +98,10 @@ def test_skipped_blocks_are_those_that_nobody_sees():
     hidden[:, :16, 0] = 20, 44  # two blocks, hidden from all queries of the blocks 3 and 4 only
     hidden[:, 16:20, 1] = 20, 64  # half a block
     skipped = [
-        [bool(_skip(hidden[:, j * size : (j + 1) * size], i, size)) for j in range(length // size)]
+        [
+            bool(_skip(hidden[:, j * size : (j + 1) * size], i * size, size))
+            for j in range(length // size)
+        ]
         for i in range(length // size)
     ]
     assert np.argwhere(skipped).tolist() == [[i, j] for i in range(3, 5) for j in range(2)]

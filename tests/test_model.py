@@ -184,9 +184,9 @@ def test_no_logits_of_a_whole_batch_exist():
 def test_padding_rows_are_never_likely():
     out = logits(TINY, params(), ROW["tokens"], ROW["positions"], ROW["hidden"])
     assert out.shape == (2, 24, 39)
-    from npr_jax.model import unembed
+    from npr_jax.model import head, unembed
 
-    full = unembed(TINY, params(), jnp.ones((1, TINY.hidden_size)))
+    full = unembed(TINY, head(TINY, params()), jnp.ones((1, TINY.hidden_size)))
     assert full.shape == (1, 128)
     assert np.isneginf(full[0, 39:]).all()
 

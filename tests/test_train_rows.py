@@ -109,8 +109,9 @@ def test_a_token_that_nothing_predicts_does_not_count():
 @pytest.mark.parametrize("num", [1, 2, 3, 5, 8, 9])
 def test_stack_buckets_micro_batches(groups, num):
     rows = (make_rows([[e] for g in groups for e in g], 112, depth=3) * 2)[:num]
-    batch, used = stack(rows, micro_rows=2)
+    used = -(-num // 2)
+    batch = stack(rows, 2, used)
     micro = batch["tokens"].shape[0]
-    assert used == -(-num // 2) and micro >= used and micro & (micro - 1) == 0
+    assert micro >= used and micro & (micro - 1) == 0
     assert batch["hidden"].shape == (micro, 2, 112, 3, 2)
     assert batch["loss_mask"].sum() == batch["loss_mask"][:used].sum() == count_loss_tokens(rows)

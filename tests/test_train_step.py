@@ -15,11 +15,11 @@ from npr_jax.train.step import (
     Objective,
     OptimizerConfig,
     TrainConfig,
+    compiled_step,
     learning_rate,
     loss_sums,
     new_state,
     optimize,
-    train_step,
 )
 
 DAPO = Objective("dapo")
@@ -164,7 +164,9 @@ def test_overfits_a_tiny_batch_and_compiles_once(model):
     rows = make_rows([[e] for e in examples(model, 4, seed=2)], 256, 2)
     settings = config()
     state = new_state(model.params, settings.optimizer)
-    before = train_step._cache_size()
+    optimizer = dataclasses.replace(settings.optimizer, learning_rate=0.0)
+    step_of = compiled_step(model.config, optimizer, Objective("sft"), "float32", None)
+    before = step_of._cache_size()
     losses = []
     for step in range(60):
         state, metrics = optimize(
@@ -172,14 +174,14 @@ def test_overfits_a_tiny_batch_and_compiles_once(model):
         )
         losses.append(metrics["loss"])
     assert losses[0] > 2 and losses[-1] < 0.25, losses[::10]
-    assert train_step._cache_size() == before + 1
+    assert step_of._cache_size() == before + 1
     assert int(state.step) == 60
 
 
 def test_gap_to_the_sampler_is_measured(model, groups):
     """With old log-probs that are the model's own it is zero; one token off by 0.5 shows."""
     rows = make_rows(groups, 512, 3)
-    batch, _ = stack(rows, len(rows))
+    batch = stack(rows, len(rows), 1)
     from npr_jax.model import token_logp
 
     flat = {name: value[0] for name, value in batch.items()}

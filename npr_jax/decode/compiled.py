@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 from npr_jax.decode.attention import paged_attention
 from npr_jax.decode.sampling import LaneSampling, sample
-from npr_jax.model import ModelConfig, forward, unembed
+from npr_jax.model import ModelConfig, forward, head, unembed
 
 
 def pool_shape(config: ModelConfig, num_pages: int, page_size: int) -> tuple[int, ...]:
@@ -140,7 +140,7 @@ def _decode(
         x, pool = forward(
             config, params, state.tokens[:, None], state.positions[:, None], attend, pool
         )
-        logits = unembed(config, params, x[:, 0])
+        logits = unembed(config, head(config, params), x[:, 0])
         new, *figures = sample(
             logits,
             state.positions + 1,

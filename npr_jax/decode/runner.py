@@ -30,7 +30,7 @@ from npr_jax.decode.lines import Line, Segment
 from npr_jax.decode.sampling import LaneSampling, SamplingParams, fold_branches
 from npr_jax.decode.scheduler import Scheduler
 from npr_jax.model.params import unstack
-from npr_jax.model.sharding import place_params
+from npr_jax.model.sharding import decode_shardings, place_params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Runner:
     def set_params(self, params) -> None:
         """Takes these weights from the next call on."""
         if self.mesh is not None:
-            params = place_params(self.model_config, params, self.mesh)
+            params = place_params(params, decode_shardings(self.model_config, self.mesh))
         if jax.default_backend() == "cpu":
             params = _unstack(params)
         self.params = params

@@ -3,27 +3,48 @@
 `hidden` i32[B, T, D, 2]: key k is hidden from query q where hidden[k, d, 0] <= q < hidden[k, d, 1]
 for any d. `dense` is the oracle; `blockwise` is the same in O(T) memory (online softmax forward,
 recomputation backward, as FlashAttention), and skips what no query of a block can see.
+
+On a mesh every device attends with its own rows, heads and queries; keys and values are gathered
+over `sequence` (context parallelism).
 """
 
 import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
+from npr_jax.mesh import BATCH, activations
 from npr_jax.model.config import ModelConfig
 
 _NEGATIVE = -1e30  # finite, so that a row that has seen nothing yet stays finite
 
 
-def tree_attend(config: ModelConfig, hidden: jax.Array):
+def tree_attend(config: ModelConfig, hidden: jax.Array, mesh: Mesh | None = None):
     """The model's `attend` for whole rows, under `hidden` i32[B, T, D, 2]."""
+    if mesh is None:
+        return lambda q, k, v, layer, state: (_one_device(config, q, k, v, hidden, 0), state)
 
-    def attend(q, k, v, layer, state):
-        if config.attention == "dense":
-            return dense(q, k, v, hidden), state
-        return blockwise(q, k, v, hidden, config.attention_block), state
+    def part(q, k, v, hidden):
+        offset = jax.lax.axis_index("sequence") * q.shape[1]
+        k, v, hidden = (
+            jax.lax.all_gather(x, "sequence", axis=1, tiled=True) for x in (k, v, hidden)
+        )
+        return _one_device(config, q, k, v, hidden, offset)
 
-    return attend
+    heads, tokens = P(BATCH, "sequence", "tensor"), activations(mesh)
+    whole = jax.shard_map(
+        part, mesh=mesh, in_specs=(heads, heads, heads, tokens), out_specs=heads, check_vma=False
+    )
+    return lambda q, k, v, layer, state: (whole(q, k, v, hidden), state)
+
+
+def _one_device(config: ModelConfig, q, k, v, hidden, offset):
+    """Attention of queries that start at index `offset` of the row whose keys these are."""
+    if config.attention == "dense":
+        return dense(q, k, v, hidden, offset)
+    return blockwise(q, k, v, hidden, config.attention_block, offset)
 
 
 def _visible(queries: jax.Array, keys: jax.Array, hidden: jax.Array) -> jax.Array:
@@ -33,11 +54,11 @@ def _visible(queries: jax.Array, keys: jax.Array, hidden: jax.Array) -> jax.Arra
     return (keys[None, None, :] <= queries[None, :, None]) & ~jnp.any(inside, axis=-1)
 
 
-def dense(q: jax.Array, k: jax.Array, v: jax.Array, hidden: jax.Array) -> jax.Array:
-    """The oracle: q [B, T, H, K], k and v [B, T, KV, K] -> [B, T, H, K], through a [T, T] mask."""
+def dense(q: jax.Array, k: jax.Array, v: jax.Array, hidden: jax.Array, offset=0) -> jax.Array:
+    """The oracle: q [B, T, H, K], k and v [B, S, KV, K] -> [B, T, H, K], through a [T, S] mask.
+    Query t has index `offset + t`."""
     batch, length, heads, dim = q.shape
-    index = jnp.arange(length)
-    seen = _visible(index, index, hidden)[:, None, None]
+    seen = _visible(offset + jnp.arange(length), jnp.arange(k.shape[1]), hidden)[:, None, None]
     grouped = q.reshape(batch, length, k.shape[2], -1, dim)
     scores = jnp.einsum("bqngd,bknd->bngqk", grouped, k, preferred_element_type=jnp.float32)
     weights = jax.nn.softmax(jnp.where(seen, scores * dim**-0.5, _NEGATIVE), axis=-1)
@@ -46,60 +67,62 @@ def dense(q: jax.Array, k: jax.Array, v: jax.Array, hidden: jax.Array) -> jax.Ar
 
 
 def blockwise(
-    q: jax.Array, k: jax.Array, v: jax.Array, hidden: jax.Array, block: int = 256
+    q: jax.Array, k: jax.Array, v: jax.Array, hidden: jax.Array, block: int = 256, offset=0
 ) -> jax.Array:
-    """Like `dense`, without any [T, T] array, in blocks of `block` queries and keys."""
+    """Like `dense`, without any [T, S] array, in blocks of `block` queries and keys."""
     batch, length, heads, dim = q.shape
-    if length <= block:
-        return dense(q, k, v, hidden)
-    pad = -length % block
-    kv_heads = k.shape[2]
+    keys, kv_heads = k.shape[1:3]
+    if keys <= block:
+        return dense(q, k, v, hidden, offset)
 
     def cut(x, groups):  # [B, T, KV * G, K] -> [T / block, B, KV, G, block, K]
-        x = jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0)))
+        x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % block), (0, 0), (0, 0)))
         x = x.reshape(batch, -1, block, kv_heads, groups, dim)
         return x.transpose(1, 0, 3, 4, 2, 5)
 
-    hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0), (0, 0)))
+    hidden = jnp.pad(hidden, ((0, 0), (0, -keys % block), (0, 0), (0, 0)))
     hidden = hidden.reshape(batch, -1, block, *hidden.shape[2:]).swapaxes(0, 1)
-    out = _flash(cut(q, heads // kv_heads), cut(k, 1)[:, :, :, 0], cut(v, 1)[:, :, :, 0], hidden)
+    k, v = cut(k, 1)[:, :, :, 0], cut(v, 1)[:, :, :, 0]
+    out = _flash(cut(q, heads // kv_heads), k, v, hidden, jnp.int32(offset))
     out = out.transpose(1, 0, 4, 2, 3, 5).reshape(batch, -1, heads, dim)
     return out[:, :length]
 
 
-# Inside, N blocks of size S: q, out [N, B, KV, G, S, K]; k, v [N, B, KV, S, K];
-# hidden i32[N, B, S, D, 2]; sums of exponentials and their gradients are float32.
+# Inside, N blocks of S queries and M blocks of S keys: q, out [N, B, KV, G, S, K];
+# k, v [M, B, KV, S, K]; hidden i32[M, B, S, D, 2]; `first`, the index of a block's first query;
+# sums of exponentials and their gradients are float32.
 
 
-def _scores(q, k, hidden, i, j):
-    """Scaled scores f32[B, KV, G, S, S] of query block i and key block j, masked."""
+def _scores(q, k, hidden, first, j):
+    """Scaled scores f32[B, KV, G, S, S] of a query block and key block j, masked."""
     size, dim = q.shape[-2:]
-    seen = _visible(i * size + jnp.arange(size), j * size + jnp.arange(size), hidden)
+    seen = _visible(first + jnp.arange(size), j * size + jnp.arange(size), hidden)
     scores = jnp.einsum("bngqd,bnkd->bngqk", q, k, preferred_element_type=jnp.float32)
     return jnp.where(seen[:, None, None], scores * dim**-0.5, _NEGATIVE)
 
 
-def _skip(hidden, i, size):
-    """Whether every key of a block has an interval that covers all of query block i."""
-    covered = (hidden[..., 0] <= i * size) & ((i + 1) * size <= hidden[..., 1])
+def _skip(hidden, first, size):
+    """Whether every key of a block has an interval that covers all of a query block."""
+    covered = (hidden[..., 0] <= first) & (first + size <= hidden[..., 1])
     return jnp.all(jnp.any(covered, axis=-1))
 
 
 @jax.custom_vjp
-def _flash(q, k, v, hidden):
-    return _flash_forward(q, k, v, hidden)[0]
+def _flash(q, k, v, hidden, offset):
+    return _flash_forward(q, k, v, hidden, offset)[0]
 
 
-def _flash_forward(q, k, v, hidden):
-    size = q.shape[-2]
+def _flash_forward(q, k, v, hidden, offset):
+    num, size = k.shape[0], q.shape[-2]
 
     def row(_, inputs):
         i, q_i = inputs
+        first = offset + i * size
 
         def block(j, carry):
             def see(carry):
                 top, total, acc = carry
-                s = _scores(q_i, k[j], hidden[j], i, j)
+                s = _scores(q_i, k[j], hidden[j], first, j)
                 new = jnp.maximum(top, jnp.max(s, axis=-1))
                 p = jnp.where(s > 0.5 * _NEGATIVE, jnp.exp(s - new[..., None]), 0.0)
                 scale = jnp.exp(top - new)
@@ -108,22 +131,26 @@ def _flash_forward(q, k, v, hidden):
                 )
                 return new, total * scale + jnp.sum(p, axis=-1), acc * scale[..., None] + product
 
-            return jax.lax.cond(_skip(hidden[j], i, size), lambda carry: carry, see, carry)
+            return jax.lax.cond(_skip(hidden[j], first, size), lambda carry: carry, see, carry)
 
         start = (
             jnp.full(q_i.shape[:-1], _NEGATIVE, jnp.float32),
             jnp.zeros(q_i.shape[:-1], jnp.float32),
             jnp.zeros(q_i.shape, jnp.float32),
         )
-        top, total, acc = jax.lax.fori_loop(0, i + 1, block, start)
-        return None, ((acc / total[..., None]).astype(q.dtype), top + jnp.log(total))
+        last = jnp.minimum(num, (first + size - 1) // size + 1)  # no key block after it is causal
+        top, total, acc = jax.lax.fori_loop(0, last, block, start)
+        some = total > 0  # a query that only fills up a block may see nothing
+        total = jnp.where(some, total, 1.0)
+        norm = jnp.where(some, top + jnp.log(total), 0.0)
+        return None, ((acc / total[..., None]).astype(q.dtype), norm)
 
     _, (out, norm) = jax.lax.scan(row, None, (jnp.arange(q.shape[0]), q))
-    return out, (q, k, v, hidden, out, norm)
+    return out, (q, k, v, hidden, offset, out, norm)
 
 
 def _flash_backward(saved, d_out):
-    q, k, v, hidden, out, norm = saved
+    q, k, v, hidden, offset, out, norm = saved
     num, size, dim = q.shape[0], q.shape[-2], q.shape[-1]
     d_out = d_out.astype(q.dtype)
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
@@ -133,9 +160,11 @@ def _flash_backward(saved, d_out):
         j, k_j, v_j, hidden_j = inputs
 
         def block(i, carry):
+            first = offset + i * size
+
             def see(carry):
                 d_q, d_k, d_v = carry
-                p = jnp.exp(_scores(q[i], k_j, hidden_j, i, j) - norm[i][..., None])
+                p = jnp.exp(_scores(q[i], k_j, hidden_j, first, j) - norm[i][..., None])
                 d_p = product("bngqd,bnkd->bngqk", d_out[i], v_j)
                 d_s = (p * (d_p - delta[i][..., None]) * dim**-0.5).astype(q.dtype)
                 return (
@@ -144,15 +173,16 @@ def _flash_backward(saved, d_out):
                     d_v + product("bngqk,bngqd->bnkd", p.astype(q.dtype), d_out[i]),
                 )
 
-            return jax.lax.cond(_skip(hidden_j, i, size), lambda carry: carry, see, carry)
+            return jax.lax.cond(_skip(hidden_j, first, size), lambda carry: carry, see, carry)
 
         zero = jnp.zeros(k_j.shape, jnp.float32)
-        d_q, d_k, d_v = jax.lax.fori_loop(j, num, block, (d_q, zero, zero))
+        start = jnp.clip((j * size - offset) // size, 0, num)  # the block before it sees no key
+        d_q, d_k, d_v = jax.lax.fori_loop(start, num, block, (d_q, zero, zero))
         return d_q, (d_k.astype(k.dtype), d_v.astype(v.dtype))
 
     d_q = jnp.zeros(q.shape, jnp.float32)
-    d_q, (d_k, d_v) = jax.lax.scan(column, d_q, (jnp.arange(num), k, v, hidden))
-    return d_q.astype(q.dtype), d_k, d_v, None
+    d_q, (d_k, d_v) = jax.lax.scan(column, d_q, (jnp.arange(k.shape[0]), k, v, hidden))
+    return d_q.astype(q.dtype), d_k, d_v, None, None
 
 
 _flash.defvjp(_flash_forward, _flash_backward)

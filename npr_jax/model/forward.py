@@ -12,7 +12,10 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from npr_jax.mesh import activations
 from npr_jax.model.config import ModelConfig
 
 
@@ -40,6 +43,7 @@ def forward(
     positions: jax.Array,
     attend: Callable,
     state,
+    mesh: Mesh | None = None,
 ):
     """Runs the model over tokens i32[B, T] at positions i32[B, T].
 
@@ -49,13 +53,21 @@ def forward(
       attend: (q [B, T, H, K], k [B, T, KV, K], v, layer i32[], state) -> (out [B, T, H, K], state);
         q and k are normed and rotated.
       state: any pytree that `attend` threads through the layers (the KV pool, or None).
+      mesh: of training (npr_jax.mesh), on which activations are split over rows and tokens.
 
     Returns:
       (x [B, T, D] after the final norm, state).
     """
     c = config
-    x = params["embed"][tokens]
-    batch, length = tokens.shape
+    table, batch, length = params["embed"], *tokens.shape
+    if mesh is not None:  # looked up in whole rows, which are gathered
+        table = _constrain(table, mesh, P("tensor"))
+
+    def settle(x):
+        """Says where activations live, so that XLA gathers weights and never activations."""
+        return x if mesh is None else _constrain(x, mesh, activations(mesh))
+
+    x = settle(table[tokens])
 
     def layer(carry, inputs):
         x, state = carry
@@ -73,10 +85,10 @@ def forward(
                 k = rms_norm(k, w["k_norm"], c.rms_norm_eps)
             q, k = rope(q, positions, c.rope_theta), rope(k, positions, c.rope_theta)
             out, state = attend(q, k, v, number, state)
-            x = x + out.reshape(batch, length, -1) @ w["wo"]
+            x = settle(x + out.reshape(batch, length, -1) @ w["wo"])
         with jax.named_scope("mlp"):
             y = rms_norm(x, w["mlp_norm"], c.rms_norm_eps)
-            x = x + (jax.nn.silu(y @ w["w_gate"]) * (y @ w["w_up"])) @ w["w_down"]
+            x = settle(x + (jax.nn.silu(y @ w["w_gate"]) * (y @ w["w_up"])) @ w["w_down"])
         return (x, state), None
 
     if c.remat == "full":
@@ -95,11 +107,19 @@ def forward(
     return rms_norm(x, params["final_norm"], c.rms_norm_eps), state
 
 
-def unembed(config: ModelConfig, params: dict, x: jax.Array) -> jax.Array:
-    """Logits f32[..., padded_vocab_size] of x [..., D]; padding rows are -inf."""
-    head = params["embed"].T if config.tie_word_embeddings else params["unembed"]
-    logits = jnp.matmul(x, head, preferred_element_type=jnp.float32)
+def head(config: ModelConfig, params: dict) -> jax.Array:
+    """The weights [D, padded_vocab_size] of the logits."""
+    return params["embed"].T if config.tie_word_embeddings else params["unembed"]
+
+
+def unembed(config: ModelConfig, weights: jax.Array, x: jax.Array) -> jax.Array:
+    """Logits f32[..., padded_vocab_size] of x [..., D] under `head`; padding rows are -inf."""
+    logits = jnp.matmul(x, weights, preferred_element_type=jnp.float32)
     if config.padded_vocab_size > config.vocab_size:
         real = jnp.arange(config.padded_vocab_size) < config.vocab_size
         logits = jnp.where(real, logits, -jnp.inf)
     return logits
+
+
+def _constrain(x: jax.Array, mesh: Mesh, spec: P) -> jax.Array:
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))

@@ -81,7 +81,7 @@ def _files(directory: Path) -> list[Path]:
 
 
 def read_params(directory: Path, config: ModelConfig, dtype="float32") -> dict:
-    """Parameters of a directory as arrays of `dtype`, padding rows zero.
+    """Parameters of a directory as numpy arrays of `dtype`, padding rows zero.
 
     Raises:
       ValueError: tensors are missing, unexpected or of another shape; all of them are named.
@@ -133,8 +133,8 @@ def read_params(directory: Path, config: ModelConfig, dtype="float32") -> dict:
     if problems:
         shown = "; ".join(problems[:20]) + ("; ..." if len(problems) > 20 else "")
         raise ValueError(f"{directory}: {len(problems)} tensors do not fit the config: {shown}")
-    layers = {name: jnp.asarray(arrays.pop(name)) for name in table["layers"]}
-    return {name: jnp.asarray(x) for name, x in arrays.items()} | {"layers": layers}
+    layers = {name: arrays.pop(name) for name in table["layers"]}
+    return arrays | {"layers": layers}
 
 
 def write(directory: Path, config: ModelConfig, params: dict, shard_bytes: int = SHARD_BYTES):

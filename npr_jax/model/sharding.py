@@ -1,8 +1,10 @@
-"""Where parameters live on a mesh: one rules table from logical axes to mesh axes.
+"""Where parameters live on a mesh: rules tables from logical axes to mesh axes.
 
 The resolver raises where others replicate without a word: on a mesh axis that the mesh does not
 have, on one axis used twice, and on sizes that do not divide.
 """
+
+import functools
 
 import jax
 import numpy as np
@@ -22,6 +24,8 @@ DECODE_RULES = {
     "kv_heads": "tensor",
     "mlp": "tensor",
 }
+# Training: every matrix is also split over `fsdp`, and gathered where it is used.
+TRAIN_RULES = DECODE_RULES | {"embed": "fsdp"}
 
 
 def resolve(
@@ -57,6 +61,19 @@ def decode_shardings(config: ModelConfig, mesh: Mesh) -> dict:
     rules = dict(DECODE_RULES)
     if config.num_kv_heads % mesh.shape["tensor"]:
         rules["kv_heads"] = None
+    return _shardings(config, mesh, rules)
+
+
+def train_shardings(config: ModelConfig, mesh: Mesh) -> dict:
+    """NamedShardings of the parameters on a training mesh (npr_jax.mesh).
+
+    Raises ValueError where heads, KV heads, the hidden layer or the vocabulary do not divide by
+    `tensor`, or the model's width by `fsdp`.
+    """
+    return _shardings(config, mesh, TRAIN_RULES)
+
+
+def _shardings(config: ModelConfig, mesh: Mesh, rules: dict[str, str | None]) -> dict:
     units = {"heads": config.num_heads, "kv_heads": config.num_kv_heads}
     return jax.tree_util.tree_map_with_path(
         lambda path, weight: NamedSharding(
@@ -67,13 +84,42 @@ def decode_shardings(config: ModelConfig, mesh: Mesh) -> dict:
     )
 
 
-def place_params(config: ModelConfig, params, mesh: Mesh):
-    """Parameters onto the mesh, from the devices or from hosts that all have them."""
+def place_params(params, shardings):
+    """Parameters onto a mesh, from the devices or from hosts that all have them; each device gets
+    its own part only."""
 
     def place(x, sharding):
-        if isinstance(x, jax.Array) and not (x.is_fully_addressable and mesh.is_multi_process):
+        if isinstance(x, jax.Array) and not (
+            x.is_fully_addressable and sharding.mesh.is_multi_process
+        ):
             return jax.device_put(x, sharding)
         x = np.asarray(x)
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
-    return jax.tree.map(place, params, decode_shardings(config, mesh))
+    return jax.tree.map(place, params, shardings)
+
+
+def to_decode(config: ModelConfig, params, dtype: str, mesh: Mesh, local: Mesh):
+    """Parameters from the training layout to the decoding layout, in one compiled program.
+
+    Args:
+      dtype: that the engine computes in.
+      mesh: (data, tensor) over the devices of the training mesh (`mesh.decode_mesh`).
+      local: the part of it that is this process's, on which the result lives.
+    """
+    arrays = _reshard(config, dtype, mesh)(params)
+    here = decode_shardings(config, local)
+
+    def own(x, sharding):
+        shards = [shard.data for shard in x.addressable_shards]
+        return jax.make_array_from_single_device_arrays(x.shape, sharding, shards)
+
+    return jax.tree.map(own, arrays, here)
+
+
+@functools.cache
+def _reshard(config: ModelConfig, dtype: str, mesh: Mesh):
+    def cast(params):
+        return jax.tree.map(lambda x: x.astype(dtype), params)
+
+    return jax.jit(cast, out_shardings=decode_shardings(config, mesh))

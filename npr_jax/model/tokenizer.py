@@ -29,14 +29,14 @@ def add_tags(config: ModelConfig, params: dict, tokenizer) -> tuple[ModelConfig,
     rows = max(pad_vocab(size), config.padded_vocab_size)
     config = dataclasses.replace(config, vocab_size=size, padded_vocab_size=rows)
 
-    def grow(table) -> jnp.ndarray:  # [rows, D]
+    def grow(table):  # [rows, D], on the host or the device, where it was
         old = np.asarray(table)
         new = np.zeros((rows, old.shape[1]), old.dtype)
         new[: len(old)] = old
         for tag, ids in words.items():
             mean = old[ids].astype(np.float32).mean(0)
             new[tokenizer.convert_tokens_to_ids(tag)] = mean.astype(old.dtype)
-        return jnp.asarray(new)
+        return new if isinstance(table, np.ndarray) else jnp.asarray(new)
 
     params = params | {"embed": grow(params["embed"])}
     if "unembed" in params:

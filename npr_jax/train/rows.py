@@ -75,22 +75,36 @@ def make_rows(groups: Sequence[Sequence[Example]], row_len: int, depth: int) -> 
     return [_row(row, row_len, depth) for row in rows]
 
 
-def stack(rows: Sequence[Row], micro_rows: int) -> tuple[Row, int]:
-    """A batch [M, micro_rows, T, ...] of `rows`, and how many of its micro-batches hold any.
+def stack(rows: Sequence[Row], micro_rows: int, used: int) -> Row:
+    """A batch [M, micro_rows, T, ...] of `rows`, the first `used` of whose micro-batches run.
 
-    M is a power of two, so that few shapes compile; the step runs the filled ones only. Empty rows
-    are copies of the first whose `loss_mask` is false.
+    M is a power of two, so that few shapes compile; what the rows leave is filled with empty ones.
     """
-    used = -(-len(rows) // micro_rows)
     total = micro_rows * (1 << (used - 1).bit_length())
-    empty = rows[0] | {"loss_mask": np.zeros_like(rows[0]["loss_mask"])}
+    empty = empty_row(*rows[0]["hidden"].shape[:2])
     filled = [*rows, *[empty] * (total - len(rows))]
 
     def column(name: str) -> np.ndarray:
         values = np.stack([row[name] for row in filled])
         return values.reshape(-1, micro_rows, *values.shape[1:])
 
-    return {name: column(name) for name in rows[0]}, used
+    return {name: column(name) for name in rows[0]}
+
+
+def empty_row(row_len: int, depth: int) -> Row:
+    """A row in which nothing counts. Every token sees itself alone, which costs no attention."""
+    zeros, index = np.zeros(row_len, np.int32), np.arange(row_len, dtype=np.int32)
+    hidden = np.zeros((row_len, depth, 2), np.int32)
+    hidden[:, 0] = np.stack([index + 1, np.full(row_len, row_len, np.int32)], axis=1)
+    return {
+        "tokens": zeros,
+        "positions": zeros,
+        "hidden": hidden,
+        "pred": zeros - 1,
+        "loss_mask": zeros.astype(bool),
+        "advantages": zeros.astype(np.float32),
+        "old_logp": zeros.astype(np.float32),
+    }
 
 
 def count_loss_tokens(rows: Sequence[Row]) -> int:

@@ -9,15 +9,20 @@ one batch gives, however their token counts differ.
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from npr_jax.model import ModelConfig, token_logp_entropy
+from npr_jax.distributed import gather
+from npr_jax.mesh import BATCH, batch_shards
+from npr_jax.model import ModelConfig, abstract_params, token_logp_entropy
+from npr_jax.model.sharding import train_shardings
 from npr_jax.train import losses
 from npr_jax.train.rows import Row, count_loss_tokens, stack
 
@@ -65,7 +70,8 @@ class TrainConfig:
     Attributes:
       optimizer: see OptimizerConfig.
       row_len: tokens of a row; the longest trace has to fit.
-      micro_rows: rows whose activations exist at one time.
+      micro_rows: rows whose activations exist at one time, on each part of the batch
+        (mesh.data x mesh.fsdp parts).
       compute_dtype: of the forward and backward pass and of the engine; parameters and optimizer
         state are float32.
       remat: the model's rematerialisation policy.
@@ -87,6 +93,14 @@ class TrainConfig:
         if self.compute_dtype not in ("float32", "bfloat16"):
             raise ValueError(
                 f"train.compute_dtype is {self.compute_dtype!r}, needed is float32 or bfloat16"
+            )
+
+    def check(self, mesh: Mesh | None) -> None:
+        """Raises ValueError where rows cannot be split over the mesh."""
+        parts = mesh.shape["sequence"] if mesh else 1
+        if self.row_len % parts:
+            raise ValueError(
+                f"train.row_len is {self.row_len}, needed is a multiple of mesh.sequence={parts}"
             )
 
 
@@ -113,9 +127,45 @@ class TrainState:
     step: jax.Array
 
 
-def new_state(params: dict, config: OptimizerConfig) -> TrainState:
-    """The state before the first step, of copies: the steps give the state's memory back."""
-    params = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), params)
+def new_state(params: dict, config: OptimizerConfig, shardings: TrainState | None = None):
+    """The state before the first step, of copies: the steps give the state's memory back.
+
+    On a mesh `shardings` (`state_shardings`) are those of the result; the parameters have theirs.
+    """
+    if shardings is None:
+        params = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), params)
+        return _state(config, params)
+    return jax.jit(functools.partial(_state, config), out_shardings=shardings)(params)
+
+
+def abstract_state(model_config: ModelConfig, config: OptimizerConfig, mesh: Mesh | None):
+    """The state as ShapeDtypeStructs, with their shardings on a mesh."""
+    state = jax.eval_shape(functools.partial(_state, config), abstract_params(model_config))
+    if mesh is None:
+        return state
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        state,
+        state_shardings(model_config, config, mesh),
+    )
+
+
+def state_shardings(model_config: ModelConfig, config: OptimizerConfig, mesh: Mesh) -> TrainState:
+    """Where the state lives: the moments beside their parameters, the counts everywhere."""
+    everywhere, params = NamedSharding(mesh, P()), train_shardings(model_config, mesh)
+    state = jax.eval_shape(functools.partial(_state, config), abstract_params(model_config))
+    opt_state = optax.tree.map_params(
+        _optimizer(config),
+        lambda _, sharding: sharding,
+        state.opt_state,
+        params,
+        transform_non_params=lambda _: everywhere,
+    )
+    return TrainState(params, opt_state, everywhere)
+
+
+def _state(config: OptimizerConfig, params: dict) -> TrainState:
+    params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
     return TrainState(params, _optimizer(config).init(params), jnp.zeros((), jnp.int32))
 
 
@@ -143,31 +193,39 @@ def optimize(
     config: TrainConfig,
     objective: Objective,
     rate: float,
+    mesh: Mesh | None = None,
 ) -> tuple[TrainState, dict[str, float]]:
     """One optimizer step over `rows`: the new state (the old one is used up) and metrics.
 
-    Metrics are means over the loss tokens, beside `grad_norm` (before the clip), `loss_tokens`,
-    `learning_rate` and, where the rows carry log-probs of the sampler, the mean and largest gap
-    to them, `logp_gap` and `logp_gap_max`.
+    Of several processes each gives rows of its own, one at least (`rows.empty_row`), and all make
+    the call together. Metrics are means over the loss tokens of all, beside `grad_norm` (before
+    the clip), `loss_tokens`, `learning_rate` and, where the rows carry log-probs of the sampler,
+    the mean and largest gap to them, `logp_gap` and `logp_gap_max`.
 
     Raises:
       ValueError: there is no token to train on.
       FloatingPointError: the gradient is not finite.
     """
-    count = count_loss_tokens(rows)
+    size = config.micro_rows * batch_shards(mesh) // jax.process_count()
+    counts = gather((count_loss_tokens(rows), -(-len(rows) // size)))
+    count, used = sum(count for count, _ in counts), max(used for _, used in counts)
     if not count:
         raise ValueError(f"none of the {len(rows)} rows has a token that counts in the loss")
-    batch, used = stack(rows, config.micro_rows)
-    state, sums, largest, norm = train_step(
-        state,
-        batch,
-        np.int32(used),
-        np.float32(count),
-        np.float32(rate),
-        model_config=model_config,
-        config=dataclasses.replace(config.optimizer, learning_rate=0.0),  # it is an argument
-        objective=objective,
-        compute_dtype=config.compute_dtype,
+    batch = stack(rows, size, used)
+    if mesh is not None:
+        batch = {
+            name: jax.make_array_from_process_local_data(NamedSharding(mesh, _BATCH), values)
+            for name, values in batch.items()
+        }
+    step = compiled_step(
+        model_config,
+        dataclasses.replace(config.optimizer, learning_rate=0.0),  # it is an argument
+        objective,
+        config.compute_dtype,
+        mesh,
+    )
+    state, sums, largest, norm = step(
+        state, batch, np.int32(used), np.float32(count), np.float32(rate)
     )
     metrics = {name: float(value) / count for name, value in sums.items()}
     metrics |= {name: float(value) for name, value in largest.items()}
@@ -196,7 +254,12 @@ def _loss(objective: Objective, logp: jax.Array, row: dict) -> losses.Loss:
 
 
 def loss_sums(
-    params: dict, rows: dict, model_config: ModelConfig, objective: Objective, compute_dtype: str
+    params: dict,
+    rows: dict,
+    model_config: ModelConfig,
+    objective: Objective,
+    compute_dtype: str,
+    mesh: Mesh | None = None,
 ) -> tuple[jax.Array, tuple[dict, dict]]:
     """Loss of rows [B, T] as a sum over their loss tokens; more sums; and largest values."""
     logp, entropy = token_logp_entropy(
@@ -206,6 +269,7 @@ def loss_sums(
         rows["positions"],
         rows["hidden"],
         rows["pred"],
+        mesh,
     )
     mask = rows["loss_mask"]
     loss, _, metrics = _loss(objective, logp, rows)
@@ -217,40 +281,63 @@ def loss_sums(
     return loss, (sums, largest)
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("model_config", "config", "objective", "compute_dtype"),
-    donate_argnames=("state",),
-)
-def train_step(state, batch, used, count, rate, *, model_config, config, objective, compute_dtype):
-    """The compiled step over batch [M, B, T, ...], of which the first `used` i32 micro-batches run.
+_BATCH = P(None, BATCH, "sequence")  # [M, B, T, ...] on a training mesh
 
-    Returns the new state, sums over loss tokens {name: f32}, largest values {name: f32}, and the
-    norm of the gradient f32 before its clip.
+
+@functools.cache
+def compiled_step(
+    model_config: ModelConfig,
+    config: OptimizerConfig,
+    objective: Objective,
+    compute_dtype: str,
+    mesh: Mesh | None,
+) -> Callable:
+    """The compiled step(state, batch, used, count, rate), which uses the state up.
+
+    Over batch [M, B, T, ...], of which the first `used` i32 micro-batches run; `count` f32 loss
+    tokens, learning rate `rate` f32. Returns the new state, sums over loss tokens {name: f32},
+    largest values {name: f32}, and the norm of the gradient f32 before its clip.
     """
+    shardings = None if mesh is None else state_shardings(model_config, config, mesh)
 
-    def gradient(i):
-        rows = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), batch)
-        function = jax.grad(loss_sums, has_aux=True)
-        return function(state.params, rows, model_config, objective, compute_dtype)
+    def step(state, batch, used, count, rate):
+        def gradient(i):
+            rows = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), batch)
+            function = jax.grad(loss_sums, has_aux=True)
+            grads, figures = function(
+                state.params, rows, model_config, objective, compute_dtype, mesh
+            )
+            if shardings is not None:  # or every device would hold the whole gradient
+                grads = jax.lax.with_sharding_constraint(grads, shardings.params)
+            return grads, figures
 
-    def add(i, total):
-        grads, (sums, largest) = gradient(i)
-        return (
-            jax.tree.map(jnp.add, total[0], grads),
-            (
-                jax.tree.map(jnp.add, total[1][0], sums),
-                jax.tree.map(jnp.maximum, total[1][1], largest),
-            ),
-        )
+        def add(i, total):
+            grads, (sums, largest) = gradient(i)
+            return (
+                jax.tree.map(jnp.add, total[0], grads),
+                (
+                    jax.tree.map(jnp.add, total[1][0], sums),
+                    jax.tree.map(jnp.maximum, total[1][1], largest),
+                ),
+            )
 
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, 0))
-    grads, (sums, largest) = jax.lax.fori_loop(0, used, add, zeros)
-    grads = jax.tree.map(lambda g: g / count, grads)
-    updates, opt_state = _optimizer(config).update(grads, state.opt_state, state.params)
-    params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
-    new = TrainState(params, opt_state, state.step + 1)
-    return new, sums, largest, optax.tree.norm(grads)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, 0))
+        grads, (sums, largest) = jax.lax.fori_loop(0, used, add, zeros)
+        grads = jax.tree.map(lambda g: g / count, grads)
+        updates, opt_state = _optimizer(config).update(grads, state.opt_state, state.params)
+        params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
+        new = TrainState(params, opt_state, state.step + 1)
+        return new, sums, largest, optax.tree.norm(grads)
+
+    if mesh is None:
+        return jax.jit(step, donate_argnums=0)
+    everywhere, batch = NamedSharding(mesh, P()), NamedSharding(mesh, _BATCH)
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        in_shardings=(shardings, batch, everywhere, everywhere, everywhere),
+        out_shardings=(shardings, everywhere, everywhere, everywhere),
+    )
 
 
 def _optimizer(config: OptimizerConfig) -> optax.GradientTransformation:

@@ -1,0 +1,162 @@
+"""Device meshes: one for training, one for decoding, over the same devices.
+
+    training  data, fsdp, sequence, tensor    batch rows over data and fsdp, tokens over sequence
+    decoding  data, tensor                    a replica per `data`, with lanes and pages of its own
+
+The devices of one process hold whole batch rows and whole decoding replicas, so that a process
+feeds its own rows and decodes its own requests without a word to the others.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+from jax.sharding import PartitionSpec as P
+
+AXES = ("data", "fsdp", "sequence", "tensor")
+BATCH = ("data", "fsdp")  # what the rows of a batch are split over
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the mesh axes; one of them may be -1: what the others leave.
+
+    Attributes:
+      data: copies of the parameters, each with rows of its own.
+      fsdp: parts of parameters and optimizer state; rows are split over it too.
+      tensor: parts of heads, hidden layer and vocabulary.
+      sequence: parts of a row's tokens (context parallelism).
+    """
+
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+    sequence: int = 1
+
+    def __post_init__(self):
+        sizes = dataclasses.asdict(self)
+        for name, size in sizes.items():
+            if size < 1 and size != -1:
+                raise ValueError(f"mesh.{name} is {size}, needed is 1 or more, or -1 for the rest")
+        if sum(size == -1 for size in sizes.values()) > 1:
+            raise ValueError(f"mesh is {_text(sizes)}, needed is -1 for one axis at most")
+
+    def sizes(self, num_devices: int) -> dict[str, int]:
+        """The size of every axis on that many devices. Raises ValueError where they do not fit."""
+        sizes = {axis: getattr(self, axis) for axis in AXES}
+        known = math.prod(size for size in sizes.values() if size != -1)
+        if -1 in sizes.values():
+            if num_devices % known:
+                raise ValueError(
+                    f"mesh is {_text(sizes)}: {num_devices} devices do not divide by {known}"
+                )
+            rest = num_devices // known
+            sizes = {axis: rest if size == -1 else size for axis, size in sizes.items()}
+        elif known > num_devices:
+            raise ValueError(
+                f"mesh is {_text(sizes)}, which is {known} devices; there are {num_devices}"
+            )
+        return sizes
+
+
+def parse_mesh(text: str) -> MeshConfig:
+    """A config from text such as "fsdp=16,tensor=4"; axes that are not named have size 1."""
+    sizes = {}
+    for part in text.split(","):
+        axis, _, size = part.strip().partition("=")
+        if axis not in AXES or axis in sizes or not size.lstrip("-").isdigit():
+            raise ValueError(
+                f"mesh {text!r}: {part!r} is not understood, needed is AXIS=SIZE, once per axis of "
+                f"{', '.join(AXES)}"
+            )
+        sizes[axis] = int(size)
+    return MeshConfig(**sizes)
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh | None:
+    """The training mesh; None for a single device.
+
+    Args:
+      devices: all there are if None. One process may use fewer of them than there are; several
+        processes use all.
+
+    Raises:
+      ValueError: the axes and the devices do not fit each other.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = config.sizes(len(devices))
+    total = math.prod(sizes.values())
+    processes = len({device.process_index for device in devices})
+    if processes > 1 and total < len(devices):
+        raise ValueError(
+            f"mesh is {_text(sizes)}, which is {total} devices; the {processes} processes have "
+            f"{len(devices)}: set one axis to -1"
+        )
+    if total == 1:
+        return None
+    shape = tuple(sizes.values())
+    auto = (AxisType.Auto,) * len(AXES)
+    mesh = jax.make_mesh(shape, AXES, axis_types=auto, devices=devices[:total])
+    if not _rows_are_whole(mesh):  # the fastest order splits rows among processes
+        devices = sorted(devices, key=lambda device: (device.process_index, device.id))
+        mesh = Mesh(np.array(devices).reshape(shape), AXES, axis_types=auto)
+    if not _rows_are_whole(mesh):
+        raise ValueError(
+            f"mesh is {_text(sizes)}: sequence x tensor = {shape[2] * shape[3]} devices share a "
+            f"row, and a process has {len(devices) // processes}: make them smaller, so that no "
+            "row is split among processes"
+        )
+    return mesh
+
+
+def batch_shards(mesh: Mesh | None) -> int:
+    """Into how many parts the rows of a batch are split."""
+    return math.prod(mesh.shape[axis] for axis in BATCH) if mesh else 1
+
+
+def activations(mesh: Mesh) -> P:
+    """How [B, T, ...] arrays are split over a training mesh."""
+    return P(BATCH, "sequence")
+
+
+def decode_mesh(mesh: Mesh) -> Mesh:
+    """The devices of a training mesh as (data, tensor): replicas that decode on their own."""
+    return _decoding(mesh.devices)
+
+
+def local_decode_mesh(mesh: Mesh | None) -> Mesh | None:
+    """The part of `decode_mesh` that is this process's; None for a single device."""
+    if mesh is None:
+        return None
+    flat = mesh.devices.reshape(-1, mesh.shape["tensor"])
+    here = [row for row in flat if row[0].process_index == jax.process_index()]
+    return _decoding(np.array(here)) if len(here) * len(here[0]) > 1 else None
+
+
+def describe(mesh: Mesh | None) -> str:
+    """What a run tells of its devices."""
+    device = jax.devices()[0]
+    if mesh is None:
+        return f"1 of {jax.device_count()} {device.platform} devices ({device.device_kind})"
+    return (
+        f"{mesh.size} of {jax.device_count()} {device.platform} devices ({device.device_kind}), "
+        f"{jax.process_count()} processes, mesh {_text(mesh.shape)}"
+    )
+
+
+def _decoding(devices: np.ndarray) -> Mesh:
+    shape = (-1, devices.shape[-1])
+    return Mesh(devices.reshape(shape), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+
+
+def _rows_are_whole(mesh: Mesh) -> bool:
+    """Whether the devices that share a batch row, and those of a replica, are of one process."""
+    rows = mesh.devices.reshape(-1, mesh.shape["sequence"] * mesh.shape["tensor"])
+    return all(len({device.process_index for device in row}) == 1 for row in rows)
+
+
+def _text(sizes) -> str:
+    return ",".join(f"{axis}={size}" for axis, size in sizes.items())
