@@ -147,7 +147,8 @@ def _serve() -> None:
 
     from math_verify import parse, verify
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's affair
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to all of a group, they are the parent's
+        signal.signal(number, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
     # Libraries print warnings: keep the answers on a channel of their own.
     out = os.fdopen(os.dup(1), "w")

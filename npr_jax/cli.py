@@ -32,7 +32,7 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it asks for PyTorch
     try:
         app(prog_name="npr-jax")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         typer.echo("error: " + "; ".join(str(error).splitlines()), err=True)
         sys.exit(2)
 

@@ -15,13 +15,15 @@ from rich.progress import BarColumn, TaskProgressColumn, TextColumn
 from rich.progress import Progress as RichProgress
 from tensorboardX import SummaryWriter
 
+from npr_jax.files import write_atomically
+
 Scalar = float | int | str
 
 
 class MetricsWriter:
     """Appends metrics to `directory/metrics.jsonl` and to TensorBoard event files beside it.
 
-    Each line is flushed as it is written, so a killed run loses at most the line being written;
+    Each line is on disk when `write` returns, so a killed run loses at most the line being written;
     what is left of such a line is removed when the file is next opened.
     """
 
@@ -36,8 +38,12 @@ class MetricsWriter:
         self._file = self.path.open("a", encoding="utf-8")
         # TensorBoard's files cannot be cut; `purge_step` tells its reader to forget what follows.
         # File names count whole seconds: without the suffix a second file could replace the first.
+        # With a bounded queue `write` would wait for ever once its thread has met a full disk.
         self._board = SummaryWriter(
-            str(self.directory), purge_step=purge_step, filename_suffix=f".{time.time_ns()}"
+            str(self.directory),
+            purge_step=purge_step,
+            max_queue=0,
+            filename_suffix=f".{time.time_ns()}",
         )
 
     def write(self, values: Mapping[str, Scalar]) -> None:
@@ -55,6 +61,7 @@ class MetricsWriter:
                 )
         self._file.write(json.dumps(dict(values)) + "\n")
         self._file.flush()
+        os.fsync(self._file.fileno())
         for key, value in values.items():
             if key != "step" and not isinstance(value, str):
                 self._board.add_scalar(key, value, global_step=values["step"])
@@ -93,13 +100,7 @@ def _rewrite(path: Path, step: int | None) -> None:
     kept = "".join(lines)
     if kept == text:
         return
-    # Renaming is atomic: a crash leaves the old file or the new one, never half of it.
-    new = path.with_suffix(".tmp")
-    with new.open("w", encoding="utf-8") as file:
-        file.write(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
+    write_atomically(path, kept.encode())
 
 
 class Progress:

@@ -22,7 +22,7 @@ from npr_jax.demo.task import Teacher, make_tasks
 from npr_jax.pretrained import Model, load, save
 from npr_jax.prompts import prompt_ids
 from npr_jax.train import beta, fit, papo, zero
-from npr_jax.train.checkpoint import claim
+from npr_jax.train.claim import claim
 from npr_jax.train.data import Problem
 from npr_jax.train.rows import Example
 from npr_jax.train.step import OptimizerConfig, TrainConfig

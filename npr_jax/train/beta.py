@@ -7,14 +7,17 @@ the seed model learns them: from here on it thinks in parallel.
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
 from npr_jax.config import dump_config
 from npr_jax.decode import Engine, EngineConfig, SamplingParams
-from npr_jax.pretrained import load, save
+from npr_jax.files import publish, write_atomically, writing
+from npr_jax.pretrained import Model, load, save
+from npr_jax.train import preempt
 from npr_jax.train.canonical import canonical
-from npr_jax.train.checkpoint import claim
+from npr_jax.train.claim import claim
 from npr_jax.train.data import read_problems, shuffled
 from npr_jax.train.fit import FitConfig, fit
 from npr_jax.train.log import Report, RunLog
@@ -80,62 +83,83 @@ def run(config: BetaConfig, report: Report | None = None) -> Path:
     `report(metrics)`, if given, is called after every step in place of a progress line.
     """
     output = claim(config.output, dump_config(config))
+    final = output / "final"
+    if final.exists():
+        return final
+    with preempt.watched():
+        trained = _train(config, output, report)
+        with writing(final):
+            publish(final, lambda path: save(trained, path))
+    return final
+
+
+def _train(config: BetaConfig, output: Path, report: Report | None) -> Model:
     records = sample(config, output / "accepted.jsonl", report)
-    model = load(config.model, dtype="float32", seed=config.seed).with_tags()
+    with preempt.interruptible():
+        model = load(config.model, dtype="float32", seed=config.seed).with_tags()
     examples = make_examples(records, model.tags)
     if not examples:
         raise ValueError(
             f"none of {len(records)} problems got an accepted answer in sample.tries="
             f"{config.sample.tries}: train {config.sampler_model} for longer, or raise sample.tries"
         )
-    trained = fit(model, examples, config.fit, output / "fit", config.seed, "beta", report)
-    final = output / "final"
-    save(trained, final)
-    return final
+    return fit(model, examples, config.fit, output / "fit", config.seed, "beta", report)
 
 
 def sample(config: BetaConfig, path: Path, report: Report | None = None) -> list[dict]:
     """Samples from the Zero model; a record per problem goes to the JSONL file `path`.
 
     A record: problem, answer, tries, prompt_len, accepted (lists of token ids), texts. Batches of
-    problems that the file holds are not sampled again.
+    problems that the file holds are not sampled again; one that SIGTERM or a crash cuts off is.
     """
     sizes = config.sample
-    model = load(config.sampler_model, dtype="float32", seed=config.seed).with_tags()
-    problems, prompts = encode_problems(
-        model.tokenizer, read_problems(config.problems), sizes.max_prompt_tokens
-    )
+    with preempt.interruptible():
+        model = load(config.sampler_model, dtype="float32", seed=config.seed).with_tags()
+        problems, prompts = encode_problems(
+            model.tokenizer, read_problems(config.problems), sizes.max_prompt_tokens
+        )
     order = shuffled(len(problems), config.seed, BETA)
     chosen = [int(order[i]) for i in range(min(len(problems), sizes.num_problems or len(problems)))]
     batches = [chosen[i : i + sizes.batch] for i in range(0, len(chosen), sizes.batch)]
     records = read_records(path)
     done = len(records) // sizes.batch if len(records) < len(chosen) else len(batches)
     records = records[: done * sizes.batch]
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    with writing(path):
+        write_atomically(path, _lines(records))
     engine = None
     shown = ("accepted_rate", "covered_rate")
     with (
-        path.open("a", encoding="utf-8") as file,
+        path.open("ab") as file,
         RunLog(
             "beta sampling", path.parent / "sampling", len(batches), done, shown, report, "round"
         ) as log,
     ):
         for number, batch in enumerate(batches[done:], done):
-            if engine is None:
-                weights = cast(model.params, config.fit.train.compute_dtype)
-                engine = Engine(dataclasses.replace(model, params=weights), config.engine)
-            found, metrics = _sample_batch(
-                engine,
-                [(problems[i], prompts[i]) for i in batch],
-                sizes,
-                config.fit.train.row_len,
-                (config.seed, BETA, number),
-            )
-            file.write("".join(json.dumps(record) + "\n" for record in found))
-            file.flush()
-            records += found
+            with preempt.interruptible():
+                if engine is None:
+                    weights = cast(model.params, config.fit.train.compute_dtype)
+                    engine = Engine(dataclasses.replace(model, params=weights), config.engine)
+                found, metrics = _sample_batch(
+                    engine,
+                    [(problems[i], prompts[i]) for i in batch],
+                    sizes,
+                    config.fit.train.row_len,
+                    (config.seed, BETA, number),
+                )
+            # The records say what is done: metrics without them are cut off, and written again.
             log.write({"step": number + 1} | metrics)
+            with writing(path):
+                file.write(_lines(found))
+                file.flush()
+                os.fsync(file.fileno())
+            records += found
+            if preempt.wanted():
+                raise preempt.Preempted
     return records
+
+
+def _lines(records: Iterable[dict]) -> bytes:
+    return "".join(json.dumps(record) + "\n" for record in records).encode()
 
 
 def _sample_batch(

@@ -8,9 +8,12 @@ from pathlib import Path
 
 from npr_jax.config import dump_config
 from npr_jax.pretrained import Model
-from npr_jax.train.checkpoint import Checkpoints, claim
+from npr_jax.train import preempt
+from npr_jax.train.checkpoint import Checkpoints
+from npr_jax.train.claim import claim
 from npr_jax.train.data import shuffled
 from npr_jax.train.log import Report, RunLog
+from npr_jax.train.nonfinite import NonfiniteGuard
 from npr_jax.train.rows import Example, make_rows
 from npr_jax.train.step import Objective, TrainConfig, learning_rate, new_state, optimize
 
@@ -23,12 +26,14 @@ class FitConfig:
       train: see TrainConfig.
       batch: examples per optimizer step.
       steps: optimizer steps; or epochs: passes over the examples. One of the two is given.
+      checkpoints: where they go, a directory or URL; null: `checkpoints` in the run directory.
     """
 
     train: TrainConfig
     batch: int = 32
     steps: int = 0
     epochs: float = 0.0
+    checkpoints: str | None = None
 
     def __post_init__(self):
         if self.batch < 1:
@@ -56,7 +61,8 @@ def fit(
 
     Metrics and checkpoints go to `directory`; the same call again goes on where it stopped.
     Returns the trained model, float32. Raises ValueError without examples, for an example that is
-    longer than a row, and for a directory of another run.
+    longer than a row, and for a directory of another run; OSError where it cannot write;
+    FloatingPointError after `max_nonfinite` steps; Preempted after SIGTERM.
     """
     if not examples:
         raise ValueError(f"{name}: there are no examples to train on")
@@ -68,10 +74,15 @@ def fit(
     order = shuffled(len(examples), seed)
     objective = Objective("sft")
     state = new_state(model.params, config.train.optimizer)
-    with Checkpoints(directory / "checkpoints", text, config.train.keep_checkpoints) as checkpoints:
-        start = 0
+    place, settings = config.checkpoints or directory / "checkpoints", config.train
+    with (
+        preempt.watched(),
+        Checkpoints(place, text, settings.keep_checkpoints, settings.keep_best) as checkpoints,
+    ):
+        start, guard = 0, NonfiniteGuard(settings.max_nonfinite)
         if found := checkpoints.restore(state):
-            start, state, _ = found
+            start, state, position = found
+            guard.in_a_row = position["nonfinite_in_a_row"]
         shown = ("loss", "grad_norm", "tokens_per_s")
         with RunLog(name, directory, total, start, shown, report) as log:
             for step in range(start + 1, total + 1):
@@ -87,9 +98,15 @@ def fit(
                     "seconds": seconds,
                     "tokens_per_s": sum(len(e.layout) for e in batch) / seconds,
                 }
+                metrics |= guard.count(metrics)
                 log.write(metrics)
-                if step % config.train.checkpoint_every == 0 or step == total:
-                    checkpoints.save(step, state, {"example": first + config.batch})
+                guard.check(step)
+                ending = preempt.wanted()
+                if step % settings.checkpoint_every == 0 or step == total or ending:
+                    position = {"example": first + config.batch} | guard.count({})
+                    checkpoints.save(step, state, position, -metrics["loss"])
+                if ending:
+                    raise preempt.Preempted
     return dataclasses.replace(model, params=state.params)
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from npr_jax.files import writing
 from npr_jax.metrics import MetricsWriter, Progress, Scalar
 
 Report = Callable[[Mapping[str, Scalar]], None]
@@ -25,14 +26,16 @@ class RunLog:
         report: Report | None = None,
         unit: str = "step",
     ):
-        self._writer = MetricsWriter(directory)
-        self._writer.truncate(start + 1)
+        with writing(directory):
+            self._writer = MetricsWriter(directory)
+            self._writer.truncate(start + 1)
         self._report, self._shown = report, shown
         self._progress = None if report else Progress(name, total, unit, start)
 
     def write(self, metrics: Mapping[str, Scalar]) -> None:
         """Logs one step; `metrics` holds its number, counted from 1, as "step"."""
-        self._writer.write(metrics)
+        with writing(self._writer.path):
+            self._writer.write(metrics)
         if self._report:
             self._report(metrics)
         else:

@@ -13,11 +13,16 @@ from typing import NamedTuple
 
 from npr_jax.config import dump_config
 from npr_jax.decode import Engine, EngineConfig
+from npr_jax.files import publish, writing
 from npr_jax.metrics import Scalar
 from npr_jax.pretrained import Model, load, save
-from npr_jax.train.checkpoint import Checkpoints, claim
+from npr_jax.train import preempt
+from npr_jax.train.checkpoint import Checkpoints
+from npr_jax.train.claim import claim
 from npr_jax.train.data import Problem, read_problems, shuffled
 from npr_jax.train.log import Report, RunLog
+from npr_jax.train.nonfinite import NonfiniteGuard
+from npr_jax.train.pending import Pending, fingerprint
 from npr_jax.train.rollout import STAGES, encode_problems
 from npr_jax.train.rows import Example, make_rows
 from npr_jax.train.step import (
@@ -41,6 +46,7 @@ class RLConfig:
       model: directory, hub id or preset to start from.
       problems: JSONL file of problems and answers.
       output: run directory; the trained model goes to its `final`.
+      checkpoints: where they go, a directory or URL; null: `checkpoints` in the run directory.
       seed: of the problems' order and of sampling.
       steps: rollout batches.
       prompts, samples: problems of a batch, and answers to each.
@@ -53,6 +59,7 @@ class RLConfig:
     model: str
     problems: str
     output: str
+    checkpoints: str | None = None
     seed: int = 0
     steps: int
     prompts: int = 16
@@ -114,9 +121,85 @@ def train(
       stage: ZERO or PAPO.
       collect: (engine with the current weights, feed, step from 1) -> Collected.
       depth: hidden intervals per token of a row.
+
+    Raises ValueError for a directory of another run, OSError where it cannot write,
+    FloatingPointError after `train.max_nonfinite` steps, Preempted after SIGTERM.
     """
     text = dump_config(config)
     output = claim(config.output, text)
+    final = output / "final"
+    if final.exists():
+        return final
+    with preempt.watched():
+        with preempt.interruptible():
+            model, feed = _load(stage, config)
+            state = new_state(model.params, config.train.optimizer)
+        model = dataclasses.replace(model, params={})  # the state has them from here on
+        place, settings = config.checkpoints or output / "checkpoints", config.train
+        pending = Pending(f"{place}/rollouts", text)
+        shown = ("reward", "format_rate", "accuracy", "grad_norm")
+        with Checkpoints(place, text, settings.keep_checkpoints, settings.keep_best) as checkpoints:
+            start, reward, guard = 0, None, NonfiniteGuard(settings.max_nonfinite)
+            if found := checkpoints.restore(state):
+                start, state, position = found
+                feed.position, guard.in_a_row = position["problem"], position["nonfinite_in_a_row"]
+            weights = cast(state.params, settings.compute_dtype)
+            engine = Engine(dataclasses.replace(model, params=weights), config.engine)
+            with RunLog(STAGES[stage], output, config.steps, start, shown, report) as log:
+                for step in range(start + 1, config.steps + 1):
+                    position = {"problem": feed.position} | guard.count({})
+                    begun, decoded = time.perf_counter(), engine.stats()["sampled_tokens"]
+                    try:
+                        with preempt.interruptible():
+                            engine.set_params(cast(state.params, settings.compute_dtype))
+                            version = fingerprint(state.params)
+                            found = pending.load(step, version)
+                            groups, metrics, feed.position = found or (
+                                *collect(engine, feed, step),
+                                feed.position,
+                            )
+                        if not found:
+                            pending.save(step, version, groups, metrics, feed.position)
+                        if preempt.wanted():
+                            raise preempt.Preempted
+                    except preempt.Preempted:
+                        checkpoints.save(step - 1, state, position, reward)
+                        raise
+                    sampled = time.perf_counter()
+                    decoded = engine.stats()["sampled_tokens"] - decoded
+                    state, updates = update(state, groups, model, config, objective, depth)
+                    trained = time.perf_counter()
+                    metrics = (
+                        metrics
+                        | updates
+                        | guard.count(updates)
+                        | {
+                            "step": step,
+                            "rollout_seconds": sampled - begun,
+                            "rollout_tokens_per_s": decoded / (sampled - begun),
+                            "train_seconds": trained - sampled,
+                            "train_tokens_per_s": updates.get("loss_tokens", 0)
+                            / (trained - sampled),
+                        }
+                    )
+                    log.write(metrics)
+                    guard.check(step)
+                    reward, ending = metrics["reward"], preempt.wanted()
+                    if step % settings.checkpoint_every == 0 or step == config.steps or ending:
+                        before = checkpoints.last  # whole on disk once the next one is begun
+                        position = {"problem": feed.position} | guard.count({})
+                        checkpoints.save(step, state, position, reward)
+                        pending.drop(before)
+                    if ending:
+                        raise preempt.Preempted
+        with writing(final):
+            publish(final, lambda path: save(dataclasses.replace(model, params=state.params), path))
+        pending.drop(config.steps)
+    return final
+
+
+def _load(stage: int, config: RLConfig) -> tuple[Model, Feed]:
+    """The model to start from, and its problems in the order of the stage."""
     model = load(config.model, dtype="float32", seed=config.seed).with_tags()
     problems, prompts = encode_problems(
         model.tokenizer,
@@ -124,43 +207,7 @@ def train(
         config.max_prompt_tokens,
     )
     # Each stage has an order of its own: what the stage before has learnt teaches nothing.
-    feed = Feed(problems, prompts, config.seed, stage)
-    state = new_state(model.params, config.train.optimizer)
-    model = dataclasses.replace(model, params={})  # the state has them from here on
-    with Checkpoints(output / "checkpoints", text, config.train.keep_checkpoints) as checkpoints:
-        start = 0
-        if found := checkpoints.restore(state):
-            start, state, position = found
-            feed.position = position["problem"]
-        weights = cast(state.params, config.train.compute_dtype)
-        engine = Engine(dataclasses.replace(model, params=weights), config.engine)
-        shown = ("reward", "format_rate", "accuracy", "grad_norm")
-        with RunLog(STAGES[stage], output, config.steps, start, shown, report) as log:
-            for step in range(start + 1, config.steps + 1):
-                engine.set_params(cast(state.params, config.train.compute_dtype))
-                begun, decoded = time.perf_counter(), engine.stats()["sampled_tokens"]
-                groups, metrics = collect(engine, feed, step)
-                sampled = time.perf_counter()
-                decoded = engine.stats()["sampled_tokens"] - decoded
-                state, updates = update(state, groups, model, config, objective, depth)
-                trained = time.perf_counter()
-                metrics = (
-                    metrics
-                    | updates
-                    | {
-                        "step": step,
-                        "rollout_seconds": sampled - begun,
-                        "rollout_tokens_per_s": decoded / (sampled - begun),
-                        "train_seconds": trained - sampled,
-                        "train_tokens_per_s": updates.get("loss_tokens", 0) / (trained - sampled),
-                    }
-                )
-                log.write(metrics)
-                if step % config.train.checkpoint_every == 0 or step == config.steps:
-                    checkpoints.save(step, state, {"problem": feed.position})
-    final = output / "final"
-    save(dataclasses.replace(model, params=state.params), final)
-    return final
+    return model, Feed(problems, prompts, config.seed, stage)
 
 
 def update(
@@ -191,5 +238,6 @@ def update(
         key: sum(metrics[key] for metrics in history) / len(history) for key in history[0]
     }
     merged |= {key: history[0][key] for key in ("logp_gap", "logp_gap_max")}
-    merged["loss_tokens"] = sum(metrics["loss_tokens"] for metrics in history)
+    for key in ("loss_tokens", "nonfinite"):
+        merged[key] = sum(metrics[key] for metrics in history)
     return state, merged | {"skipped": 0, "off_policy_steps": len(history) - 1}

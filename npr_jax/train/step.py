@@ -76,6 +76,8 @@ class TrainConfig:
         state are float32.
       remat: the model's rematerialisation policy.
       checkpoint_every: steps between checkpoints; keep_checkpoints: how many of them stay.
+      keep_best: 1 keeps the best checkpoint too: that with the largest reward, or lowest loss.
+      max_nonfinite: steps in a row without a finite update, after which the run stops.
     """
 
     optimizer: OptimizerConfig
@@ -85,11 +87,16 @@ class TrainConfig:
     remat: str = "none"
     checkpoint_every: int = 10
     keep_checkpoints: int = 2
+    keep_best: int = 0
+    max_nonfinite: int = 3
 
     def __post_init__(self):
-        for name in ("row_len", "micro_rows", "checkpoint_every", "keep_checkpoints"):
+        positive = ("row_len", "micro_rows", "checkpoint_every", "keep_checkpoints")
+        for name in (*positive, "max_nonfinite"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name} is {getattr(self, name)}, needed is 1 or more")
+        if self.keep_best not in (0, 1):
+            raise ValueError(f"train.keep_best is {self.keep_best}, needed is 0 or 1")
         if self.compute_dtype not in ("float32", "bfloat16"):
             raise ValueError(
                 f"train.compute_dtype is {self.compute_dtype!r}, needed is float32 or bfloat16"
@@ -200,11 +207,10 @@ def optimize(
     Of several processes each gives rows of its own, one at least (`rows.empty_row`), and all make
     the call together. Metrics are means over the loss tokens of all, beside `grad_norm` (before
     the clip), `loss_tokens`, `learning_rate` and, where the rows carry log-probs of the sampler,
-    the mean and largest gap to them, `logp_gap` and `logp_gap_max`.
+    the mean and largest gap to them, `logp_gap` and `logp_gap_max`. Where the loss or the norm of
+    its gradient is not finite, `nonfinite` is 1 and the new state is the old one.
 
-    Raises:
-      ValueError: there is no token to train on.
-      FloatingPointError: the gradient is not finite.
+    Raises ValueError if there is no token to train on.
     """
     size = config.micro_rows * batch_shards(mesh) // jax.process_count()
     counts = gather((count_loss_tokens(rows), -(-len(rows) // size)))
@@ -230,9 +236,8 @@ def optimize(
     metrics = {name: float(value) / count for name, value in sums.items()}
     metrics |= {name: float(value) for name, value in largest.items()}
     metrics |= {"grad_norm": float(norm), "loss_tokens": count, "learning_rate": rate}
-    if not math.isfinite(metrics["grad_norm"]):
-        raise FloatingPointError(f"the gradient of {count} tokens is not finite: {metrics}")
-    return state, metrics
+    finite = math.isfinite(norm) and math.isfinite(sums["loss"])
+    return state, metrics | {"nonfinite": int(not finite)}
 
 
 def _loss(objective: Objective, logp: jax.Array, row: dict) -> losses.Loss:
@@ -295,8 +300,9 @@ def compiled_step(
     """The compiled step(state, batch, used, count, rate), which uses the state up.
 
     Over batch [M, B, T, ...], of which the first `used` i32 micro-batches run; `count` f32 loss
-    tokens, learning rate `rate` f32. Returns the new state, sums over loss tokens {name: f32},
-    largest values {name: f32}, and the norm of the gradient f32 before its clip.
+    tokens, learning rate `rate` f32. Returns the new state (the old one if loss or norm are not
+    finite), sums over loss tokens {name: f32}, largest values {name: f32}, and the norm of the
+    gradient f32 before its clip.
     """
     shardings = None if mesh is None else state_shardings(model_config, config, mesh)
 
@@ -327,7 +333,10 @@ def compiled_step(
         updates, opt_state = _optimizer(config).update(grads, state.opt_state, state.params)
         params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
         new = TrainState(params, opt_state, state.step + 1)
-        return new, sums, largest, optax.tree.norm(grads)
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(norm) & jnp.isfinite(sums["loss"])
+        new = jax.tree.map(lambda x, old: jnp.where(finite, x, old), new, state)
+        return new, sums, largest, norm
 
     if mesh is None:
         return jax.jit(step, donate_argnums=0)

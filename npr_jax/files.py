@@ -1,0 +1,62 @@
+"""Writing that a crash leaves whole: the old file or the new one, never half of one."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from etils import epath
+
+REMEDY = (
+    "make room there, or move the run to where it can be written, and run the same command again: "
+    "it goes on from the last checkpoint"
+)
+
+
+def is_url(path: epath.PathLike) -> bool:
+    """Whether `path` is in an object store, where there is no rename and no fsync."""
+    return "://" in str(path)
+
+
+def write_atomically(path: epath.PathLike, data: bytes) -> None:
+    """Replaces the content of `path`, on disk when this returns."""
+    if is_url(path):  # an object is seen once it is whole
+        epath.Path(path).write_bytes(data)
+        return
+    path = Path(path)
+    new = path.with_name(path.name + ".tmp")
+    with new.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path)
+    _sync(path.parent)
+
+
+def publish(directory: Path, write: Callable[[Path], None]) -> None:
+    """Makes a directory that is there as a whole or not at all; `write(path)` fills it."""
+    new = directory.with_name(directory.name + ".tmp")
+    shutil.rmtree(new, ignore_errors=True)
+    write(new)
+    for path in new.rglob("*"):
+        _sync(path)
+    new.replace(directory)
+    _sync(directory.parent)
+
+
+@contextlib.contextmanager
+def writing(path: epath.PathLike, remedy: str = REMEDY) -> Iterator[None]:
+    """An OSError in here (disk full, no permission) names `path` and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{path} cannot be written ({error.strerror or error}): {remedy}") from error
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

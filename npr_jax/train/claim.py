@@ -1,0 +1,65 @@
+"""Whose directory it is: a run goes on only with the config that it was begun with."""
+
+import json
+from pathlib import Path
+
+import yaml
+
+from npr_jax.files import is_url, write_atomically, writing
+
+# What changes nothing that is computed: where a run lies, what is saved of it, when it gives up.
+_FREE = (
+    "output",
+    "checkpoints",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "keep_best",
+    "max_nonfinite",
+)
+
+
+def claim(directory: str | Path, config_text: str) -> Path:
+    """Makes the run directory with its config.yaml; a run that is there is gone on with.
+
+    Raises ValueError naming the keys if the directory belongs to a run of another config, OSError
+    if it cannot be written. In both cases nothing has been changed.
+    """
+    if is_url(directory):
+        raise ValueError(
+            f"output is {directory}, needed is a local directory: set `checkpoints` to have the "
+            "checkpoints in an object store"
+        )
+    directory = Path(directory)
+    path = directory / "config.yaml"
+    with writing(directory, "set another output"):
+        directory.mkdir(parents=True, exist_ok=True)
+        started = any(entry != path for entry in directory.iterdir())
+        if path.exists() and started:  # a run that failed at once has left its config only
+            same_config(path.read_text(encoding="utf-8"), config_text, directory)
+        write_atomically(path, config_text.encode())
+    return directory
+
+
+def same_config(old_text: str, new_text: str, directory: object) -> None:
+    """Raises ValueError naming the keys in which two configs differ, where that matters."""
+    old, new = _flat(yaml.safe_load(old_text)), _flat(yaml.safe_load(new_text))
+    changed = [
+        f"{key} was {json.dumps(old.get(key))}, is {json.dumps(new.get(key))}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and key.split(".")[-1] not in _FREE
+    ]
+    if changed:
+        raise ValueError(
+            f"{directory} belongs to a run of another config ({'; '.join(changed)}): "
+            "go on with that config, set another output, or remove the directory"
+        )
+
+
+def _flat(values: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
