@@ -1,5 +1,6 @@
 """The launch scripts: they parse, refuse with a message, retry rightly, and name what there is."""
 
+import importlib
 import os
 import re
 import shlex
@@ -15,7 +16,7 @@ import typer.main
 import yaml
 
 from npr_jax.cli import app
-from npr_jax.config import config_path
+from npr_jax.config import config_path, load_config
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "scripts" / "launch"
@@ -239,13 +240,13 @@ def test_a_pod_gets_the_same_command_on_every_host(tmp_path):
     assert result.returncode == 0, result.stderr
     sent, _, command = (tmp_path / "sent").read_text().partition("--command=")
     assert " ".join(sent.split()) == "compute tpus tpu-vm ssh pod --zone=z --worker=all"
-    program = 'echo $RETRIES "$@"; echo $$ > pid; touch done; exec sleep 60'
+    program = 'printf "%s\\n" $RETRIES "$@"; echo $$ > pid; touch done; exec sleep 60'
     host = stand_in(tmp_path / "npr_jax", "scripts/launch/tpu_vm.sh", program).parents[2]
     shell = ["/bin/bash", "-c", command]
     assert subprocess.run(shell, cwd=tmp_path, timeout=10).returncode == 0
     wait_for(host / "done")
-    log = (tmp_path / "npr-jax.log").read_text().strip()
-    assert log == f"7 {' '.join(arguments)} --distributed"
+    log = (tmp_path / "npr-jax.log").read_text().splitlines()
+    assert log == ["7", *arguments, "--distributed"]
     second = subprocess.run(shell, cwd=tmp_path, timeout=10, capture_output=True, text=True)
     assert second.returncode == 1 and "runs already" in second.stderr
 
@@ -367,3 +368,17 @@ def test_verbs_and_options_of_every_command_exist():
         known = {option for parameter in verbs[words[0]].params for option in parameter.opts}
         used = {word.split("=")[0] for word in words if word.startswith("--")}
         assert used <= known, f"{name}: npr-jax {words[0]} has no {sorted(used - known)}"
+
+
+@pytest.mark.xfail(strict=True, reason="the mesh and the place of checkpoints are being built")
+def test_settings_of_every_command_are_accepted():
+    (elsewhere,) = re.findall(r"`--set (fit\.\S+)`", DOC.read_text())
+    settings = {("beta", "qwen3_4b_beta"): {elsewhere}}
+    for _, words in commands():
+        if words[0] in STAGES and len(words) > 1 and words[1].startswith("qwen3"):
+            text = " ".join(words).replace("--set=", "--set ")
+            settings.setdefault(tuple(words[:2]), set()).update(re.findall(r"--set (\S+)", text))
+    for (stage, preset), given in settings.items():
+        module = importlib.import_module(f"npr_jax.train.{stage}")
+        for setting in given:
+            load_config(getattr(module, f"{stage.capitalize()}Config"), preset, [setting])

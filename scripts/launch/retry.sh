@@ -7,7 +7,7 @@
 set -euo pipefail
 
 RETRIES=${RETRIES:-20}
-RETRY_DELAY=${RETRY_DELAY:-30}  # seconds, in which the other hosts notice that one is gone
+RETRY_DELAY=${RETRY_DELAY:-60}  # seconds, in which the other hosts notice that one is gone
 
 (($#)) || { echo "retry.sh: no command given, for example: retry.sh npr-jax papo CONFIG" >&2; exit 2; }
 

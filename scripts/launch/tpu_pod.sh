@@ -24,6 +24,7 @@ case $verb in
     ;;
   copy)
     archive=$(mktemp -d)/npr_jax.tar.gz
+    trap 'rm -r "${archive%/*}"' EXIT
     git -C "$(dirname "${BASH_SOURCE[0]}")/../.." archive --format=tar.gz -o "$archive" HEAD
     gcloud compute tpus tpu-vm scp "$archive" "$TPU:" --zone="$ZONE" --worker=all
     on all 'mkdir -p npr_jax && tar -xzf npr_jax.tar.gz -C npr_jax'
