@@ -167,6 +167,21 @@ def wait_for(path):
         time.sleep(0.02)
 
 
+@pytest.mark.parametrize("script, extra", [("tpu_vm.sh", "tpu"), ("gpu_node.sh", "cuda")])
+def test_a_machine_installs_once_and_runs_what_it_was_given(tmp_path, script, extra):
+    venv = tmp_path / "venv"
+    installed = tmp_path / "installed"
+    stand_in(venv / "bin", "python", f'echo "$@" >> {installed}')
+    stand_in(venv / "bin", "npr-jax", 'printf "%s\\n" "$@" $JAX_COMPILATION_CACHE_DIR')
+    stand_in(tmp_path, "nvidia-smi", "")
+    settings = {"VENV": str(venv), "PYTHON": sys.executable, "path": [tmp_path]}
+    for _ in range(2):
+        result = run(LAUNCH / script, "papo", "a b", **settings)
+        assert result.stdout.splitlines() == ["papo", "a b", "/none/.cache/npr_jax/compiled"]
+    (line,) = installed.read_text().splitlines()
+    assert f"-e {ROOT}[{extra}] etils[epath-gcs] -c {ROOT}/constraints.txt" in line
+
+
 def slurm_environment(tmp_path, restarts=0):
     return {
         "SLURM_JOB_ID": str(os.getpid()),  # JAX takes its port from it

@@ -15,5 +15,5 @@ command -v "$PYTHON" >/dev/null || {
   exit 2
 }
 [[ -x $VENV/bin/python ]] || "$PYTHON" -m venv "$VENV"
-"$VENV/bin/python" -m pip install -q -e "$root[$EXTRA]" 'etils[epath-gcs]' -c "$root/constraints.txt"
+"$VENV/bin/python" -m pip install -q -e "${root}[$EXTRA]" 'etils[epath-gcs]' -c "$root/constraints.txt"
 touch "$stamp"

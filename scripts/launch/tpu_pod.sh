@@ -47,7 +47,7 @@ case $verb in
         scripts/launch/tpu_vm.sh $(printf '%q ' "$@")>> ../npr-jax.log 2>&1 < /dev/null & }"
     ;;
   logs) on 0 'tail -n 100 -f npr-jax.log' ;;
-  stop) on all 'kill -TERM "$(cat npr-jax.pid)"' ;;  # it saves, and exits with 143
+  stop) on all 'xargs kill -TERM < npr-jax.pid' ;;  # it saves, and exits with 143
   delete) tpu delete --quiet ;;
   *)
     echo "tpu_pod.sh: $verb? It is create, copy, start, logs, stop or delete" >&2
