@@ -71,3 +71,18 @@ def test_rows_of_short_problems_are_full(lengths_of, report):
     report(f"{len(rows)} rows, {fill(rows):.1%} full; grain's best fit: {theirs} rows")
     assert fill(rows) >= 0.95
     assert len(rows) <= theirs
+
+
+@pytest.mark.parametrize("samples", [4, 8, 16])
+def test_rows_of_groups_are_full(samples, report):
+    """Also where a group nearly fills a row, so that whole groups would leave much of it empty."""
+    rng = np.random.default_rng(2)
+    groups = [
+        group([prompt, *np.maximum(1, answer * rng.lognormal(0.5, 0.25, samples)).astype(int)], rng)
+        for prompt, answer in synthetic_lengths(96)
+    ]
+    rows = make_rows(groups, ROW_LEN, 2)
+    report(f"{len(rows)} rows, {fill(rows):.1%} full")
+    assert fill(rows) >= 0.95
+    answers = sum(int(example.loss_mask.sum()) for made in groups for example in made)
+    assert sum(int(row["loss_mask"].sum()) for row in rows) == answers
