@@ -2,12 +2,15 @@
 
 import gzip
 import json
+import os
+import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from test_datasets import PUBLISHED
 from train_toy import write_problems
 
 from npr_jax.pretrained import load, load_tokenizer
@@ -222,3 +225,38 @@ def test_a_users_error_is_one_line(args, words, source, tmp_path):
     assert len(result.stderr.splitlines()) == 1
     assert all(word in result.stderr for word in words), result.stderr
     assert not list(tmp_path.glob("data/*"))
+
+
+def test_the_documents_commands_run_and_print_what_it_says(tmp_path):
+    """On small files of the names in docs/data.md, and the demo's tokenizer for the hub's."""
+    text = (Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
+    for name, form in (
+        ("orz_math_57k_collected.json", "orz57k"),
+        ("train.jsonl", "gsm8k"),
+        ("math_train.jsonl", "math"),
+    ):
+        (tmp_path / name).write_bytes(PUBLISHED[form][0])
+    long = {"problem": "1" * 1399, "answer": 1}
+    rows = [row for row, reason in ROWS if reason is None]
+    rows[1:1] = [b'{"problem": "x", "answer": ""}', rows[0], b'{"problem": "\xff", "answer": 1}']
+    (tmp_path / "mine.jsonl.gz").write_bytes(
+        gzip.compress(b"\n".join([*rows, json.dumps(long).encode()]))
+    )
+    blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+    blocks = [block for block in blocks if block.startswith("npr-jax data")]
+    script = 'set -eu\nnpr-jax() { "$PYTHON" -m npr_jax "$@"; }\n' + "".join(blocks)
+    script = script.replace("Qwen/Qwen3-4B-Instruct-2507", "tiny")
+    env = os.environ | {"PYTHON": sys.executable}
+    result = subprocess.run(
+        ["bash", "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    made = {path.name for path in (tmp_path / "data").iterdir()}
+    assert len(blocks) == 2 and made == {"orz57k", "gsm8k_train", "math", "mine", "short"}
+    (printed,) = re.findall(r"prints\n\n```\n(.*?)```", text, re.DOTALL)
+    assert printed in result.stdout
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert result.stdout == "4 A:1+1? 2 1\n"
