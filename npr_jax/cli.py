@@ -16,6 +16,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     no_args_is_help=True,
 )
+data = typer.Typer(help="Data sets of problems.", no_args_is_help=True)
+app.add_typer(data, name="data")
 
 Config = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file or name of a preset.")]
 Overrides = Annotated[
@@ -96,6 +98,33 @@ def generate(
     tell = functools.partial(typer.echo, err=True)
     written, bad = run(model, source, target, settings, warn=tell, tell=tell)
     typer.echo(f"{written} answers written to {target}, {bad} bad lines left out")
+
+
+@data.command()
+def prepare(
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="Form of the file: orz57k, gsm8k, math or jsonl.")
+    ],
+    source: Annotated[Path, typer.Option(metavar="FILE", help="The raw file; may be gzip.")],
+    output: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where it goes; by default data/NAME.")
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Directory or hub id; counts tokens.")
+    ] = None,
+    max_prompt_tokens: Annotated[
+        int | None, typer.Option(metavar="N", help="Longer prompts are set aside.")
+    ] = None,
+) -> None:
+    """Make a data set that every stage takes as its problems; set bad rows aside.
+
+    Rows that are no problem with an answer are counted by reason and written to rejected.jsonl.
+    """
+    from npr_jax.train.prepare import prepare as run
+
+    output = output or Path("data") / name
+    report = run(name, source, output, tokenizer, max_prompt_tokens)
+    typer.echo("\n".join(report.lines(output)))
 
 
 @app.command()

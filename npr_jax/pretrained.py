@@ -12,7 +12,9 @@ from npr_jax.model import PRESETS, ModelConfig, init_params
 from npr_jax.model.hf import read_config, read_params, write
 from npr_jax.model.sharding import place_params, train_shardings
 from npr_jax.model.tokenizer import add_tags, demo_tokenizer, has_tags
-from npr_jax.tree import TagIds
+from npr_jax.tree import TAG_NAMES, TagIds
+
+TOKENIZER_FILES = ["*.json", "*.txt", "*.jinja"]  # and the config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,20 +69,42 @@ def load(
         return model.with_tags() if tags else model
     directory = Path(source)
     if not directory.is_dir():
-        directory = _download(str(source))
+        directory = _download(str(source), [*TOKENIZER_FILES, "*.safetensors"])
     config = read_config(directory)
     params = read_params(directory, config, dtype)
-    tokenizer = None
-    if any((directory / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-    model = _assemble(config, params, tokenizer)
+    model = _assemble(config, params, _read_tokenizer(directory))
     model = model.with_tags() if tags else model
     if mesh is None:
         return dataclasses.replace(model, params=jax.tree.map(jnp.asarray, model.params))
     shardings = train_shardings(model.config, mesh)
     return dataclasses.replace(model, params=place_params(model.params, shardings))
+
+
+def load_tokenizer(source: str | Path):
+    """The tokenizer of a model as the stages use it, with the eight tags; no weights are read.
+
+    `source` and FileNotFoundError as for `load`; ValueError if the model has no tokenizer.
+    """
+    if str(source) in PRESETS:
+        tokenizer = demo_tokenizer() if str(source) == "tiny" else None
+    else:
+        directory = Path(source)
+        if not directory.is_dir():
+            directory = _download(str(source), TOKENIZER_FILES)
+        tokenizer = _read_tokenizer(directory)
+    if tokenizer is None:
+        raise ValueError(f"{source} has no tokenizer")
+    if not has_tags(tokenizer):
+        tokenizer.add_tokens(list(TAG_NAMES), special_tokens=True)
+    return tokenizer
+
+
+def _read_tokenizer(directory: Path):
+    if any((directory / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(directory)
+    return None
 
 
 def _assemble(config: ModelConfig, params: dict, tokenizer) -> Model:
@@ -97,11 +121,10 @@ def save(model: Model, directory: str | Path) -> None:
     write(Path(directory), model.config, model.params)  # config.json last: it is all there
 
 
-def _download(name: str) -> Path:
+def _download(name: str, wanted: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    wanted = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
     try:
         return Path(snapshot_download(name, allow_patterns=wanted))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

@@ -9,7 +9,8 @@ from typer.testing import CliRunner
 
 from npr_jax.cli import app
 
-VERBS = ("zero", "beta", "papo", "generate", "demo")
+VERBS = ("zero", "beta", "papo", "generate", "data", "demo")
+COMMANDS = (*VERBS, "data prepare")
 
 
 def run(*args, **kwargs):
@@ -23,9 +24,9 @@ def test_verbs_are_those_that_are_built():
     assert sorted(listed) == sorted(VERBS)
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", COMMANDS)
 def test_help_fits_a_screen(verb):
-    result = CliRunner().invoke(app, [verb, "--help"])
+    result = CliRunner().invoke(app, [*verb.split(), "--help"])
     assert result.exit_code == 0
     lines = result.output.splitlines()
     assert len(lines) <= 24 and max(map(len, lines)) <= 80

@@ -1,12 +1,16 @@
 """Problems from files, prompts from problems, orders and seeds that can be gone on with."""
 
+import json
+
 import pytest
 import transformers
 from conftest import shared_path
-from train_toy import tiny
+from train_toy import tiny, write_problems
 
 from npr_jax.prompts import INSTRUCTION, prompt_ids
-from npr_jax.train.data import Problem, derive_seeds, read_problems, shuffled
+from npr_jax.train.data import Problem, derive_seeds, read_problems, share, shuffled
+from npr_jax.train.prepare import prepare
+from npr_jax.train.rl import Feed
 from npr_jax.train.rollout import encode_problems
 
 
@@ -22,17 +26,27 @@ def test_problems_are_read_and_bad_lines_named(tmp_path):
         ('{"problem": "", "answer": "1"}', "\"problem\" is ''"),
         ('{"problem": "x", "answer": true}', '"answer" is True'),
         ("[1]", "is no object"),
-        ('{"problem": "\\ud800", "answer": "1"}', "not valid JSON"),
-        ('{"problem": "\xff", "answer": "1"}', "not valid JSON"),
+        ('{"problem": "\\ud800", "answer": "1"}', "not UTF-8"),
+        ('{"problem": "\xff", "answer": "1"}', "not UTF-8"),
     ):
         path.write_text('{"problem": "x", "answer": "y"}\n\n' + line, encoding="latin-1")
-        with pytest.raises(ValueError, match=f"problems.jsonl:3: .*{reason}"):
+        with pytest.raises(ValueError, match=f"problems.jsonl:3: .*{reason}.*npr-jax data prepare"):
             read_problems(path)
     path.write_text("\n")
     with pytest.raises(ValueError, match="no problems"):
         read_problems(path)
     with pytest.raises(FileNotFoundError):
         read_problems(tmp_path / "none.jsonl")
+
+
+def test_a_prepared_directory_reads_as_its_source(tmp_path):
+    path = tmp_path / "problems.jsonl"
+    write_problems(path, 300)
+    prepare("jsonl", path, tmp_path / "out")
+    assert read_problems(tmp_path / "out") == read_problems(path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"empty is a directory without .*npr-jax data prepare"):
+        read_problems(tmp_path / "empty")
 
 
 def test_order_covers_each_epoch_and_is_shuffled_anew():
@@ -42,6 +56,42 @@ def test_order_covers_each_epoch_and_is_shuffled_anew():
     assert first != second
     assert [int(shuffled(50, 3)[i]) for i in range(50, 100)] == second  # any index, any time
     assert [int(shuffled(50, 4)[i]) for i in range(50)] != first
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 20])
+def test_the_shares_of_the_processes_are_the_batch(count):
+    order, first, num = shuffled(50, 3), 40, 16  # across the end of an epoch
+    batch = [int(order[first + i]) for i in range(num)]
+    shares = [share(num, index, count) for index in range(count)]
+    assert sorted(i for part in shares for i in part) == list(range(num))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    for index, part in enumerate(shares):
+        assert [int(order[first + i]) for i in part] == batch[index::count]
+    for index in (-1, count):
+        with pytest.raises(ValueError, match=f"process {index} of {count}"):
+            share(num, index, count)
+
+
+def test_a_saved_position_goes_on_where_it_stopped():
+    problems = [Problem(f"p{i}", str(i)) for i in range(7)]
+    feed = Feed(problems, [[i] for i in range(7)], 0, 1)
+    taken = [feed.take(3) for _ in range(6)]
+    for done in range(6):
+        again = Feed(problems, [[i] for i in range(7)], 0, 1)
+        again.position = done * 3
+        assert [again.take(3) for _ in range(done, 6)] == taken[done:]
+
+
+def test_grains_own_iterator_over_the_order_goes_on_too():
+    iterator = iter(shuffled(50, 3).to_iter_dataset())
+    for _ in range(20):
+        next(iterator)
+    state = json.dumps(iterator.get_state())
+    rest = [int(next(iterator)) for _ in range(60)]
+    again = iter(shuffled(50, 3).to_iter_dataset())
+    again.set_state(json.loads(state))
+    assert [int(next(again)) for _ in range(60)] == rest
+    assert rest == [int(shuffled(50, 3)[i]) for i in range(20, 80)]
 
 
 def test_seeds_depend_on_every_part_of_their_path():

@@ -1,50 +1,37 @@
-"""Problems from JSONL files, in a shuffled order that any step index can be looked up in."""
+"""Problems in a shuffled order that any step index can be looked up in, in shares per process."""
 
-import json
 from pathlib import Path
-from typing import NamedTuple
 
 import grain
 import numpy as np
 
-
-class Problem(NamedTuple):
-    """A problem and its reference answer (LaTeX or plain, without `\\boxed`)."""
-
-    problem: str
-    answer: str
+from npr_jax.train.sources import FORMS, BadRow, Problem, parse_row, read_rows
 
 
 def read_problems(path: str | Path) -> list[Problem]:
-    """Reads a JSONL file of objects with "problem" and "answer"; other keys are left alone.
+    """Reads the problems of a JSONL file, or of a directory that `npr-jax data prepare` made.
 
-    An answer may be a string or a number. Raises ValueError with file and line number for a line
-    that is not such an object, FileNotFoundError if there is no file.
+    A line of JSONL (plain or gzip) is an object with "problem" and "answer", a text or a number;
+    other keys are left alone. The order is that of the file; in a directory, of its source.
+    Raises ValueError with file and line number for a line that is not such an object, and for a
+    directory that is not such a data set; FileNotFoundError if there is nothing.
     """
+    if Path(path).is_dir():
+        from npr_jax.train.datasets import read_prepared
+
+        return read_prepared(path)
     problems = []
-    with Path(path).open("rb") as file:  # bytes: an error names the line that is not UTF-8
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                problems.append(_problem(line, f"{path}:{number}"))
+    form = FORMS["jsonl"]
+    for row in read_rows(path, form.unit):
+        try:
+            problems.append(parse_row(row.raw, form))
+        except BadRow as error:
+            raise ValueError(
+                f"{path}:{row.number}: {error} (`npr-jax data prepare` sets bad lines aside)"
+            ) from error
     if not problems:
         raise ValueError(f"{path}: no problems, needed is one JSON object a line")
     return problems
-
-
-def _problem(line: bytes, place: str) -> Problem:
-    try:
-        row = json.loads(line.decode())
-        json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is no text
-    except ValueError as error:
-        raise ValueError(f"{place}: not valid JSON: {error}") from error
-    if not isinstance(row, dict):
-        raise ValueError(f'{place}: {row!r} is no object with "problem" and "answer"')
-    problem, answer = row.get("problem"), row.get("answer")
-    if not isinstance(problem, str) or not problem.strip():
-        raise ValueError(f'{place}: "problem" is {problem!r}, needed is a text')
-    if isinstance(answer, bool) or not isinstance(answer, str | int | float) or answer == "":
-        raise ValueError(f'{place}: "answer" is {answer!r}, needed is a text or a number')
-    return Problem(problem, str(answer))
 
 
 def shuffled(num: int, *path: int) -> grain.MapDataset:
@@ -54,6 +41,16 @@ def shuffled(num: int, *path: int) -> grain.MapDataset:
     that a checkpoint needs to go on from.
     """
     return grain.MapDataset.range(num).shuffle(seed=derive_seeds(1, *path)[0]).repeat()
+
+
+def share(num: int, index: int, count: int) -> range:
+    """The positions in a batch of `num` that process `index` of `count` reads.
+
+    The shares are disjoint, together they are the batch, and their sizes differ by one at most.
+    """
+    if not 0 <= index < count:
+        raise ValueError(f"process {index} of {count}: needed is 0 <= index < count")
+    return range(index, num, count)
 
 
 def derive_seeds(num: int, *path: int) -> list[int]:

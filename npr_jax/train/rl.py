@@ -44,7 +44,7 @@ class RLConfig:
 
     Attributes:
       model: directory, hub id or preset to start from.
-      problems: JSONL file of problems and answers.
+      problems: JSONL file of problems and answers, or a directory of `npr-jax data prepare`.
       output: run directory; the trained model goes to its `final`.
       checkpoints: where they go, a directory or URL; null: `checkpoints` in the run directory.
       seed: of the problems' order and of sampling.

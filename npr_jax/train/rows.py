@@ -53,8 +53,8 @@ def make_rows(groups: Sequence[Sequence[Example]], row_len: int, depth: int) -> 
     """Lays groups of examples into as few rows of `row_len` tokens as best fit finds.
 
     Args:
-      groups: examples of one group have the same prompt, which a row computes once; a group that
-        is too long for a row is split, and the prompt repeated.
+      groups: examples of one group have the same prompt, which a row computes once; a group is
+        split, and the prompt repeated, where it is too long for a row or where this saves rows.
       row_len: T, tokens of a row.
       depth: D, intervals per token in `hidden`.
 
@@ -65,13 +65,8 @@ def make_rows(groups: Sequence[Sequence[Example]], row_len: int, depth: int) -> 
     Raises:
       ValueError: an example is longer than a row, a group's prompts differ, `depth` is too small.
     """
-    documents: list[list[Example]] = []
-    for number, group in enumerate(groups):
-        documents += _split(group, row_len, number)
-    rows: list[list[list[Example]]] = []
-    sizes = [_length(document) for document in documents]
-    for members in _best_fit(sizes, row_len):
-        rows.append([documents[i] for i in members])
+    # A group that fills more than half a row leaves room that few others fit: halves may do better.
+    rows = min((_lay(groups, row_len, part) for part in (row_len, row_len // 2)), key=len)
     return [_row(row, row_len, depth) for row in rows]
 
 
@@ -129,8 +124,21 @@ def _best_fit(sizes: Sequence[int], room: int) -> list[list[int]]:
     return bins
 
 
-def _split(group: Sequence[Example], row_len: int, number: int) -> list[list[Example]]:
-    """The documents of a group: its responses behind the prompt, no longer than a row."""
+def _lay(
+    groups: Sequence[Sequence[Example]], row_len: int, part_len: int
+) -> list[list[list[Example]]]:
+    """Rows of documents of at most `part_len` tokens, or of one example that is longer."""
+    documents: list[list[Example]] = []
+    for number, group in enumerate(groups):
+        documents += _split(group, row_len, part_len, number)
+    sizes = [_length(document) for document in documents]
+    return [[documents[i] for i in members] for members in _best_fit(sizes, row_len)]
+
+
+def _split(
+    group: Sequence[Example], row_len: int, part_len: int, number: int
+) -> list[list[Example]]:
+    """The documents of a group: its responses behind the prompt, `part_len` tokens if they can."""
     first = group[0]
     prompt_len = first.layout.prompt_len
     for i, example in enumerate(group):
@@ -143,7 +151,8 @@ def _split(group: Sequence[Example], row_len: int, number: int) -> list[list[Exa
         if not np.array_equal(prompt, first.token_ids[:prompt_len]):
             raise ValueError(f"examples 0 and {i} of group {number} have different prompts")
     sizes = [len(example.layout) - prompt_len for example in group]
-    return [[group[i] for i in members] for members in _best_fit(sizes, row_len - prompt_len)]
+    room = max(part_len - prompt_len, *sizes)
+    return [[group[i] for i in members] for members in _best_fit(sizes, room)]
 
 
 def _length(document: Sequence[Example]) -> int:

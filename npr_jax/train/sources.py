@@ -1,0 +1,211 @@
+"""Raw files of problems, in the form in which each data set is published.
+
+file (plain or gzip) --> rows: lines of JSONL, or items of a JSON list --> Problem or BadRow
+"""
+
+import contextlib
+import gzip
+import json
+import math
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from npr_jax.answers import find_boxed
+
+REASONS = ("not UTF-8", "not JSON", "wrong type", "empty problem", "no answer", "over-long")
+
+
+class Problem(NamedTuple):
+    """A problem and its reference answer (LaTeX or plain, without `\\boxed`)."""
+
+    problem: str
+    answer: str
+
+
+class BadRow(ValueError):
+    """A row that gives no problem; `reason` is one of REASONS."""
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
+
+
+class Row(NamedTuple):
+    """`number`: line of the file or item of its list, from 1. `end`: bytes of the file so far."""
+
+    number: int
+    raw: bytes
+    end: int
+
+
+class Form(NamedTuple):
+    """How a data set is written down: what its rows are, and where a row has what."""
+
+    unit: str
+    parse: Callable[[Any], Problem]
+
+
+def read_rows(path: str | Path, unit: str) -> Iterator[Row]:
+    """The rows of a file; blank lines are none.
+
+    Args:
+      path: plain or gzip, whatever its name.
+      unit: "line" (JSONL) or "item" (of one JSON list).
+
+    Raises ValueError for a gzip file or a list that breaks off, FileNotFoundError without a file.
+    """
+    with open_source(path) as file:
+        yield from _lines(file) if unit == "line" else _items(file.read(), path)
+
+
+@contextlib.contextmanager
+def open_source(path: str | Path) -> Iterator[BinaryIO]:
+    """The file's bytes, unpacked if it is gzip; ValueError if that breaks off."""
+    with Path(path).open("rb") as file:
+        packed = file.peek(2)[:2] == b"\x1f\x8b"
+        try:
+            yield gzip.GzipFile(fileobj=file) if packed else file
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise ValueError(f"{path} is no whole gzip file: {error}; get it anew") from error
+
+
+def parse_row(raw: bytes, form: Form) -> Problem:
+    """The problem of one row; raises BadRow."""
+    try:
+        row = json.loads(raw.decode(), parse_constant=_no_constant)
+        json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is no text
+    except UnicodeError as error:
+        raise BadRow("not UTF-8", f"not UTF-8: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise BadRow("not JSON", f"not valid JSON: {error}") from error
+    return form.parse(row)
+
+
+def _lines(file: BinaryIO) -> Iterator[Row]:
+    end = 0
+    for number, line in enumerate(file, 1):
+        end += len(line)
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")  # a byte order mark
+        if line.strip():
+            yield Row(number, line.rstrip(b"\r\n"), end)
+
+
+def _items(data: bytes, path: str | Path) -> Iterator[Row]:
+    """A JSON list's items. Bytes that are not UTF-8 spoil their item and no other."""
+    text = data.decode("utf-8-sig", "surrogateescape")
+    space, decode = re.compile(r"[ \t\r\n]*+"), json.JSONDecoder().raw_decode
+    at = space.match(text).end()
+    if text[at : at + 1] != "[":
+        raise ValueError(f"{path} starts with {short(text[at:])}, needed is one JSON list")
+    number, at = 0, space.match(text, at + 1).end()
+    while text[at : at + 1] != "]" or number:
+        number += 1
+        try:
+            _, end = decode(text, at)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(
+                f"{path}: item {number} is not valid JSON: {error}; is the file whole?"
+            ) from error
+        yield Row(
+            number,
+            text[at:end].encode("utf-8", "surrogateescape"),
+            len(data) * end // len(text),
+        )
+        at = space.match(text, end).end()
+        if text[at : at + 1] == "]":
+            break
+        if text[at : at + 1] != ",":
+            raise ValueError(f"{path}: no comma or ] after item {number}; is the file whole?")
+        at = space.match(text, at + 1).end()
+    if rest := text[at + 1 :].strip():
+        raise ValueError(f"{path}: {short(rest)} stands behind the list, needed is one JSON list")
+
+
+def _no_constant(name: str):
+    raise ValueError(f"{name} is no JSON value")
+
+
+def _own(row: Any) -> Problem:
+    row = _object(row, "problem", "answer")
+    return Problem(_text(row, "problem", "empty problem"), _answer(row))
+
+
+def _gsm8k(row: Any) -> Problem:
+    row = _object(row, "question", "answer")
+    problem = _text(row, "question", "empty problem")
+    solution = _text(row, "answer", "no answer")
+    answer = solution.rpartition("####")[2].strip().replace(",", "")
+    if "####" not in solution or not answer:
+        raise BadRow("no answer", f'"answer" has nothing after "####": {short(solution)}')
+    return Problem(problem, answer)
+
+
+def _math(row: Any) -> Problem:
+    row = _object(row, "problem", "solution")
+    problem = _text(row, "problem", "empty problem")
+    solution = _text(row, "solution", "no answer")
+    # A few solutions have `\fbox{2}`, or `$\boxed 2$` without braces.
+    text = re.sub(r"\\boxed\s+([^\s{$]+)", r"\\boxed{\1}", solution.replace("\\fbox{", "\\boxed{"))
+    boxes = find_boxed(text)
+    if not boxes or not boxes[-1]:
+        raise BadRow("no answer", f'"solution" has no \\boxed answer: {short(solution)}')
+    return Problem(problem, boxes[-1])
+
+
+def _orz(row: Any) -> Problem:
+    if not isinstance(row, list) or not all(isinstance(turn, dict) for turn in row):
+        raise BadRow("wrong type", f"{short(row)} is no list of turns")
+    turns = {str(turn.get("from")): turn for turn in reversed(row)}
+    problem = _text(turns.get("human", {}), "value", "empty problem")
+    truth = turns.get("assistant", {}).get("ground_truth", {})
+    return Problem(problem, _answer(_object(truth, "value"), "value"))
+
+
+FORMS = {
+    "orz57k": Form("item", _orz),
+    "gsm8k": Form("line", _gsm8k),
+    "math": Form("line", _math),
+    "jsonl": Form("line", _own),
+}
+
+
+def _object(row: Any, *keys: str) -> dict:
+    if not isinstance(row, dict):
+        names = " and ".join(f'"{key}"' for key in keys)
+        raise BadRow("wrong type", f"{short(row)} is no object with {names}")
+    return row
+
+
+def _text(row: dict, key: str, missing: str) -> str:
+    value = row.get(key)
+    if value is None or (isinstance(value, str) and not value.strip()):
+        raise BadRow(missing, f'"{key}" is {value!r}, needed is a text{_keys(row, key)}')
+    if not isinstance(value, str):
+        raise BadRow("wrong type", f'"{key}" is {short(value)}, needed is a text')
+    return value
+
+
+def _answer(row: dict, key: str = "answer") -> str:
+    value = row.get(key)
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return str(value)
+    if value is None or (isinstance(value, str) and not value.strip()):
+        reason = f'"{key}" is {value!r}, needed is a text or a number{_keys(row, key)}'
+        raise BadRow("no answer", reason)
+    if not isinstance(value, str):
+        raise BadRow("wrong type", f'"{key}" is {short(value)}, needed is a text or a number')
+    return value
+
+
+def _keys(row: dict, key: str) -> str:
+    return "" if key in row else f"; the row has {short(list(row))}"
+
+
+def short(value: Any) -> str:
+    """`repr` of a value, cut to what fits a line."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
