@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated
 
@@ -27,49 +28,79 @@ Overrides = Annotated[
 Output = Annotated[
     Path | None, typer.Option(metavar="DIR", help="Run directory, in place of the config's.")
 ]
+Distributed = Annotated[
+    bool, typer.Option("--distributed", help="One of several processes (docs/launch.md).")
+]
 
 
 def main() -> None:
-    """Entry point of `npr-jax`: a user's error is one line and exit code 2."""
+    """Entry point of `npr-jax`: an error that a user can mend is one line, and an exit code."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it asks for PyTorch
     try:
         app(prog_name="npr-jax")
     except (ValueError, OSError, FloatingPointError) as error:
+        sys.exit(_tell(error))
+
+
+def _tell(error: BaseException) -> int:
+    """Prints an error; 2 where the same command would fail again, 1 where it may not."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else 1
+    if isinstance(error, (ValueError, OSError, FloatingPointError)):
         typer.echo("error: " + "; ".join(str(error).splitlines()), err=True)
-        sys.exit(2)
+        # A full disk may be emptied, a network come back.
+        lasting = isinstance(error, (ValueError, FileNotFoundError, FloatingPointError))
+        return 2 if lasting else 1
+    traceback.print_exception(error)
+    return 1
 
 
 @app.command()
-def zero(config: Config, overrides: Overrides = None, output: Output = None) -> None:
+def zero(
+    config: Config,
+    overrides: Overrides = None,
+    output: Output = None,
+    distributed: Distributed = False,
+) -> None:
     """Stage 1: DAPO on sequential answers teaches the format.
 
     Run again with the same arguments, it goes on where it stopped.
     """
     from npr_jax.train.zero import ZeroConfig, run
 
-    _run_stage(ZeroConfig, run, config, overrides, output)
+    _run_stage(ZeroConfig, run, config, overrides, output, distributed)
 
 
 @app.command()
-def beta(config: Config, overrides: Overrides = None, output: Output = None) -> None:
+def beta(
+    config: Config,
+    overrides: Overrides = None,
+    output: Output = None,
+    distributed: Distributed = False,
+) -> None:
     """Stage 2: rejection sampling from Zero, then SFT of the seed model as trees.
 
     Run again with the same arguments, it goes on where it stopped.
     """
     from npr_jax.train.beta import BetaConfig, run
 
-    _run_stage(BetaConfig, run, config, overrides, output)
+    _run_stage(BetaConfig, run, config, overrides, output, distributed)
 
 
 @app.command()
-def papo(config: Config, overrides: Overrides = None, output: Output = None) -> None:
+def papo(
+    config: Config,
+    overrides: Overrides = None,
+    output: Output = None,
+    distributed: Distributed = False,
+) -> None:
     """Stage 3: reinforcement learning on answers decoded in parallel.
 
     Run again with the same arguments, it goes on where it stopped.
     """
     from npr_jax.train.papo import PapoConfig, run
 
-    _run_stage(PapoConfig, run, config, overrides, output)
+    _run_stage(PapoConfig, run, config, overrides, output, distributed)
 
 
 @app.command()
@@ -143,11 +174,27 @@ def demo(
     sys.exit(run(seed=seed, output=output, check=check))
 
 
-def _run_stage(cls, run, config: str, overrides: list[str] | None, output: Path | None) -> None:
+def _run_stage(
+    cls,
+    run,
+    config: str,
+    overrides: list[str] | None,
+    output: Path | None,
+    distributed: bool,
+) -> None:
     from npr_jax.config import load_config
 
     changes = list(overrides or ())
     if output is not None:
         changes.append(f"output={json.dumps(str(output))}")
-    final = run(load_config(cls, config, changes))
-    typer.echo(f"trained model: {final}")
+    settings = load_config(cls, config, changes)
+    if not distributed:
+        typer.echo(f"trained model: {run(settings)}")
+        return
+    from npr_jax.distributed import ends_together, initialize, is_main
+
+    initialize()
+    with ends_together(_tell):
+        final = run(settings)
+        if is_main():
+            typer.echo(f"trained model: {final}")

@@ -8,8 +8,7 @@ import contextlib
 import os
 import pickle
 import sys
-import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import jax
@@ -76,6 +75,11 @@ def gather(value: T) -> list[T]:
     ]
 
 
+def gather_all(items: Sequence[T]) -> list[T]:
+    """The items of all processes, those of process 0 first."""
+    return [item for part in gather(list(items)) for item in part]
+
+
 def to_host(tree):
     """The whole arrays of a pytree as numpy arrays, in every process."""
     if jax.process_count() == 1:
@@ -94,25 +98,25 @@ def wait(name: str) -> None:
 
 
 @contextlib.contextmanager
-def ends_together() -> Iterator[None]:
-    """Ends this process at once, with its error, where one is raised inside: waiting for the others
-    to agree on an orderly end, as JAX does, would hang both. The others notice, by a broken
-    connection or a missing heartbeat, and end too."""
+def ends_together(tell: Callable[[BaseException], int]) -> Iterator[None]:
+    """Ends this process at once where an error is raised inside, if it is one of several: waiting
+    for the others to agree on an orderly end, as JAX does, would hang them all. The others notice,
+    by a broken connection or a missing heartbeat, and end too.
+
+    `tell(error)` prints what a user must know and returns the exit code.
+    """
     try:
         yield
     except BaseException as error:
         if jax.process_count() == 1:
             raise
-        code = error.code if isinstance(error, SystemExit) else 1
-        if not isinstance(error, SystemExit):
-            traceback.print_exc()
-            print(
-                f"process {jax.process_index()} of {jax.process_count()} ends with "
-                f"{type(error).__name__}. If this is about a connection or a peer, another process "
-                "has ended first: its own output says why. The same command goes on from the last "
-                "checkpoint.",
-                file=sys.stderr,
-            )
+        code = tell(error)
+        print(
+            f"process {jax.process_index()} of {jax.process_count()} ends. Where this is about a "
+            "connection, a peer or a heartbeat, another process has ended first: its own output "
+            "says why. The same command goes on from the last checkpoint.",
+            file=sys.stderr,
+        )
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code if isinstance(code, int) else 1)
+        os._exit(code)

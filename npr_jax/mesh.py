@@ -128,12 +128,12 @@ def decode_mesh(mesh: Mesh) -> Mesh:
 
 
 def local_decode_mesh(mesh: Mesh | None) -> Mesh | None:
-    """The part of `decode_mesh` that is this process's; None for a single device."""
+    """The part of `decode_mesh` that is this process's; None without a mesh."""
     if mesh is None:
         return None
     flat = mesh.devices.reshape(-1, mesh.shape["tensor"])
     here = [row for row in flat if row[0].process_index == jax.process_index()]
-    return _decoding(np.array(here)) if len(here) * len(here[0]) > 1 else None
+    return _decoding(np.array(here))
 
 
 def describe(mesh: Mesh | None) -> str:

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from npr_jax.distributed import is_main, to_host, wait
+from npr_jax.files import publish, writing
 from npr_jax.model import PRESETS, ModelConfig, init_params
 from npr_jax.model.hf import read_config, read_params, write
 from npr_jax.model.sharding import place_params, train_shardings
@@ -119,6 +121,16 @@ def save(model: Model, directory: str | Path) -> None:
     if model.tokenizer is not None:
         model.tokenizer.save_pretrained(directory)
     write(Path(directory), model.config, model.params)  # config.json last: it is all there
+
+
+def publish_model(model: Model, directory: Path) -> None:
+    """Like `save`, but the directory is there as a whole or not at all. Of several processes, all
+    of which make the call, the first writes."""
+    model = dataclasses.replace(model, params=to_host(model.params))
+    if is_main():
+        with writing(directory):
+            publish(directory, lambda path: save(model, path))
+    wait(f"published {directory}")
 
 
 def _download(name: str, wanted: list[str]) -> Path:

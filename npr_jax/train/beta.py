@@ -11,19 +11,22 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from jax.sharding import Mesh
+
 from npr_jax.config import dump_config
 from npr_jax.decode import Engine, EngineConfig, SamplingParams
-from npr_jax.files import publish, write_atomically, writing
-from npr_jax.pretrained import Model, load, save
+from npr_jax.distributed import gather, gather_all, is_main, mine
+from npr_jax.files import write_atomically, writing
+from npr_jax.mesh import MeshConfig, local_decode_mesh, make_mesh
+from npr_jax.pretrained import Model, load, publish_model
 from npr_jax.train import preempt
 from npr_jax.train.canonical import canonical
 from npr_jax.train.claim import claim
 from npr_jax.train.data import read_problems, shuffled
 from npr_jax.train.fit import FitConfig, fit
 from npr_jax.train.log import Report, RunLog
-from npr_jax.train.rollout import BETA, Rollout, encode_problems, roll_out
+from npr_jax.train.rollout import BETA, Rollout, encode_problems, engine_params, roll_out
 from npr_jax.train.rows import Example
-from npr_jax.train.step import cast
 from npr_jax.tree import TagIds, TraceError, parse
 
 MAX_DEPTH = 1  # what the format check accepts
@@ -64,7 +67,7 @@ class BetaConfig:
       model: the seed model, which is trained.
       sampler_model: the model of stage 1, which is sampled from.
       problems, output, seed: as in the other stages.
-      engine, sample, fit: see EngineConfig, SampleConfig and FitConfig.
+      engine, sample, fit, mesh: see EngineConfig, SampleConfig, FitConfig and MeshConfig.
     """
 
     model: str
@@ -75,6 +78,7 @@ class BetaConfig:
     engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
     sample: SampleConfig
     fit: FitConfig
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
 
 def run(config: BetaConfig, report: Report | None = None) -> Path:
@@ -84,61 +88,67 @@ def run(config: BetaConfig, report: Report | None = None) -> Path:
     """
     output = claim(config.output, dump_config(config))
     final = output / "final"
-    if final.exists():
+    if gather(final.exists())[0]:
         return final
     with preempt.watched():
-        trained = _train(config, output, report)
-        with writing(final):
-            publish(final, lambda path: save(trained, path))
+        publish_model(_train(config, output, report), final)
     return final
 
 
 def _train(config: BetaConfig, output: Path, report: Report | None) -> Model:
-    records = sample(config, output / "accepted.jsonl", report)
+    mesh = make_mesh(config.mesh)
+    config.fit.train.check(mesh)
+    records = sample(config, output / "accepted.jsonl", report, mesh)
     with preempt.interruptible():
-        model = load(config.model, dtype="float32", seed=config.seed).with_tags()
+        model = load(config.model, seed=config.seed, tags=True, mesh=mesh)
     examples = make_examples(records, model.tags)
     if not examples:
         raise ValueError(
             f"none of {len(records)} problems got an accepted answer in sample.tries="
             f"{config.sample.tries}: train {config.sampler_model} for longer, or raise sample.tries"
         )
-    return fit(model, examples, config.fit, output / "fit", config.seed, "beta", report)
+    return fit(model, examples, config.fit, output / "fit", config.seed, "beta", report, mesh)
 
 
-def sample(config: BetaConfig, path: Path, report: Report | None = None) -> list[dict]:
-    """Samples from the Zero model; a record per problem goes to the JSONL file `path`.
+def sample(
+    config: BetaConfig, path: Path, report: Report | None = None, mesh: Mesh | None = None
+) -> list[dict]:
+    """Samples from the Zero model; a record per problem goes to the JSONL file `path`. Of several
+    processes each samples its share, all know all records, and the first writes them.
 
     A record: problem, answer, tries, prompt_len, accepted (lists of token ids), texts. Batches of
     problems that the file holds are not sampled again; one that SIGTERM or a crash cuts off is.
     """
     sizes = config.sample
     with preempt.interruptible():
-        model = load(config.sampler_model, dtype="float32", seed=config.seed).with_tags()
+        model = load(config.sampler_model, seed=config.seed, tags=True, mesh=mesh)
         problems, prompts = encode_problems(
             model.tokenizer, read_problems(config.problems), sizes.max_prompt_tokens
         )
     order = shuffled(len(problems), config.seed, BETA)
     chosen = [int(order[i]) for i in range(min(len(problems), sizes.num_problems or len(problems)))]
     batches = [chosen[i : i + sizes.batch] for i in range(0, len(chosen), sizes.batch)]
-    records = read_records(path)
+    records = gather(read_records(path) if is_main() else [])[0]
     done = len(records) // sizes.batch if len(records) < len(chosen) else len(batches)
     records = records[: done * sizes.batch]
-    with writing(path):
-        write_atomically(path, _lines(records))
+    if is_main():
+        with writing(path):
+            write_atomically(path, _lines(records))
     engine = None
     shown = ("accepted_rate", "covered_rate")
-    with (
-        path.open("ab") as file,
-        RunLog(
-            "beta sampling", path.parent / "sampling", len(batches), done, shown, report, "round"
-        ) as log,
-    ):
+    with RunLog(
+        "beta sampling", path.parent / "sampling", len(batches), done, shown, report, "round"
+    ) as log:
         for number, batch in enumerate(batches[done:], done):
             with preempt.interruptible():
                 if engine is None:
-                    weights = cast(model.params, config.fit.train.compute_dtype)
-                    engine = Engine(dataclasses.replace(model, params=weights), config.engine)
+                    dtype = config.fit.train.compute_dtype
+                    weights = engine_params(model.config, model.params, dtype, mesh)
+                    engine = Engine(
+                        dataclasses.replace(model, params=weights),
+                        config.engine,
+                        local_decode_mesh(mesh),
+                    )
                 found, metrics = _sample_batch(
                     engine,
                     [(problems[i], prompts[i]) for i in batch],
@@ -148,10 +158,11 @@ def sample(config: BetaConfig, path: Path, report: Report | None = None) -> list
                 )
             # The records say what is done: metrics without them are cut off, and written again.
             log.write({"step": number + 1} | metrics)
-            with writing(path):
-                file.write(_lines(found))
-                file.flush()
-                os.fsync(file.fileno())
+            if is_main():
+                with writing(path), path.open("ab") as file:
+                    file.write(_lines(found))
+                    file.flush()
+                    os.fsync(file.fileno())
             records += found
             if preempt.wanted():
                 raise preempt.Preempted
@@ -190,11 +201,16 @@ def _sample_batch(
         prompts = [batch[i][1] for i in lacking]
         answers = [batch[i][0].answer for i in lacking]
         rollouts = roll_out(engine, prompts, answers, sampling, (*seeds, attempt))
-        for i, (rollout,) in zip(lacking, rollouts, strict=True):
+        accepted = [
+            (i, rollout.trajectory.token_ids.tolist(), rollout.trajectory.text)
+            for i, (rollout,) in zip(mine(lacking), rollouts, strict=True)
+            if accepts(rollout, engine.tags, row_len)
+        ]
+        for i in lacking:
             records[i]["tries"] += 1
-            if accepts(rollout, engine.tags, row_len):
-                records[i]["accepted"].append(rollout.trajectory.token_ids.tolist())
-                records[i]["texts"].append(rollout.trajectory.text)
+        for i, ids, text in gather_all(accepted):
+            records[i]["accepted"].append(ids)
+            records[i]["texts"].append(text)
     tries, accepted = sum(r["tries"] for r in records), sum(len(r["accepted"]) for r in records)
     return records, {
         "tries": tries,

@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
+from npr_jax.distributed import gather, is_main, wait
 from npr_jax.files import REMEDY, is_url, writing
 from npr_jax.train.claim import same_config
 from npr_jax.train.digest import find_fault, write_digests
@@ -52,7 +53,7 @@ class Checkpoints:
             async_options=ocp.options.AsyncOptions(post_finalization_callback=self._add_digests),
         )
         with writing(self.directory, "set `checkpoints` or `output` to another directory"):
-            if self.directory.exists():
+            if is_main() and self.directory.exists():
                 for path in self.directory.iterdir():
                     if ocp.utils.TMP_DIR_SUFFIX in path.name:
                         logging.warning("%s is half-written: it is not used, and removed", path)
@@ -129,7 +130,8 @@ class Checkpoints:
         self.close()
 
     def _load(self, step: int, state: TrainState) -> tuple[TrainState, dict]:
-        if fault := find_fault(self.directory / str(step)):
+        path = self.directory / str(step)
+        if fault := gather(find_fault(path) if is_main() else None)[0]:
             raise _Damaged(fault)
         meta = self._read(step, meta=ocp.args.JsonRestore())
         same_config(meta["config"], self.config_text, self.directory)
@@ -150,7 +152,7 @@ class Checkpoints:
         write_digests(path if path.exists() else self.directory / str(self.last))
 
     def _set_aside(self, damaged: Mapping[int, str]) -> None:
-        for step, fault in damaged.items():
+        for step, fault in damaged.items() if is_main() else ():
             path = self.directory / str(step)
             new = _unused(self.directory / f"damaged-{step}")
             logging.warning(
@@ -161,6 +163,7 @@ class Checkpoints:
             )
             path.rename(new)
         if damaged:
+            wait(f"set aside {sorted(damaged)}")
             self._manager.reload()
 
     @contextlib.contextmanager

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import yaml
 
+from npr_jax.distributed import is_main, wait
 from npr_jax.files import is_url, write_atomically, writing
 
-# What changes nothing that is computed: where a run lies, what is saved of it, when it gives up.
+# What may change: where a run lies, what is saved of it, when it gives up, on what devices it runs.
 _FREE = (
     "output",
     "checkpoints",
@@ -19,7 +20,8 @@ _FREE = (
 
 
 def claim(directory: str | Path, config_text: str) -> Path:
-    """Makes the run directory with its config.yaml; a run that is there is gone on with.
+    """Makes the run directory with its config.yaml; a run that is there is gone on with. Of several
+    processes the first does it, and the others wait.
 
     Raises ValueError naming the keys if the directory belongs to a run of another config, OSError
     if it cannot be written. In both cases nothing has been changed.
@@ -30,6 +32,13 @@ def claim(directory: str | Path, config_text: str) -> Path:
             "checkpoints in an object store"
         )
     directory = Path(directory)
+    if is_main():
+        _claim(directory, config_text)
+    wait(f"claimed {directory}")
+    return directory
+
+
+def _claim(directory: Path, config_text: str) -> None:
     path = directory / "config.yaml"
     with writing(directory, "set another output"):
         directory.mkdir(parents=True, exist_ok=True)
@@ -37,7 +46,6 @@ def claim(directory: str | Path, config_text: str) -> Path:
         if path.exists() and started:  # a run that failed at once has left its config only
             same_config(path.read_text(encoding="utf-8"), config_text, directory)
         write_atomically(path, config_text.encode())
-    return directory
 
 
 def same_config(old_text: str, new_text: str, directory: object) -> None:
@@ -46,7 +54,9 @@ def same_config(old_text: str, new_text: str, directory: object) -> None:
     changed = [
         f"{key} was {json.dumps(old.get(key))}, is {json.dumps(new.get(key))}"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and key.split(".")[-1] not in _FREE
+        if old.get(key) != new.get(key)
+        and key.split(".")[-1] not in _FREE
+        and not key.startswith("mesh.")
     ]
     if changed:
         raise ValueError(

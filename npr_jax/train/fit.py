@@ -6,7 +6,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from jax.sharding import Mesh
+
 from npr_jax.config import dump_config
+from npr_jax.distributed import mine
 from npr_jax.pretrained import Model
 from npr_jax.train import preempt
 from npr_jax.train.checkpoint import Checkpoints
@@ -14,8 +17,15 @@ from npr_jax.train.claim import claim
 from npr_jax.train.data import shuffled
 from npr_jax.train.log import Report, RunLog
 from npr_jax.train.nonfinite import NonfiniteGuard
-from npr_jax.train.rows import Example, make_rows
-from npr_jax.train.step import Objective, TrainConfig, learning_rate, new_state, optimize
+from npr_jax.train.rows import Example, empty_row, make_rows
+from npr_jax.train.step import (
+    Objective,
+    TrainConfig,
+    learning_rate,
+    new_state,
+    optimize,
+    state_shardings,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +66,12 @@ def fit(
     seed: int = 0,
     name: str = "fit",
     report: Report | None = None,
+    mesh: Mesh | None = None,
 ) -> Model:
     """Trains a copy of the model on examples (log-likelihood of their loss tokens).
+
+    On a mesh the model has been loaded onto it. Several processes have the same examples, and each
+    lays out its own share of every batch.
 
     Metrics and checkpoints go to `directory`; the same call again goes on where it stopped.
     Returns the trained model, float32. Raises ValueError without examples, for an example that is
@@ -66,6 +80,7 @@ def fit(
     """
     if not examples:
         raise ValueError(f"{name}: there are no examples to train on")
+    config.train.check(mesh)
     total = config.num_steps(len(examples))
     depth = max(example.layout.hidden.shape[1] for example in examples) + 1
     model_config = dataclasses.replace(model.config, remat=config.train.remat)
@@ -73,8 +88,9 @@ def fit(
     directory = claim(directory, text)
     order = shuffled(len(examples), seed)
     objective = Objective("sft")
-    state = new_state(model.params, config.train.optimizer)
     place, settings = config.checkpoints or directory / "checkpoints", config.train
+    shardings = mesh and state_shardings(model.config, settings.optimizer, mesh)
+    state = new_state(model.params, settings.optimizer, shardings)
     with (
         preempt.watched(),
         Checkpoints(place, text, settings.keep_checkpoints, settings.keep_best) as checkpoints,
@@ -89,9 +105,12 @@ def fit(
                 begun = time.perf_counter()
                 first = (step - 1) * config.batch
                 batch = [examples[order[first + i]] for i in range(config.batch)]
-                rows = make_rows([[example] for example in batch], config.train.row_len, depth)
-                rate = learning_rate(config.train.optimizer, step - 1, total)
-                state, metrics = optimize(state, rows, model_config, config.train, objective, rate)
+                rows = make_rows([[example] for example in mine(batch)], settings.row_len, depth)
+                rows = rows or [empty_row(settings.row_len, depth)]
+                rate = learning_rate(settings.optimizer, step - 1, total)
+                state, metrics = optimize(
+                    state, rows, model_config, settings, objective, rate, mesh
+                )
                 seconds = time.perf_counter() - begun
                 metrics |= {
                     "step": step,

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from npr_jax.distributed import is_main
 from npr_jax.files import writing
 from npr_jax.metrics import MetricsWriter, Progress, Scalar
 
@@ -10,7 +11,8 @@ Report = Callable[[Mapping[str, Scalar]], None]
 
 
 class RunLog:
-    """Metrics of the steps after `start`, of `total`; lines of later steps are cut off first.
+    """Metrics of the steps after `start`, of `total`; lines of later steps are cut off first. Of
+    several processes the first tells.
 
     `report(metrics)`, if given, is called at every step in place of the progress line, which shows
     the metrics named in `shown`.
@@ -26,14 +28,20 @@ class RunLog:
         report: Report | None = None,
         unit: str = "step",
     ):
+        self._on, self._report, self._shown = is_main(), report, shown
+        self._progress = None
+        if not self._on:
+            return
         with writing(directory):
             self._writer = MetricsWriter(directory)
             self._writer.truncate(start + 1)
-        self._report, self._shown = report, shown
-        self._progress = None if report else Progress(name, total, unit, start)
+        if not report:
+            self._progress = Progress(name, total, unit, start)
 
     def write(self, metrics: Mapping[str, Scalar]) -> None:
         """Logs one step; `metrics` holds its number, counted from 1, as "step"."""
+        if not self._on:
+            return
         with writing(self._writer.path):
             self._writer.write(metrics)
         if self._report:
@@ -49,4 +57,5 @@ class RunLog:
     def __exit__(self, *exc_info) -> None:
         if self._progress:
             self._progress.__exit__(*exc_info)
-        self._writer.close()
+        if self._on:
+            self._writer.close()

@@ -12,11 +12,13 @@ from pathlib import Path
 import numpy as np
 
 from npr_jax.decode import Engine, SamplingParams, Trajectory
+from npr_jax.distributed import gather, gather_all, mine
 from npr_jax.train import rl
 from npr_jax.train.advantages import batch_std
 from npr_jax.train.log import Report
 from npr_jax.train.rewards import papo_reward
 from npr_jax.train.rollout import PAPO, Rollout, roll_out, sampled_example, summary
+from npr_jax.train.rows import Example
 from npr_jax.train.step import Objective
 from npr_jax.tree import TagIds, TraceError, parse
 
@@ -64,29 +66,37 @@ def collect_groups(engine: Engine, feed: rl.Feed, step: int, config: PapoConfig)
     prompts, answers = feed.take(config.prompts)
     seeds = (config.seed, PAPO, step)
     rollouts = roll_out(engine, prompts, answers, sampling, seeds)
+    numbers = mine(range(len(prompts)))
     everything = [rollout for group in rollouts for rollout in group]
     kept = [
         (number, rollout, reward)
-        for number, group in enumerate(rollouts)
+        for number, group in zip(numbers, rollouts, strict=False)
         for rollout in group
         if (reward := reward_of(rollout, engine.tags, config)) is not None
     ]
-    rewards = [reward for _, _, reward in kept]
-    labels = [number for number, _, _ in kept]
+    # Advantages are about the rewards of all processes; they come in the order of the prompts.
+    batch = sorted(gather_all([(n, i, reward) for i, (n, _, reward) in enumerate(kept)]))
+    rewards, labels = [reward for *_, reward in batch], [number for number, *_ in batch]
     metrics = summary(everything) | {
         "reward": float(np.mean(rewards)) if rewards else 0.0,
-        "filtered": len(everything) - len(kept),
-        "groups_equal": sum(
-            len({r for r, label in zip(rewards, labels, strict=True) if label == number}) <= 1
-            for number in range(len(rollouts))
+        "filtered": sum(gather(len(everything) - len(kept))),
+        "groups_equal": len(prompts)
+        - sum(
+            len({r for r, label in zip(rewards, labels, strict=True) if label == number}) > 1
+            for number in set(labels)
         ),
     }
     if len(set(rewards)) < 2:
-        return rl.Collected([], metrics)
-    groups: list[list] = [[] for _ in rollouts]
-    for (number, rollout, _), advantage in zip(kept, batch_std(rewards, labels), strict=True):
-        groups[number].append(sampled_example(rollout.trajectory, advantage))
-    return rl.Collected([group for group in groups if group], metrics)
+        return rl.Collected([], [], metrics)
+    advantages = {
+        entry[:2]: advantage
+        for entry, advantage in zip(batch, batch_std(rewards, labels), strict=True)
+    }
+    groups: dict[int, list[Example]] = {}
+    for i, (number, rollout, _) in enumerate(kept):
+        example = sampled_example(rollout.trajectory, advantages[number, i])
+        groups.setdefault(number, []).append(example)
+    return rl.Collected(list(groups.values()), rl.places(list(groups)), metrics)
 
 
 def reward_of(rollout: Rollout, tags: TagIds, config: PapoConfig) -> float | None:

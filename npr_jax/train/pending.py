@@ -29,6 +29,8 @@ class Pending:
     """The files of sampled groups under `directory`, for a run of the config `config_text`."""
 
     def __init__(self, directory: epath.PathLike, config_text: str):
+        if jax.process_count() > 1:  # each has its own
+            directory = f"{directory}-{jax.process_index()}-of-{jax.process_count()}"
         self.directory = epath.Path(directory)
         self._config = hashlib.sha256(config_text.encode()).hexdigest()
 
@@ -38,11 +40,12 @@ class Pending:
         weights: int,
         groups: list[list[Example]],
         metrics: Mapping[str, Scalar],
-        position: int,
+        position: Mapping,
     ) -> None:
         """Writes what was sampled for `step` with weights of that `fingerprint`.
 
-        `position`: of the problems after it. Blocks of layouts are not kept: rows need none.
+        `position`: JSON values, where the run goes on. Blocks of layouts are not kept: rows need
+        none.
         """
         meta = {
             "key": self._key(step, weights),
@@ -68,7 +71,7 @@ class Pending:
 
     def load(
         self, step: int, weights: int
-    ) -> tuple[list[list[Example]], dict[str, Scalar], int] | None:
+    ) -> tuple[list[list[Example]], dict[str, Scalar], dict] | None:
         """(groups, metrics, position) as they were given to `save`; None if there are none."""
         path = self._path(step)
         if not path.exists():

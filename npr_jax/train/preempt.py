@@ -14,6 +14,10 @@ import signal
 import threading
 from collections.abc import Iterator
 
+import jax
+
+from npr_jax.distributed import gather
+
 EXIT_CODE = 128 + signal.SIGTERM
 
 _watching = _interruptible = _seen = False
@@ -27,8 +31,8 @@ class Preempted(SystemExit):
 
 
 def wanted() -> bool:
-    """Whether the process has been asked to end."""
-    return _seen
+    """Whether this process, or any other of the run, has been asked to end; all ask together."""
+    return any(gather(_seen))
 
 
 @contextlib.contextmanager
@@ -52,8 +56,12 @@ def watched() -> Iterator[None]:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """A part of `watched` that may end anywhere: Preempted is raised where SIGTERM comes."""
+    """A part of `watched` that may end anywhere: Preempted is raised where SIGTERM comes. Several
+    processes end where they ask `wanted` together, and nowhere else."""
     global _interruptible
+    if jax.process_count() > 1:
+        yield
+        return
     _interruptible = True  # before the check, or a signal between the two would be overlooked
     try:
         if _seen:

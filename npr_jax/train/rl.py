@@ -7,15 +7,18 @@ A stage is its way to collect groups (rewards, advantages, filters) and its obje
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from jax.sharding import Mesh
 
 from npr_jax.config import dump_config
 from npr_jax.decode import Engine, EngineConfig
-from npr_jax.files import publish, writing
+from npr_jax.distributed import gather, gather_all
+from npr_jax.mesh import MeshConfig, local_decode_mesh, make_mesh
 from npr_jax.metrics import Scalar
-from npr_jax.pretrained import Model, load, save
+from npr_jax.pretrained import Model, load, publish_model
 from npr_jax.train import preempt
 from npr_jax.train.checkpoint import Checkpoints
 from npr_jax.train.claim import claim
@@ -23,16 +26,16 @@ from npr_jax.train.data import Problem, read_problems, shuffled
 from npr_jax.train.log import Report, RunLog
 from npr_jax.train.nonfinite import NonfiniteGuard
 from npr_jax.train.pending import Pending, fingerprint
-from npr_jax.train.rollout import STAGES, encode_problems
-from npr_jax.train.rows import Example, make_rows
+from npr_jax.train.rollout import STAGES, encode_problems, engine_params
+from npr_jax.train.rows import Example, empty_row, make_rows
 from npr_jax.train.step import (
     Objective,
     TrainConfig,
     TrainState,
-    cast,
     learning_rate,
     new_state,
     optimize,
+    state_shardings,
 )
 
 Groups = list[list[Example]]
@@ -53,6 +56,7 @@ class RLConfig:
       minibatches: optimizer steps per batch; each one after the first is off-policy.
       max_prompt_tokens: problems with longer prompts are left out.
       max_tokens: of an answer's whole tree.
+      mesh: see MeshConfig; decoding has mesh.tensor too, and a replica for each such set of devices.
       engine, train: see EngineConfig and TrainConfig.
     """
 
@@ -67,6 +71,7 @@ class RLConfig:
     minibatches: int = 1
     max_prompt_tokens: int = 2048
     max_tokens: int
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
     train: TrainConfig
 
@@ -98,10 +103,18 @@ class Feed:
 
 
 class Collected(NamedTuple):
-    """A rollout batch: groups to train on (none: the step is skipped), and metrics of all of it."""
+    """A rollout batch: this process's groups to train on (where no process has any, the step is
+    skipped), the place of each among those of all processes, and metrics of all of it."""
 
     groups: Groups
+    places: list[int]
     metrics: dict[str, Scalar]
+
+
+def places(keys: Sequence[Any]) -> list[int]:
+    """Where each of this process's keys stands among the sorted keys of all processes."""
+    order = {key: place for place, key in enumerate(sorted(gather_all(keys)))}
+    return [order[key] for key in keys]
 
 
 Collect = Callable[[Engine, Feed, int], Collected]
@@ -125,17 +138,20 @@ def train(
     Raises ValueError for a directory of another run, OSError where it cannot write,
     FloatingPointError after `train.max_nonfinite` steps, Preempted after SIGTERM.
     """
-    text = dump_config(config)
+    text, settings = dump_config(config), config.train
+    mesh = make_mesh(config.mesh)
+    settings.check(mesh)
     output = claim(config.output, text)
     final = output / "final"
-    if final.exists():
+    if gather(final.exists())[0]:
         return final
     with preempt.watched():
         with preempt.interruptible():
-            model, feed = _load(stage, config)
-            state = new_state(model.params, config.train.optimizer)
+            model, feed = _load(stage, config, mesh)
+            shardings = mesh and state_shardings(model.config, settings.optimizer, mesh)
+            state = new_state(model.params, settings.optimizer, shardings)
         model = dataclasses.replace(model, params={})  # the state has them from here on
-        place, settings = config.checkpoints or output / "checkpoints", config.train
+        place = config.checkpoints or output / "checkpoints"
         pending = Pending(f"{place}/rollouts", text)
         shown = ("reward", "format_rate", "accuracy", "grad_norm")
         with Checkpoints(place, text, settings.keep_checkpoints, settings.keep_best) as checkpoints:
@@ -143,23 +159,31 @@ def train(
             if found := checkpoints.restore(state):
                 start, state, position = found
                 feed.position, guard.in_a_row = position["problem"], position["nonfinite_in_a_row"]
-            weights = cast(state.params, settings.compute_dtype)
-            engine = Engine(dataclasses.replace(model, params=weights), config.engine)
+            weights = engine_params(model.config, state.params, settings.compute_dtype, mesh)
+            engine = Engine(
+                dataclasses.replace(model, params=weights), config.engine, local_decode_mesh(mesh)
+            )
             with RunLog(STAGES[stage], output, config.steps, start, shown, report) as log:
                 for step in range(start + 1, config.steps + 1):
                     position = {"problem": feed.position} | guard.count({})
                     begun, decoded = time.perf_counter(), engine.stats()["sampled_tokens"]
                     try:
                         with preempt.interruptible():
-                            engine.set_params(cast(state.params, settings.compute_dtype))
                             version = fingerprint(state.params)
                             found = pending.load(step, version)
-                            groups, metrics, feed.position = found or (
-                                *collect(engine, feed, step),
-                                feed.position,
-                            )
+                            if all(gather(found is not None)):
+                                groups, metrics, where = found
+                                collected = Collected(groups, where["places"], metrics)
+                                feed.position = where["problem"]
+                            else:
+                                params = engine_params(
+                                    model.config, state.params, settings.compute_dtype, mesh
+                                )
+                                engine.set_params(params)
+                                collected, found = collect(engine, feed, step), None
                         if not found:
-                            pending.save(step, version, groups, metrics, feed.position)
+                            where = {"problem": feed.position, "places": collected.places}
+                            pending.save(step, version, collected.groups, collected.metrics, where)
                         if preempt.wanted():
                             raise preempt.Preempted
                     except preempt.Preempted:
@@ -167,10 +191,10 @@ def train(
                         raise
                     sampled = time.perf_counter()
                     decoded = engine.stats()["sampled_tokens"] - decoded
-                    state, updates = update(state, groups, model, config, objective, depth)
+                    state, updates = update(state, collected, model, config, objective, depth, mesh)
                     trained = time.perf_counter()
                     metrics = (
-                        metrics
+                        collected.metrics
                         | updates
                         | guard.count(updates)
                         | {
@@ -192,15 +216,14 @@ def train(
                         pending.drop(before)
                     if ending:
                         raise preempt.Preempted
-        with writing(final):
-            publish(final, lambda path: save(dataclasses.replace(model, params=state.params), path))
+        publish_model(dataclasses.replace(model, params=state.params), final)
         pending.drop(config.steps)
     return final
 
 
-def _load(stage: int, config: RLConfig) -> tuple[Model, Feed]:
+def _load(stage: int, config: RLConfig, mesh: Mesh | None) -> tuple[Model, Feed]:
     """The model to start from, and its problems in the order of the stage."""
-    model = load(config.model, dtype="float32", seed=config.seed).with_tags()
+    model = load(config.model, seed=config.seed, tags=True, mesh=mesh)
     problems, prompts = encode_problems(
         model.tokenizer,
         read_problems(config.problems),
@@ -212,25 +235,32 @@ def _load(stage: int, config: RLConfig) -> tuple[Model, Feed]:
 
 def update(
     state: TrainState,
-    groups: Groups,
+    collected: Collected,
     model: Model,
     config: RLConfig,
     objective: Objective,
     depth: int,
+    mesh: Mesh | None,
 ) -> tuple[TrainState, dict[str, Scalar]]:
-    """The optimizer steps on one rollout batch: minibatches of whole groups.
+    """The optimizer steps on one rollout batch: minibatches of whole groups, dealt by their places.
 
     Metrics: means over the steps; the gap to the sampler's log-probs is that of the first, whose
     weights are those that sampled. Without groups the step is skipped, and counted.
     """
     model_config = dataclasses.replace(model.config, remat=config.train.remat)
     total = config.steps * config.minibatches
-    parts = [groups[i :: config.minibatches] for i in range(config.minibatches)]
+    parts = min(config.minibatches, sum(gather(len(collected.groups))))
     history = []
-    for part in filter(None, parts):
-        rows = make_rows(part, config.train.row_len, depth)
+    for number in range(parts):
+        part = [
+            group
+            for group, place in zip(collected.groups, collected.places, strict=True)
+            if place % config.minibatches == number
+        ]
+        row_len = config.train.row_len
+        rows = make_rows(part, row_len, depth) or [empty_row(row_len, depth)]
         rate = learning_rate(config.train.optimizer, int(state.step), total)
-        state, metrics = optimize(state, rows, model_config, config.train, objective, rate)
+        state, metrics = optimize(state, rows, model_config, config.train, objective, rate, mesh)
         history.append(metrics)
     if not history:
         return state, {"skipped": 1, "off_policy_steps": 0}

@@ -5,13 +5,19 @@ from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
+from jax.sharding import Mesh
 
 from npr_jax.answers import equal_many, extract
 from npr_jax.decode import Engine, SamplingParams, Trajectory
+from npr_jax.distributed import gather_all, mine
 from npr_jax.format import Violation, check_format
+from npr_jax.mesh import decode_mesh, local_decode_mesh
+from npr_jax.model import ModelConfig
+from npr_jax.model.sharding import to_decode
 from npr_jax.prompts import prompt_ids
 from npr_jax.train.data import Problem, derive_seeds
 from npr_jax.train.rows import Example
+from npr_jax.train.step import cast
 
 STAGES = ("zero", "beta", "papo")
 ZERO, BETA, PAPO = range(3)  # in the seed paths of orders and rollouts, after the run's seed
@@ -50,13 +56,15 @@ def roll_out(
     sampling: SamplingParams,
     seed_path: Sequence[int],
 ) -> list[list[Rollout]]:
-    """`sampling.n` judged answers to each prompt, grouped by prompt.
+    """`sampling.n` judged answers to each prompt, grouped by prompt; of several processes each
+    decodes its own share of the prompts (`distributed.mine`), and gets the groups of these.
 
     The seeds come from `seed_path` alone and no prompt is cached, so that a resumed run samples
     the same.
     """
     engine.drop_prefix_cache()
-    seeds = tuple(derive_seeds(len(prompts), *seed_path))
+    seeds = tuple(mine(derive_seeds(len(prompts), *seed_path)))
+    prompts, answers = mine(prompts), mine(answers)
     trajectories = engine.generate(prompts, dataclasses.replace(sampling, seed=seeds))
     references = [answer for answer in answers for _ in range(sampling.n)]
     correct = equal_many(
@@ -76,6 +84,13 @@ def roll_out(
     return [rollouts[i : i + sampling.n] for i in range(0, len(rollouts), sampling.n)]
 
 
+def engine_params(config: ModelConfig, params: dict, dtype: str, mesh: Mesh | None) -> dict:
+    """A train state's parameters as the engine of this process decodes with them."""
+    if mesh is None:
+        return cast(params, dtype)
+    return to_decode(config, params, dtype, decode_mesh(mesh), local_decode_mesh(mesh))
+
+
 def sampled_example(trajectory: Trajectory, advantage: float) -> Example:
     """To train on what the policy sampled: neither the prompt nor what the engine forced."""
     mask = ~trajectory.forced
@@ -84,19 +99,23 @@ def sampled_example(trajectory: Trajectory, advantage: float) -> Example:
 
 
 def summary(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """Rates and means over rollouts: format, accuracy, both, parallel, lengths, finish reasons."""
+    """Rates and means over the rollouts of all processes: format, accuracy, both, parallel, lengths,
+    finish reasons."""
+    facts = gather_all([_facts(rollout) for rollout in rollouts])
+    reasons = Counter(fact.pop("finish_reason") for fact in facts)
+    means = {name: float(np.mean([fact[name] for fact in facts])) for name in facts[0]}
+    return means | {f"finish/{name}": n / len(facts) for name, n in sorted(reasons.items())}
 
-    def mean(values) -> float:
-        return float(np.mean(list(values)))
 
-    stats = [rollout.trajectory.stats for rollout in rollouts]
-    reasons = Counter(rollout.trajectory.finish_reason for rollout in rollouts)
+def _facts(rollout: Rollout) -> dict:
+    trajectory, formed = rollout.trajectory, not rollout.violations
     return {
-        "format_rate": mean(not r.violations for r in rollouts),
-        "accuracy": mean(r.correct for r in rollouts),
-        "both_rate": mean(r.correct and not r.violations for r in rollouts),
-        "parallel_rate": mean(r.trajectory.layout.width > 1 for r in rollouts),
-        "response_tokens": mean(s["tokens"] for s in stats),
-        "critical_path": mean(s["critical_path"] for s in stats),
-        "branches": mean(s["branches"] for s in stats),
-    } | {f"finish/{reason}": count / len(rollouts) for reason, count in sorted(reasons.items())}
+        "format_rate": formed,
+        "accuracy": rollout.correct,
+        "both_rate": rollout.correct and formed,
+        "parallel_rate": trajectory.layout.width > 1,
+        "response_tokens": trajectory.stats["tokens"],
+        "critical_path": trajectory.stats["critical_path"],
+        "branches": trajectory.stats["branches"],
+        "finish_reason": trajectory.finish_reason,
+    }

@@ -9,7 +9,10 @@ correctness alone: this is what teaches the format while hardly any answer is ri
 import dataclasses
 from pathlib import Path
 
+import numpy as np
+
 from npr_jax.decode import Engine, SamplingParams
+from npr_jax.distributed import gather, gather_all, mine
 from npr_jax.train import rl
 from npr_jax.train.advantages import group_std
 from npr_jax.train.log import Report
@@ -64,17 +67,17 @@ def run(config: ZeroConfig, report: Report | None = None) -> Path:
 def collect_groups(engine: Engine, feed: rl.Feed, step: int, config: ZeroConfig) -> rl.Collected:
     """Samples until there are `prompts` groups with unequal rewards, or the refills are used up."""
     sampling = SamplingParams(n=config.samples, max_tokens=config.max_tokens, parallel=False)
-    groups, everything, all_rewards, dropped, rounds = [], [], [], 0, 0
-    while len(groups) < config.prompts and rounds <= config.max_refills:
-        prompts, answers = feed.take(config.prompts - len(groups))
-        seeds = (config.seed, ZERO, step, rounds)
-        rounds += 1
-        for group in roll_out(engine, prompts, answers, sampling, seeds):
+    groups, keys, everything, all_rewards = [], [], [], []
+    taken = found = rounds = 0
+    while found < config.prompts and rounds <= config.max_refills:
+        prompts, answers = feed.take(config.prompts - found)
+        taken += len(prompts)
+        rollouts = roll_out(engine, prompts, answers, sampling, (config.seed, ZERO, step, rounds))
+        for number, group in zip(mine(range(len(prompts))), rollouts, strict=True):
             rewards = [reward_of(rollout, config) for rollout in group]
             everything += group
             all_rewards += rewards
             if min(rewards) == max(rewards):
-                dropped += 1
                 continue
             advantages = group_std(rewards, [0] * len(group))
             groups.append(
@@ -83,13 +86,16 @@ def collect_groups(engine: Engine, feed: rl.Feed, step: int, config: ZeroConfig)
                     for rollout, advantage in zip(group, advantages, strict=True)
                 ]
             )
+            keys.append((rounds, number))
+        rounds += 1
+        found = sum(gather(len(groups)))
     metrics = summary(everything) | {
-        "reward": sum(all_rewards) / len(all_rewards),
-        "groups": len(groups),
-        "groups_dropped": dropped,
+        "reward": float(np.mean(gather_all(all_rewards))),
+        "groups": found,
+        "groups_dropped": taken - found,
         "rounds": rounds,
     }
-    return rl.Collected(groups, metrics)
+    return rl.Collected(groups, rl.places(keys), metrics)
 
 
 def reward_of(rollout: Rollout, config: ZeroConfig) -> float:
