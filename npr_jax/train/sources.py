@@ -159,10 +159,15 @@ def _math(row: Any) -> Problem:
 def _orz(row: Any) -> Problem:
     if not isinstance(row, list) or not all(isinstance(turn, dict) for turn in row):
         raise BadRow("wrong type", f"{short(row)} is no list of turns")
-    turns = {str(turn.get("from")): turn for turn in reversed(row)}
-    problem = _text(turns.get("human", {}), "value", "empty problem")
-    truth = turns.get("assistant", {}).get("ground_truth", {})
-    return Problem(problem, _answer(_object(truth, "value"), "value"))
+    turns = {str(turn.get("from")): turn for turn in reversed(row)}  # the first of each
+    for speaker, key, missing in (
+        ("human", "value", "empty problem"),
+        ("assistant", "ground_truth", "no answer"),
+    ):
+        if turns.get(speaker, {}).get(key) is None:
+            raise BadRow(missing, f'no turn "from" {speaker!r} has a {key!r}')
+    problem = _text(turns["human"], "value", "empty problem")
+    return Problem(problem, _answer(_object(turns["assistant"]["ground_truth"], "value"), "value"))
 
 
 FORMS = {
