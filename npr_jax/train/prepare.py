@@ -188,8 +188,10 @@ def _nothing(name: str, source: str | Path, sieve: _Sieve) -> str:
         f"{reason}: {count}, the first at {sieve.first[reason][0]}"
         for reason, count in sieve.bad.items()
     )
-    others = ", ".join(form for form in FORMS if form != name)
-    return f"{source}: all rows are bad as {name} ({bad}); other forms are {others}"
+    text = f"{source}: all rows are bad as {name} ({bad})"
+    if "over-long" in sieve.bad:  # so the form is right
+        return text
+    return f"{text}; other forms are {', '.join(form for form in FORMS if form != name)}"
 
 
 def _checksum(source: str | Path) -> tuple[str, int]:

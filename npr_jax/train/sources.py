@@ -100,7 +100,7 @@ def _items(data: bytes, path: str | Path) -> Iterator[Row]:
     space, decode = re.compile(r"[ \t\r\n]*+"), json.JSONDecoder().raw_decode
     at = space.match(text).end()
     if text[at : at + 1] != "[":
-        raise ValueError(f"{path} starts with {short(text[at:])}, needed is one JSON list")
+        raise ValueError(f"{path} starts with {short(text[at : at + 80])}, needed is one JSON list")
     number, at = 0, space.match(text, at + 1).end()
     while text[at : at + 1] != "]" or number:
         number += 1
@@ -121,7 +121,7 @@ def _items(data: bytes, path: str | Path) -> Iterator[Row]:
         if text[at : at + 1] != ",":
             raise ValueError(f"{path}: no comma or ] after item {number}; is the file whole?")
         at = space.match(text, at + 1).end()
-    if rest := text[at + 1 :].strip():
+    if rest := text[at + 1 :].strip()[:80]:
         raise ValueError(f"{path}: {short(rest)} stands behind the list, needed is one JSON list")
 
 
@@ -159,10 +159,15 @@ def _math(row: Any) -> Problem:
 def _orz(row: Any) -> Problem:
     if not isinstance(row, list) or not all(isinstance(turn, dict) for turn in row):
         raise BadRow("wrong type", f"{short(row)} is no list of turns")
-    turns = {str(turn.get("from")): turn for turn in reversed(row)}
-    problem = _text(turns.get("human", {}), "value", "empty problem")
-    truth = turns.get("assistant", {}).get("ground_truth", {})
-    return Problem(problem, _answer(_object(truth, "value"), "value"))
+    turns = {str(turn.get("from")): turn for turn in reversed(row)}  # the first of each
+    for speaker, key, missing in (
+        ("human", "value", "empty problem"),
+        ("assistant", "ground_truth", "no answer"),
+    ):
+        if turns.get(speaker, {}).get(key) is None:
+            raise BadRow(missing, f'no turn "from" {speaker!r} has a {key!r}')
+    problem = _text(turns["human"], "value", "empty problem")
+    return Problem(problem, _answer(_object(turns["assistant"]["ground_truth"], "value"), "value"))
 
 
 FORMS = {
@@ -183,7 +188,7 @@ def _object(row: Any, *keys: str) -> dict:
 def _text(row: dict, key: str, missing: str) -> str:
     value = row.get(key)
     if value is None or (isinstance(value, str) and not value.strip()):
-        raise BadRow(missing, f'"{key}" is {value!r}, needed is a text{_keys(row, key)}')
+        raise BadRow(missing, f'"{key}" is {short(value)}, needed is a text{_keys(row, key)}')
     if not isinstance(value, str):
         raise BadRow("wrong type", f'"{key}" is {short(value)}, needed is a text')
     return value
@@ -194,7 +199,7 @@ def _answer(row: dict, key: str = "answer") -> str:
     if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         return str(value)
     if value is None or (isinstance(value, str) and not value.strip()):
-        reason = f'"{key}" is {value!r}, needed is a text or a number{_keys(row, key)}'
+        reason = f'"{key}" is {short(value)}, needed is a text or a number{_keys(row, key)}'
         raise BadRow("no answer", reason)
     if not isinstance(value, str):
         raise BadRow("wrong type", f'"{key}" is {short(value)}, needed is a text or a number')
