@@ -56,7 +56,7 @@ class RLConfig:
       minibatches: optimizer steps per batch; each one after the first is off-policy.
       max_prompt_tokens: problems with longer prompts are left out.
       max_tokens: of an answer's whole tree.
-      mesh: see MeshConfig; decoding has mesh.tensor too, and a replica for each such set of devices.
+      mesh: see MeshConfig; answers are decoded by replicas of mesh.tensor devices each.
       engine, train: see EngineConfig and TrainConfig.
     """
 

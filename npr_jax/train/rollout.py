@@ -99,8 +99,8 @@ def sampled_example(trajectory: Trajectory, advantage: float) -> Example:
 
 
 def summary(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """Rates and means over the rollouts of all processes: format, accuracy, both, parallel, lengths,
-    finish reasons."""
+    """Rates and means over the rollouts of all processes: format, accuracy, both, parallel,
+    lengths, finish reasons."""
     facts = gather_all([_facts(rollout) for rollout in rollouts])
     reasons = Counter(fact.pop("finish_reason") for fact in facts)
     means = {name: float(np.mean([fact[name] for fact in facts])) for name in facts[0]}

@@ -1,0 +1,107 @@
+"""A stage in two processes: what one device gives; ended together, gone on with together."""
+
+import json
+import re
+import signal
+import time
+
+import numpy as np
+import pytest
+import two_processes
+from train_toy import write_problems
+
+from npr_jax.config import load_config
+from npr_jax.metrics import read_metrics
+from npr_jax.pretrained import load
+from npr_jax.train import zero
+
+pytestmark = pytest.mark.slow
+
+TIMES = ("seconds", "per_s")
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    """Overrides of tiny_zero: three steps of two minibatches; and where compiled programs go."""
+    home = tmp_path_factory.mktemp("two")
+    write_problems(home / "problems.jsonl", 32)
+    sizes = (
+        "steps=3 prompts=3 samples=4 minibatches=2 max_refills=1 max_prompt_tokens=16 "
+        "max_tokens=20 train.row_len=64 train.micro_rows=1 train.checkpoint_every=2 engine.lanes=4 "
+        "engine.pages=64 engine.steps=8 seed=1"
+    )
+    changes = ["model=tiny", f"problems={json.dumps(str(home / 'problems.jsonl'))}", *sizes.split()]
+    return changes, {"JAX_COMPILATION_CACHE_DIR": str(home / "compiled")}
+
+
+def command(settings, output, *more):
+    arguments = [f"--set={change}" for change in (*settings[0], "mesh.fsdp=-1", *more)]
+    stage = ["-m", "npr_jax", "zero", "tiny_zero", "--distributed", "--output", str(output)]
+    return stage + arguments
+
+
+def lines(directory):
+    return [
+        {k: v for k, v in line.items() if not k.endswith(TIMES)} for line in read_metrics(directory)
+    ]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(settings, tmp_path_factory):
+    output = tmp_path_factory.mktemp("whole") / "run"
+    outs = two_processes.run(*command(settings, output), **settings[1])
+    assert "trained model" in outs[0] and "trained model" not in outs[1]
+    return output
+
+
+def test_two_processes_give_what_one_device_gives(settings, undisturbed, tmp_path):
+    final = zero.run(
+        load_config(zero.ZeroConfig, "tiny_zero", [*settings[0], f"output={tmp_path / 'one'}"])
+    )
+    ours, theirs = lines(undisturbed), lines(tmp_path / "one")
+    assert any(line["off_policy_steps"] == 1 for line in theirs)  # both minibatches were trained
+    assert len(ours) == len(theirs) == 3
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.keys() == b.keys()
+        np.testing.assert_allclose([a[k] for k in a], [b[k] for k in a], rtol=1e-3, atol=1e-4)
+    for name in ("embed", "final_norm"):
+        np.testing.assert_allclose(
+            load(undisturbed / "final").params[name], load(final).params[name], atol=1e-5
+        )
+
+
+def test_sigterm_to_one_ends_both_and_the_same_command_goes_on(settings, undisturbed, tmp_path):
+    output = tmp_path / "run"
+    processes = two_processes.start(*command(settings, output), **settings[1])
+    _wait_for_step(output, 1, processes)
+    processes[1].send_signal(signal.SIGTERM)
+    errors = [process.communicate(timeout=200)[1] for process in processes]
+    assert [process.returncode for process in processes] == [143, 143], [e[-2000:] for e in errors]
+    assert len(read_metrics(output)) < 3 and not (output / "final").exists()
+    two_processes.run(*command(settings, output), **settings[1])
+    assert lines(output) == lines(undisturbed)
+    whole = (undisturbed / "final" / "model.safetensors").read_bytes()
+    assert (output / "final" / "model.safetensors").read_bytes() == whole
+
+
+def test_a_process_that_dies_ends_the_other_with_a_message(settings, tmp_path):
+    output = tmp_path / "run"
+    processes = two_processes.start(*command(settings, output, "steps=500"), **settings[1])
+    _wait_for_step(output, 1, processes)
+    processes[1].kill()
+    error = processes[0].communicate(timeout=100)[1]
+    processes[1].communicate()
+    assert processes[0].returncode not in (0, None)
+    assert re.search("another process has ended first|JAX distributed service|heartbeat", error)
+
+
+def _wait_for_step(output, step, processes):
+    path = output / "metrics.jsonl"
+    for _ in range(3000):
+        if path.exists() and path.read_text().count("\n") >= step:
+            return
+        assert all(process.poll() is None for process in processes), [
+            process.communicate()[1][-2000:] for process in processes if process.poll() is not None
+        ]
+        time.sleep(0.1)
+    raise AssertionError(f"{output} has not come to step {step}")
