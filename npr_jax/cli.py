@@ -131,6 +131,33 @@ def generate(
     typer.echo(f"{written} answers written to {target}, {bad} bad lines left out")
 
 
+@app.command()
+def plan(
+    model: Annotated[str, typer.Option(metavar="PRESET", help="Such as qwen3-4b.")],
+    stage: Annotated[str, typer.Option(help="zero, beta or papo.")],
+    topology: Annotated[str, typer.Option(metavar="SLICE", help="Such as v5p:4x4x4.")],
+    mesh: Annotated[
+        str | None, typer.Option(metavar="AXIS=SIZE,...", help="By default fsdp over all chips.")
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Compile a stage for a TPU slice, and say what it takes there and whether it fits.
+
+    No TPU is needed, only the TPU compiler (libtpu). Exit code 3: it does not fit.
+    """
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # or JAX would look for a TPU
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    from npr_jax.mesh import parse_mesh
+    from npr_jax.plan import plan as run
+    from npr_jax.plan import report, stage_run
+
+    tell = functools.partial(typer.echo, err=True)
+    sizes = parse_mesh(mesh) if mesh else None
+    found = run(model, stage_run(stage, model, overrides or ()), topology, sizes, tell)
+    typer.echo(report(found))
+    sys.exit(0 if found["fits"] else 3)
+
+
 @data.command()
 def prepare(
     name: Annotated[

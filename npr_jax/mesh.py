@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -98,9 +99,15 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     if total == 1:
         return None
     shape = tuple(sizes.values())
+    try:
+        ordered = mesh_utils.create_device_mesh(
+            shape, devices[:total], allow_split_physical_axes=True
+        )
+    except NotImplementedError:  # no order of its own for this shape
+        ordered = np.array(devices[:total]).reshape(shape)
     auto = (AxisType.Auto,) * len(AXES)
-    mesh = jax.make_mesh(shape, AXES, axis_types=auto, devices=devices[:total])
-    if not _rows_are_whole(mesh):  # the fastest order splits rows among processes
+    mesh = Mesh(ordered, AXES, axis_types=auto)
+    if not _rows_are_whole(mesh):  # the order with the best links splits rows among processes
         devices = sorted(devices, key=lambda device: (device.process_index, device.id))
         mesh = Mesh(np.array(devices).reshape(shape), AXES, axis_types=auto)
     if not _rows_are_whole(mesh):
@@ -127,12 +134,13 @@ def decode_mesh(mesh: Mesh) -> Mesh:
     return _decoding(mesh.devices)
 
 
-def local_decode_mesh(mesh: Mesh | None) -> Mesh | None:
-    """The part of `decode_mesh` that is this process's; None without a mesh."""
+def local_decode_mesh(mesh: Mesh | None, process: int | None = None) -> Mesh | None:
+    """The part of `decode_mesh` that is a process's, this one's by default; None without a mesh."""
     if mesh is None:
         return None
+    process = jax.process_index() if process is None else process
     flat = mesh.devices.reshape(-1, mesh.shape["tensor"])
-    here = [row for row in flat if row[0].process_index == jax.process_index()]
+    here = [row for row in flat if row[0].process_index == process]
     return _decoding(np.array(here))
 
 
