@@ -147,6 +147,7 @@ def plan(
     """
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # or JAX would look for a TPU
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # a compiler is not in a TPU's way
     from npr_jax.mesh import parse_mesh
     from npr_jax.plan import plan as run
     from npr_jax.plan import report, stage_run

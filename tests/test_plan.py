@@ -1,0 +1,162 @@
+"""`npr-jax plan`: what it says is what the compiler and arithmetic say."""
+
+import dataclasses
+import importlib.util
+import os
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from typer.testing import CliRunner
+
+from npr_jax.cli import app
+from npr_jax.hlo import collective_bytes
+from npr_jax.mesh import parse_mesh
+from npr_jax.model import PRESETS, abstract_params
+from npr_jax.plan import CHIPS, GIB, plan, report, stage_run, train_flops
+from npr_jax.train.rows import empty_row
+from npr_jax.train.step import Objective, loss_sums
+
+TINY_MESHES = {
+    "v5e:4x4": "data=8,tensor=2",
+    "v5p:4x4x4": "data=4,fsdp=4,sequence=2,tensor=2",
+    "v6e:16x16": "data=32,fsdp=4,tensor=2",
+}
+
+
+@pytest.fixture
+def tpu_compiler(monkeypatch):
+    if importlib.util.find_spec("libtpu") is None:
+        if os.environ.get("NPR_REQUIRE_LIBTPU") == "1":
+            pytest.fail("libtpu is not installed")
+        pytest.skip("libtpu is not installed")
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+
+
+def test_collectives_are_counted_as_often_as_they_run():
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def shard(kind):
+        return {
+            "gather": lambda x: jax.lax.all_gather(x, "x", tiled=True),
+            "reduce": lambda x: jax.lax.psum(x, "x"),
+            "scatter": lambda x: jax.lax.psum_scatter(x, "x", tiled=True),
+            "permute": lambda x: jax.lax.ppermute(x, "x", [(i, (i + 1) % 8) for i in range(8)]),
+        }[kind]
+
+    def received(kind, times=1):
+        def body(x):
+            def once(carry, _):
+                return carry + shard(kind)(x * carry).sum(), None
+
+            return jax.lax.scan(once, jnp.float32(1), length=times)[0]
+
+        whole = jax.shard_map(body, mesh=mesh, in_specs=P("x"), out_specs=P(), check_vma=False)
+        x = jax.ShapeDtypeStruct((8 * 1024,), jnp.float32, sharding=NamedSharding(mesh, P("x")))
+        return collective_bytes(jax.jit(whole).lower(x).compile().as_text())
+
+    part = 1024 * 4
+    assert received("gather") == 7 * part
+    assert received("reduce") == 2 * part * 7 / 8
+    assert received("scatter") == 7 * part / 8
+    assert received("permute") == part
+    assert received("gather", times=5) == 5 * 7 * part
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_flops_are_those_of_the_program(remat):
+    config = dataclasses.replace(
+        PRESETS["tiny"], num_layers=1, hidden_size=256, intermediate_size=512, remat=remat
+    )
+    rows, row_len = 2, 64
+    row = empty_row(row_len, 2)
+    batch = {
+        name: jax.ShapeDtypeStruct((rows, *value.shape), value.dtype) for name, value in row.items()
+    }
+    grad = jax.jit(
+        jax.grad(
+            lambda p, b: loss_sums(p, b, config, Objective("sft"), "float32")[0],
+        )
+    )
+    params = abstract_params(config)
+    params["layers"] = (
+        {name: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for name, x in params["layers"].items()},
+    )
+    counted = grad.lower(params, batch).compile().cost_analysis()["flops"]
+    assert train_flops(config, rows, row_len) == pytest.approx(counted, rel=0.2)
+
+
+def test_rows_of_a_step_hold_the_longest_answers():
+    run = stage_run("papo", "qwen3-4b")
+    assert run.rows == 16 * 16  # a row of 32k holds one answer of 30k
+    assert stage_run("papo", "qwen3-4b", ["max_tokens=10000"]).rows == 16 * 6  # and three of 10k
+    assert stage_run("zero", "tiny").rows == 16 * 6 // 2  # two minibatches
+    assert stage_run("beta", "tiny").rows == 32
+
+
+@pytest.mark.parametrize("topology", TINY_MESHES)
+def test_tiny_is_planned_for(tpu_compiler, topology):
+    mesh = parse_mesh(TINY_MESHES[topology])
+    found = plan("tiny", stage_run("papo", "tiny"), topology, mesh)
+    assert found["fits"] and found["collectives"] > 0
+    state = sum(x.size for x in jax.tree.leaves(abstract_params(PRESETS["tiny"]))) * 4
+    assert state / mesh.tensor / max(1, mesh.fsdp) <= found["params"] <= state
+    assert 2 * found["params"] <= found["optimizer"] < 2.1 * found["params"]
+    chip = CHIPS[topology[:3]]
+    used = found["params"] + found["optimizer"] + found["engine_weights"]
+    used += found["pages"] * found["page"] + max(found["train_temp"], found["decode_temp"])
+    assert chip.hbm - found["page"] < used <= chip.hbm
+    text = report(found)
+    assert "It fits." in text and f"{found['pages']:,} of 16 tokens" in text
+
+
+def test_what_does_not_fit_is_told_with_the_setting_to_change(tpu_compiler):
+    command = "plan --model tiny --stage papo --topology v5e:4x4 --mesh data=8,tensor=2"
+    changes = ["--set", "engine.pages=2000000000", "--set", "engine.table_pages=64"]
+    result = CliRunner().invoke(app, [*command.split(), *changes])
+    assert result.exit_code == 3, result.output
+    assert "It does not fit:" in result.output and "set engine.pages to that" in result.output
+
+
+@pytest.mark.slow
+def test_qwen3_4b_is_planned_for_64_chips(tpu_compiler, report):
+    mesh = parse_mesh("fsdp=16,tensor=4")
+    found = plan("qwen3-4b", stage_run("papo", "qwen3-4b"), "v5p:4x4x4", mesh)
+    report(
+        f"{found['train_compile_s']:.0f} s and {found['decode_compile_s']:.0f} s of compilation, "
+        f"{found['train_temp'] / GIB:.2f} GiB temporary, {found['pages']:,} pages"
+    )
+    assert found["fits"]
+    assert found["params"] == pytest.approx(4.02e9 * 4 / 64, rel=0.01)
+    assert found["engine_weights"] == pytest.approx(4.02e9 * 2 / 4, rel=0.01)
+    # FSDP gathers every weight for the forward pass, for its repetition and for the backward pass.
+    assert found["collectives"] > 3 * found["engine_weights"] * 15 / 16
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("qwen3-5b", "v5p:4x4x4", None), "model is 'qwen3-5b', needed is one of qwen3-0.6b"),
+        (("tiny", "v7:4x4", None), "topology is 'v7:4x4', needed is one of v5e, v5p, v6e"),
+        (("tiny", "v5e", None), "and a shape"),
+        (("tiny", "v5p:4x4x4", "fsdp=-1"), "embed=96 does not divide by fsdp=64"),
+        (("tiny", "v5e:4x4", "tensor=8,fsdp=2"), "a process has 4"),
+        (("tiny", "v5e:3x5", None), "the TPU compiler says"),
+    ],
+)
+def test_what_cannot_be_is_refused(tpu_compiler, arguments, message):
+    model, topology, mesh = arguments
+    with pytest.raises(ValueError, match=message):
+        plan(model, stage_run("papo", "tiny"), topology, mesh and parse_mesh(mesh))
+
+
+def test_settings_that_are_not_understood_are_refused():
+    with pytest.raises(ValueError, match="stage is 'sft', needed is one of zero, beta, papo"):
+        stage_run("sft", "tiny")
+    with pytest.raises(ValueError, match="mesh 'fsdp': 'fsdp' is not understood"):
+        parse_mesh("fsdp")
+    with pytest.raises(ValueError, match="'model=2' is not understood, needed is AXIS=SIZE"):
+        parse_mesh("fsdp=2,model=2")
