@@ -29,6 +29,7 @@ from npr_jax.decode.sampling import LaneSampling
 from npr_jax.hlo import collective_bytes
 from npr_jax.mesh import BATCH, MeshConfig, batch_shards, local_decode_mesh, make_mesh
 from npr_jax.model import PRESETS, ModelConfig, abstract_params, num_params
+from npr_jax.model.attention import default_implementation
 from npr_jax.model.sharding import decode_shardings
 from npr_jax.train.step import Objective, TrainConfig, abstract_state, compiled_step
 
@@ -118,7 +119,9 @@ def plan(
     if made is None:
         raise ValueError(f"{topology} has one chip, needed are several")
     run.train.check(made)
-    config = dataclasses.replace(PRESETS[model], remat=run.train.remat)
+    preset = PRESETS[model]
+    attention = preset.attention or default_implementation(preset.head_dim, "tpu")
+    config = dataclasses.replace(preset, remat=run.train.remat, attention=attention)
     state = abstract_state(config, run.train.optimizer, made)
     shards = batch_shards(made)
     found: dict = {

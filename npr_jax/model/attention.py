@@ -2,7 +2,8 @@
 
 `hidden` i32[B, T, D, 2]: key k is hidden from query q where hidden[k, d, 0] <= q < hidden[k, d, 1]
 for any d. `dense` is the oracle; `blockwise` is the same in O(T) memory (online softmax forward,
-recomputation backward, as FlashAttention), and skips what no query of a block can see.
+recomputation backward, as FlashAttention), and skips what no query of a block can see. "pallas"
+are kernels for TPU and GPU that do so too (attention_tpu.py, attention_gpu.py).
 
 On a mesh every device attends with its own rows, heads and queries; keys and values are gathered
 over `sequence` (context parallelism).
@@ -19,6 +20,21 @@ from npr_jax.mesh import BATCH, activations
 from npr_jax.model.config import ModelConfig
 
 _NEGATIVE = -1e30  # finite, so that a row that has seen nothing yet stays finite
+
+
+def default_implementation(head_dim: int, platform: str | None = None) -> str:
+    """What suits a platform, by default JAX's: its kernel where that takes such heads."""
+    takes = {"gpu": head_dim in (16, 32, 64, 128, 256), "tpu": head_dim % 128 == 0}
+    return "pallas" if takes.get(platform or jax.default_backend()) else "blockwise"
+
+
+def kernel():
+    """The `flash` of the platform that compiles: GPU, or else TPU (also for its compiler alone)."""
+    if jax.default_backend() == "gpu":
+        from npr_jax.model.attention_gpu import flash
+    else:
+        from npr_jax.model.attention_tpu import flash
+    return flash
 
 
 def tree_attend(config: ModelConfig, hidden: jax.Array, mesh: Mesh | None = None):
@@ -42,8 +58,11 @@ def tree_attend(config: ModelConfig, hidden: jax.Array, mesh: Mesh | None = None
 
 def _one_device(config: ModelConfig, q, k, v, hidden, offset):
     """Attention of queries that start at index `offset` of the row whose keys these are."""
-    if config.attention == "dense":
+    implementation = config.attention or default_implementation(config.head_dim)
+    if implementation == "dense":
         return dense(q, k, v, hidden, offset)
+    if implementation == "pallas":
+        return kernel()(q, k, v, hidden, offset)
     return blockwise(q, k, v, hidden, config.attention_block, offset)
 
 

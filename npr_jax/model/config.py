@@ -2,7 +2,7 @@
 
 import dataclasses
 
-ATTENTION = ("blockwise", "dense")
+ATTENTION = ("", "blockwise", "dense", "pallas")
 REMAT = ("none", "full", "dots")
 VOCAB_MULTIPLE = (
     128  # rows of the embedding: the lane width of a TPU, and divisible by any mesh axis
@@ -22,7 +22,8 @@ class ModelConfig:
       tie_word_embeddings: the head is the embedding.
       qk_norm, attention_bias: Qwen3 has the norms, Qwen2 the biases of q, k and v.
       eos_token_ids: end an answer.
-      attention: "blockwise" or "dense" (the oracle); attention_block: queries and keys per block.
+      attention: "blockwise", "pallas" (kernels for TPU and GPU), "dense" (the oracle) or "" (what
+        suits the platform); attention_block: queries and keys per block of "blockwise".
       remat: "none", "full" (a layer keeps its input) or "dots" (and its matrix products).
       logp_chunk: tokens whose logits exist at one time.
       init_*: standard deviations and gains of a random initialisation.
@@ -44,7 +45,7 @@ class ModelConfig:
     attention_bias: bool
     max_position_embeddings: int
     eos_token_ids: tuple[int, ...]
-    attention: str = "blockwise"
+    attention: str = ""
     attention_block: int = 256
     remat: str = "none"
     logp_chunk: int = 1024
@@ -55,7 +56,7 @@ class ModelConfig:
     def __post_init__(self):
         checks = (
             ("model_type", self.model_type in MODEL_TYPES, f"one of {', '.join(MODEL_TYPES)}"),
-            ("attention", self.attention in ATTENTION, f"one of {', '.join(ATTENTION)}"),
+            ("attention", self.attention in ATTENTION, f"one of {ATTENTION}"),
             ("remat", self.remat in REMAT, f"one of {', '.join(REMAT)}"),
             (
                 "padded_vocab_size",
