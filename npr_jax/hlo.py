@@ -1,5 +1,6 @@
 """What a compiled program sends between devices, read from its text."""
 
+import math
 import re
 
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
@@ -14,8 +15,9 @@ _CALLED = re.compile(r"(?:calls|to_apply|body|branch_computations)=\{?%?([\w.\-]
 def collective_bytes(text: str) -> float:
     """Bytes that each device receives from others while an optimised HLO module runs once.
 
-    A loop counts as often as the compiler knows it to run, else once (the train step's loop over
-    micro-batches). Ring algorithms are assumed: of a result in g parts, g - 1 come from others.
+    A loop counts as often as its text says that it runs, and once where only the program's input
+    does (the train step's loop over micro-batches). Ring algorithms are assumed: of a result in g
+    parts, g - 1 come from others.
     """
     lines = _computations(text)
     entry = re.search(r"^ENTRY %?([\w.\-]+)", text, re.M)
@@ -41,9 +43,7 @@ def _bytes_of(name: str, lines: dict[str, list[str]], known: dict[str, float]) -
         if match := _COLLECTIVE.search(line):
             total += _received(match[2], match[1], bool(match[3]), line)
             continue
-        times = 1
-        if " while(" in line and (count := re.search(r'known_trip_count":\{"n":"(\d+)"', line)):
-            times = int(count[1])
+        times = _trips(line, lines) if " while(" in line else 1
         for called in _CALLED.findall(line):
             for part in called.split(", "):
                 total += times * _bytes_of(part.lstrip("%"), lines, known)
@@ -51,9 +51,36 @@ def _bytes_of(name: str, lines: dict[str, list[str]], known: dict[str, float]) -
     return total
 
 
+def _trips(line: str, lines: dict[str, list[str]]) -> int:
+    """How often a loop runs: from its line, or from `i < constant` and `i + constant`."""
+    if known := re.search(r'known_trip_count":\{"n":"(\d+)"', line):
+        return int(known[1])
+    condition, body = (
+        "\n".join(lines[re.search(rf"{part}=%?([\w.\-]+)", line)[1]])
+        for part in ("condition", "body")
+    )
+    compared = re.search(r"ROOT .* compare\(%?([\w.\-]+), %?([\w.\-]+)\), direction=LT", condition)
+    if compared is None:
+        return 1
+    end = _constant(compared[2], condition)
+    index = re.search(rf"%?{re.escape(compared[1])} = .*get-tuple-element.*index=(\d+)", condition)
+    if end is None or index is None:
+        return 1
+    results = re.search(r"ROOT .* tuple\((.*?)\)", body)
+    result = re.findall(r"%([\w.\-]+)", results[1])[int(index[1])]
+    step = re.search(rf"%{re.escape(result)} = .* add\(%([\w.\-]+), %([\w.\-]+)\)", body)
+    steps = [_constant(name, body) for name in step.groups()] if step else []
+    return -(-end // next((step for step in steps if step), 1))
+
+
+def _constant(name: str, text: str) -> int | None:
+    found = re.search(rf"%?{re.escape(name)} = \S+ constant\((\d+)\)", text)
+    return int(found[1]) if found else None
+
+
 def _received(kind: str, shape: str, asynchronous: bool, line: str) -> float:
     sizes = [
-        _ITEM[kind_of] * _product(dims)
+        _ITEM[kind_of] * math.prod(int(dim) for dim in filter(None, dims.split(",")))
         for kind_of, dims in re.findall(r"(\w+)\[([\d,]*)\]", shape)
         if kind_of in _ITEM
     ]
@@ -72,15 +99,11 @@ def _received(kind: str, shape: str, asynchronous: bool, line: str) -> float:
 
 
 def _group_size(line: str) -> int:
+    if match := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line):
+        sizes = dict(re.findall(r"('\w+')=(\d+)", match[1]))
+        return math.prod(int(sizes[axis]) for axis in match[2].split(","))
     if match := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
         return int(match[1])
     if match := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
         return match[1].count(",") + 1
     return 2  # only the kinds that name pairs have no groups
-
-
-def _product(dims: str) -> int:
-    total = 1
-    for dim in filter(None, dims.split(",")):
-        total *= int(dim)
-    return total

@@ -66,6 +66,37 @@ def test_collectives_are_counted_as_often_as_they_run():
     assert received("gather", times=5) == 5 * 7 * part
 
 
+LOOP_OF_A_TPU = """
+%condition (p: (u32[], f32[1024])) -> pred[] {
+  %limit = u32[]{:T(128)} constant(8)
+  %p = (u32[]{:T(128)}, f32[1024]{0}) parameter(0)
+  %i = u32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %less = pred[] compare(%i, %limit), direction=LT
+}
+
+%body (p: (u32[], f32[1024])) -> (u32[], f32[1024]) {
+  %p = (u32[]{:T(128)}, f32[1024]{0}) parameter(0)
+  %two = u32[]{:T(128)} constant(2)
+  %i = u32[]{:T(128)} get-tuple-element(%p), index=0
+  %x = f32[1024]{0} get-tuple-element(%p), index=1
+  %sum = f32[1024]{0} all-reduce(%x), replica_groups=mesh['a'=16,'b'=4] {'b'}, to_apply=%add
+  %next = u32[]{:T(128)} add(%i, %two)
+  ROOT %result = (u32[]{:T(128)}, f32[1024]{0}) tuple(%next, %sum)
+}
+
+ENTRY %main (x: f32[1024]) -> f32[1024] {
+  %start = (u32[], f32[1024]{0}) tuple(%zero, %x)
+  %loop = (u32[], f32[1024]{0}) while(%start), condition=%condition, body=%body
+}
+"""
+
+
+def test_loops_are_read_as_the_tpu_compiler_writes_them():
+    assert collective_bytes(LOOP_OF_A_TPU) == 4 * 2 * 4096 * 3 / 4
+    dynamic = LOOP_OF_A_TPU.replace("constant(8)", "get-tuple-element(%p), index=2")
+    assert collective_bytes(dynamic) == 2 * 4096 * 3 / 4
+
+
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_flops_are_those_of_the_program(remat):
     config = dataclasses.replace(

@@ -1,0 +1,87 @@
+"""Plans PAPO for every preset on three TPU slices, and writes the table of docs/plan.md.
+
+    make libtpu
+    PYTHONPATH=build/libtpu JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 python bench/plan.py
+
+Writes bench/results/plan.json after every case; cases that it has are not compiled again, unless
+they are named: `python bench/plan.py qwen3-4b`. No TPU is needed, and nothing is run.
+"""
+
+import argparse
+import json
+from importlib.metadata import version
+from pathlib import Path
+
+from npr_jax.mesh import parse_mesh
+from npr_jax.model import PRESETS
+from npr_jax.plan import GIB, plan, stage_run
+
+RESULTS = Path(__file__).parent / "results" / "plan.json"
+PAGE = Path(__file__).parents[1] / "docs" / "plan.md"
+SLICES = ("v5e:4x4", "v5p:4x4x4", "v6e:16x16")
+TINY = {"v5e:4x4": "data=8", "v5p:4x4x4": "data=32", "v6e:16x16": "data=128"}
+BEGIN, END = "<!-- plans: made by bench/plan.py -->", "<!-- end of plans -->"
+
+
+def mesh_of(model: str, topology: str) -> str:
+    """Hosts have four chips: a row is split among them, and the state over all hosts."""
+    return f"{TINY[topology]},tensor=2" if model == "tiny" else "fsdp=-1,tensor=4"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("models", nargs="*", help="planned anew; default: what is missing")
+    wanted = parser.parse_args().models
+    cases = json.loads(RESULTS.read_text(encoding="utf-8"))["cases"] if RESULTS.exists() else []
+    known = {(case["model"], case["topology"]): case for case in cases}
+    for model in wanted or PRESETS:
+        for topology in SLICES:
+            if (model, topology) in known and not wanted:
+                continue
+            mesh = parse_mesh(mesh_of(model, topology))
+            found = plan(model, stage_run("papo", model), topology, mesh)
+            known[model, topology] = found
+            print(json.dumps(found), flush=True)
+            ordered = [known[m, t] for m in PRESETS for t in SLICES if (m, t) in known]
+            record = {
+                "versions": {name: version(name) for name in ("jax", "libtpu")},
+                "cases": ordered,
+            }
+            RESULTS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
+    head, tail = text.split(BEGIN)[0], text.split(END)[1]
+    PAGE.write_text(head + BEGIN + "\n" + table(known) + END + tail, encoding="utf-8")
+
+
+def table(known: dict) -> str:
+    """The cases as Markdown, in GiB and seconds per chip."""
+    lines = [
+        "| model | slice | mesh | parameters | optimizer | engine weights | train step | decode step "
+        "| KV pages | wanted | collectives | TFLOP | micro-batch, s | step, s | fits |",
+        "| --- " * 15 + "|",
+    ]
+    for model in PRESETS:
+        for topology in SLICES:
+            if (model, topology) not in known:
+                continue
+            case = known[model, topology]
+            sizes = ("params", "optimizer", "engine_weights", "train_temp", "decode_temp")
+            cells = [
+                model,
+                topology,
+                " ".join(f"{axis} {size}" for axis, size in case["mesh"].items()),
+                *(f"{case[name] / GIB:.2f}" for name in sizes),
+                f"{case['pages']:,}",
+                f"{case['pages_wanted']:,}",
+                f"{case['collectives'] / GIB:.1f}",
+                f"{case['flops'] / 1e12:.1f}",
+                f"{case['least_s']:.2f}",
+                f"{case['step_least_s']:.1f}",
+                "yes" if case["fits"] else f"no: {case['advice'].split(' (')[0]}",
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
