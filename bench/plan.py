@@ -56,8 +56,8 @@ def main() -> None:
 def table(known: dict) -> str:
     """The cases as Markdown, in GiB and seconds per chip."""
     lines = [
-        "| model | slice | mesh | parameters | optimizer | engine weights | train step | decode step "
-        "| KV pages | wanted | collectives | TFLOP | micro-batch, s | step, s | fits |",
+        "| model | slice | mesh | parameters | optimizer | engine weights | train step "
+        "| decode step | KV pages | wanted | collectives | TFLOP | micro-batch, s | step, s | fits |",
         "| --- " * 15 + "|",
     ]
     for model in PRESETS:
