@@ -20,11 +20,13 @@ from jax.sharding import Mesh, SingleDeviceSharding, use_abstract_mesh
 
 from npr_jax.decode.attention_tpu import paged_attention, plain_attention
 from npr_jax.model import PRESETS
+from npr_jax.model.attention_tpu import flash
 
 MODEL = "qwen3-4b"
 CONTEXT, POOL = 16384, 65536  # tokens of a row's table, of the pool
 PAGE_SIZES = (16, 64)
 SHAPES = {"decode": (64, 1), "prefill": (4, 128)}  # rows, queries of a row
+TOKENS, DEPTH = 32768, 4  # of a training row, and its levels of hidden intervals
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 
 
@@ -52,12 +54,28 @@ def main() -> None:
                         }
                     )
                     print(json.dumps(results[-1]), flush=True)
+        for shape, function in (("forward", flash), ("gradient", _gradient)):
+            begun = time.perf_counter()
+            lowered = jax.jit(function).lower(*_row(device))
+            assert "tpu_custom_call" in lowered.as_text()
+            compiled = lowered.compile()
+            results.append(
+                {
+                    "chip": chip,
+                    "kernel": "tree_attention",
+                    "shape": shape,
+                    "seconds": round(time.perf_counter() - begun, 1),
+                    "temp_bytes": compiled.memory_analysis().temp_size_in_bytes,
+                }
+            )
+            print(json.dumps(results[-1]), flush=True)
     record = {
         "date": datetime.date.today().isoformat(),
         "model": MODEL,
         "context": CONTEXT,
         "pool_tokens": POOL,
         "rows_and_queries": SHAPES,
+        "row_tokens": TOKENS,
         "versions": {name: version(name) for name in ("jax", "libtpu")},
         "results": results,
     }
@@ -79,6 +97,21 @@ def _arguments(device, rows, chunk, size):
         array((rows, width + 1), "int32"),
         array((rows, chunk), "int32"),
     )
+
+
+def _row(device):
+    """q, k, v, hidden and offset of one training row."""
+    config = PRESETS[MODEL]
+    array = functools.partial(jax.ShapeDtypeStruct, sharding=SingleDeviceSharding(device))
+    q = array((1, TOKENS, config.num_heads, config.head_dim), "bfloat16")
+    kv = array((1, TOKENS, config.num_kv_heads, config.head_dim), "bfloat16")
+    return q, kv, kv, array((1, TOKENS, DEPTH, 2), "int32"), array((), "int32")
+
+
+def _gradient(q, k, v, hidden, offset):
+    """The output and what q, k and v get for a gradient of it."""
+    out, pull = jax.vjp(lambda *x: flash(*x, hidden, offset), q, k, v)
+    return out, pull(out)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""Checks and times the attention kernel on a GPU, against the XLA gather that is the oracle.
+"""Checks and times the attention kernels on a GPU, against XLA: the paged one, and that of trees.
 
     python bench/gpu.py
 
 Writes bench/results/gpu.json. The times are of one layer in decoding: of several steps in one
 program, each over another layer of the pool, the median of seven runs. `gb_per_s` counts the keys
-and values that the rows see, `copy_gb_per_s` what a copy on this GPU reads and writes.
+and values that the rows see, `copy_gb_per_s` what a copy on this GPU reads and writes. The times
+of tree attention are of one layer in training, forward and with the backward pass; `tflops` counts
+the products of the visible pairs of a query and a key, 2 forward and 5 more backward.
 Exits with 1 if a check fails.
 """
 
@@ -23,7 +25,8 @@ import numpy as np
 
 from npr_jax.decode.attention import gather
 from npr_jax.decode.attention_gpu import paged_attention
-from npr_jax.model import PRESETS
+from npr_jax.model import PRESETS, attention
+from npr_jax.model.attention_gpu import flash
 
 MODEL = "qwen3-4b"
 CONTEXTS, BATCHES, PAGE_SIZES = (1024, 4096, 16384), (1, 16, 64), (16, 64)
@@ -43,6 +46,17 @@ CHECKS = (
     (4, 128, 1024, 16, 32, 8, 128, "float32", 2),
     (4, 5, 200, 4, 4, 2, 32, "float32", 2),
 )
+# Rows, tokens, heads, KV heads, head_dim, dtype of tree attention; the last is not a multiple of a
+# block.
+TREE_CHECKS = (
+    (2, 1024, 32, 8, 128, "bfloat16"),
+    (2, 1024, 8, 8, 64, "bfloat16"),
+    (1, 1024, 8, 1, 256, "bfloat16"),
+    (2, 512, 8, 2, 128, "float32"),
+    (3, 333, 4, 2, 32, "float32"),
+    (2, 777, 32, 8, 128, "bfloat16"),
+)
+TREE_TOKENS, TREE_DOCUMENTS = (4096, 16384, 32768), (1, 16)
 # What a query's result may be off by, as a part of its length.
 TOLERANCE = {"bfloat16": 1e-2, "float32": 5e-5}
 
@@ -63,11 +77,20 @@ def main() -> None:
         "copy_gb_per_s": round(copy / 1e9),
         "checks": [],
         "times": [],
+        "tree_checks": [],
+        "tree_times": [],
     }
     print(json.dumps({k: v for k, v in record.items() if v != []}), flush=True)
     for case in CHECKS:
         record["checks"].append(_check(*case))
         print(json.dumps(record["checks"][-1]), flush=True)
+    for case in TREE_CHECKS:
+        record["tree_checks"].append(_check_tree(*case))
+        print(json.dumps(record["tree_checks"][-1]), flush=True)
+    for tokens in TREE_TOKENS:
+        for documents in TREE_DOCUMENTS:
+            record["tree_times"].append(_time_tree(tokens, documents))
+            print(json.dumps(record["tree_times"][-1]), flush=True)
     for size in PAGE_SIZES:
         for context in CONTEXTS:
             for batch in BATCHES:
@@ -77,8 +100,8 @@ def main() -> None:
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     _print_table(record)
-    failed = sum(not check["ok"] for check in record["checks"])
-    sys.exit(f"{failed} of {len(CHECKS)} checks failed" if failed else 0)
+    failed = sum(not check["ok"] for check in record["checks"] + record["tree_checks"])
+    sys.exit(f"{failed} of {len(CHECKS) + len(TREE_CHECKS)} checks failed" if failed else 0)
 
 
 def _check(rows, chunk, context, size, heads, kv_heads, dim, dtype, layers) -> dict:
@@ -137,6 +160,79 @@ def _time(batch, context, size, copy) -> dict:
             raise
         result["out_of_memory"] = True
     return result
+
+
+def _check_tree(rows, tokens, heads, kv_heads, dim, dtype) -> dict:
+    """Out and gradients against the dense oracle in float32."""
+    hidden = jnp.asarray(np.stack([_forest(tokens, 1 + 2 * row) for row in range(rows)]))
+    shapes = (rows, tokens, heads, dim), *[(rows, tokens, kv_heads, dim)] * 2
+    q, k, v, d_out = (
+        _shifted(shape, dtype, n) for n, shape in enumerate((*shapes, (rows, tokens, heads, dim)))
+    )
+    ours = jax.jit(functools.partial(_backward, flash))(3 * q, k, v, hidden, d_out)
+    exact = (x.astype(jnp.float32) for x in (3 * q, k, v))
+    with jax.default_matmul_precision("highest"):
+        oracle = jax.jit(functools.partial(_backward, attention.dense))
+        theirs = oracle(*exact, hidden, d_out.astype(jnp.float32))
+    errors = {}
+    for name, a, b in zip(("out", "d_q", "d_k", "d_v"), ours, theirs, strict=True):
+        a, b = (np.asarray(x, np.float32) for x in (a, b))
+        errors[name] = float(np.linalg.norm(a - b) / np.linalg.norm(b))
+    return {
+        "kernel": "tree",
+        "rows": rows,
+        "tokens": tokens,
+        "heads": [heads, kv_heads, dim],
+        "dtype": dtype,
+        "errors": errors,
+        "ok": bool(max(errors.values()) < TOLERANCE[dtype])
+        and all(map(np.isfinite, errors.values())),
+    }
+
+
+def _time_tree(tokens, documents) -> dict:
+    """Seconds of one layer over a row of packed documents, by the kernels and by blockwise."""
+    config = PRESETS[MODEL]
+    kv = (1, tokens, config.num_kv_heads, config.head_dim)
+    q = _shifted((1, tokens, config.num_heads, config.head_dim), "bfloat16", 0)
+    k, v = (_shifted(kv, "bfloat16", n) for n in (1, 2))
+    hidden = _forest(tokens, documents)
+    ends, branches = hidden[:, 0, 0], hidden[:, 1]
+    visible = np.sum(ends - np.arange(tokens)) - np.sum(branches[:, 1] - branches[:, 0])
+    product = 2 * config.num_heads * config.head_dim * float(visible)
+    args = (q, k, v, jnp.asarray(hidden)[None])
+    result = {"kernel": "tree", "tokens": tokens, "documents": documents}
+    for name, attend in (("kernel", flash), ("blockwise", attention.blockwise)):
+        seconds = _seconds(attend, *args)
+        result[f"{name}_forward_ms"] = round(seconds * 1e3, 2)
+        result[f"{name}_forward_tflops"] = round(2 * product / seconds / 1e12, 1)
+        seconds = _seconds(functools.partial(_backward, attend), *args, q)
+        result[f"{name}_both_ms"] = round(seconds * 1e3, 2)
+        result[f"{name}_both_tflops"] = round(7 * product / seconds / 1e12, 1)
+    return result
+
+
+def _backward(attend, q, k, v, hidden, d_out):
+    """out, d_q, d_k, d_v."""
+    out, pull = jax.vjp(lambda *x: attend(*x, hidden), q, k, v)
+    return out, *pull(d_out)
+
+
+def _forest(tokens, documents) -> np.ndarray:
+    """i32[T, 2, 2]: documents of one length in a row, each with four branches that join."""
+    hidden = np.zeros((tokens, 2, 2), np.int32)
+    for at in range(0, tokens, -(-tokens // documents)):
+        end = min(tokens, at - (-tokens // documents))
+        hidden[at:end, 0] = end, tokens
+        branch = (end - at) // 6
+        for start in range(at + branch, at + 5 * branch, max(branch, 1)):
+            hidden[start : start + branch, 1] = start + branch, at + 5 * branch
+    return hidden
+
+
+def _shifted(shape, dtype, n) -> jax.Array:
+    """Numbers as of _numbers, others for each n."""
+    return _numbers((n + 1, *shape), dtype)[n]
 
 
 def _steps(attend, layers, q, pool, table, base, ranks):
@@ -198,6 +294,15 @@ def _print_table(record) -> None:
     passed = sum(check["ok"] for check in record["checks"])
     print(f"\n{record['device']}: copy {record['copy_gb_per_s']} GB/s")
     print(f"{passed} of {len(record['checks'])} checks passed")
+    passed = sum(check["ok"] for check in record["tree_checks"])
+    print(f"{passed} of {len(record['tree_checks'])} checks of tree attention passed")
+    for t in record["tree_times"]:
+        print(
+            f"{t['tokens']:6} tokens, {t['documents']:2} documents: forward "
+            f"{t['kernel_forward_ms']} ms ({t['kernel_forward_tflops']} TFLOP/s; blockwise "
+            f"{t['blockwise_forward_ms']} ms), with backward {t['kernel_both_ms']} ms "
+            f"({t['kernel_both_tflops']} TFLOP/s; blockwise {t['blockwise_both_ms']} ms)"
+        )
     print("page  context  batch   kernel us    GB/s  of copy   gather us  speed-up")
     for t in record["times"]:
         line = f"{t['page_size']:4}  {t['context']:7}  {t['batch']:5}"

@@ -101,6 +101,7 @@ def test_what_the_kernel_does_not_take():
         jax.eval_shape(functools.partial(flash, block_q=8, block_k=8), q, q, q, long)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chip", CHIPS)
 def test_tpu_compiler_takes_qwen3_4b_at_32k(monkeypatch, chip):
     if importlib.util.find_spec("libtpu") is None:
