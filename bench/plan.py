@@ -57,7 +57,8 @@ def table(known: dict) -> str:
     """The cases as Markdown, in GiB and seconds per chip."""
     lines = [
         "| model | slice | mesh | parameters | optimizer | engine weights | train step "
-        "| decode step | KV pages | wanted | collectives | TFLOP | micro-batch, s | step, s | fits |",
+        "| decode step | KV pages | wanted | collectives | TFLOP | micro-batch, s | step, s "
+        "| fits |",
         "| --- " * 15 + "|",
     ]
     for model in PRESETS:
