@@ -49,4 +49,5 @@ class RunLog:
     def __exit__(self, *exc_info) -> None:
         if self._progress:
             self._progress.__exit__(*exc_info)
-        self._writer.close()
+        with writing(self._writer.directory):
+            self._writer.close()

@@ -21,6 +21,7 @@ from npr_jax.metrics import Scalar
 from npr_jax.train.rows import Example
 from npr_jax.tree import TreeLayout
 
+_log = logging.getLogger(__name__)
 _FIELDS = ("token_ids", "loss_mask", "advantage", "old_logp")
 _LAYOUT = ("positions", "hidden", "pred", "forced")
 
@@ -77,7 +78,7 @@ class Pending:
             with np.load(io.BytesIO(path.read_bytes())) as file:
                 arrays = dict(file)
         except (zipfile.BadZipFile, ValueError, EOFError) as error:  # the archive has checksums
-            logging.warning("%s is damaged (%s): its rollouts are sampled again", path, error)
+            _log.warning("%s is damaged (%s): its rollouts are sampled again", path, error)
             return None
         meta = json.loads(arrays["meta"].tobytes())
         if meta["key"] != self._key(step, weights):
