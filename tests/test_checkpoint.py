@@ -276,6 +276,7 @@ def test_pending_rollouts_come_back_as_they_were(model, tmp_path, caplog):
     assert pending.load(5, 77) is None
     assert pending.load(4, 78) is None
     assert Pending(tmp_path, "seed: 1\n").load(4, 77) is None
+    assert Pending(tmp_path, TEXT + "output: elsewhere\n").load(4, 77) is not None
     pending.save(5, 77, [], {"reward": 0.0}, 13)
     assert pending.load(5, 77) == ([], {"reward": 0.0}, 13)
     flip(tmp_path)

@@ -4,7 +4,6 @@ One file per step, `<directory>/<step>.npz`. What it holds counts for one config
 set of weights; with any other it is left alone, and sampled anew.
 """
 
-import hashlib
 import io
 import json
 import logging
@@ -18,6 +17,7 @@ from etils import epath
 
 from npr_jax.files import write_atomically, writing
 from npr_jax.metrics import Scalar
+from npr_jax.train.claim import essence
 from npr_jax.train.rows import Example
 from npr_jax.tree import TreeLayout
 
@@ -31,7 +31,7 @@ class Pending:
 
     def __init__(self, directory: epath.PathLike, config_text: str):
         self.directory = epath.Path(directory)
-        self._config = hashlib.sha256(config_text.encode()).hexdigest()
+        self._config = json.dumps(essence(config_text), sort_keys=True)
 
     def save(
         self,

@@ -147,19 +147,12 @@ def train(
             engine = Engine(dataclasses.replace(model, params=weights), config.engine)
             with RunLog(STAGES[stage], output, config.steps, start, shown, report) as log:
                 for step in range(start + 1, config.steps + 1):
-                    position = {"problem": feed.position} | guard.count({})
+                    position = _position(feed, guard)
                     begun, decoded = time.perf_counter(), engine.stats()["sampled_tokens"]
                     try:
-                        with preempt.interruptible():
-                            engine.set_params(cast(state.params, settings.compute_dtype))
-                            version = fingerprint(state.params)
-                            found = pending.load(step, version)
-                            groups, metrics, feed.position = found or (
-                                *collect(engine, feed, step),
-                                feed.position,
-                            )
-                        if not found:
-                            pending.save(step, version, groups, metrics, feed.position)
+                        engine.set_params(cast(state.params, settings.compute_dtype))
+                        version = fingerprint(state.params)
+                        groups, metrics = _sample(engine, feed, step, collect, pending, version)
                         if preempt.wanted():
                             raise preempt.Preempted
                     except preempt.Preempted:
@@ -187,15 +180,32 @@ def train(
                     reward, ending = metrics["reward"], preempt.wanted()
                     if step % settings.checkpoint_every == 0 or step == config.steps or ending:
                         before = checkpoints.last  # whole on disk once the next one is begun
-                        position = {"problem": feed.position} | guard.count({})
-                        checkpoints.save(step, state, position, reward)
+                        checkpoints.save(step, state, _position(feed, guard), reward)
                         pending.drop(before)
                     if ending:
                         raise preempt.Preempted
+        pending.drop(config.steps)
         with writing(final):
             publish(final, lambda path: save(dataclasses.replace(model, params=state.params), path))
-        pending.drop(config.steps)
     return final
+
+
+def _sample(
+    engine: Engine, feed: Feed, step: int, collect: Collect, pending: Pending, version: int
+) -> Collected:
+    """The groups of `step`: pending ones, or new ones, which are pending from then on."""
+    with preempt.interruptible():
+        if found := pending.load(step, version):
+            groups, metrics, feed.position = found
+            return Collected(groups, metrics)
+        collected = collect(engine, feed, step)
+    pending.save(step, version, *collected, feed.position)
+    return collected
+
+
+def _position(feed: Feed, guard: NonfiniteGuard) -> dict[str, int]:
+    """Where the run goes on, beside the step: what a checkpoint holds of it."""
+    return {"problem": feed.position, "nonfinite_in_a_row": guard.in_a_row}
 
 
 def _load(stage: int, config: RLConfig) -> tuple[Model, Feed]:
