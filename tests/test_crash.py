@@ -119,7 +119,7 @@ def undisturbed(home, tmp_path_factory):
 
 
 def kill(run, rng, in_a_save, signal_number=signal.SIGKILL):
-    """Starts the run and kills it; returns False if it came to its end before."""
+    """Starts the run, kills it, and returns its exit code: 0 if it came to its end before."""
     process, seen, changes = run.start(), run.files(), rng.randrange(12)
     try:
         while process.poll() is None:
@@ -136,7 +136,7 @@ def kill(run, rng, in_a_save, signal_number=signal.SIGKILL):
         process.send_signal(signal_number)
         text, _ = process.communicate(timeout=120)
         assert process.returncode in (0, -signal_number, 128 + signal_number), text.decode()
-        return process.returncode != 0
+        return process.returncode
     finally:
         process.kill()
 
@@ -170,7 +170,7 @@ def test_sigterm_ends_a_run_in_order_and_the_same_command_goes_on(
     rng, run = random.Random(0), Run(home, "papo", tmp_path / "papo")
     for _ in range(2):
         begun = time.monotonic()
-        assert kill(run, rng, False, signal.SIGTERM)
+        assert kill(run, rng, False, signal.SIGTERM) == 143
         assert not run.saving()
         report(f"{time.monotonic() - begun:.1f} s from start to end")
     run.finish()

@@ -23,6 +23,8 @@ from npr_jax.train.digest import find_fault, write_digests
 from npr_jax.train.step import TrainState
 
 _log = logging.getLogger(__name__)
+# Orbax logs an error with its traceback at every place that it passes, and then raises it.
+logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
 _ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError)  # Orbax's and TensorStore's
 
 
