@@ -29,9 +29,16 @@ Output = Annotated[
 
 def main() -> None:
     """Entry point of `npr-jax`: a user's error is one line and exit code 2."""
+    from npr_jax.train.preempt import Preempted
+
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it asks for PyTorch
     try:
         app(prog_name="npr-jax")
+    except Preempted as ending:
+        # All is saved. The interpreter's own clean-up can crash while the device still computes.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(ending.code)
     except (ValueError, OSError, FloatingPointError) as error:
         typer.echo("error: " + "; ".join(str(error).splitlines()), err=True)
         sys.exit(2)
