@@ -3,6 +3,7 @@ what they say, and a run that was cut off ends as if nothing had happened."""
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -85,8 +86,12 @@ def test_a_cut_off_run_ends_as_if_nothing_had_happened(home, tmp_path, monkeypat
         return collect(engine, feed, step, settings)
 
     monkeypatch.setattr(module, "collect_groups", collect_and_tell)
-    resumed = run(config(home, stage, tmp_path / "cut", *changes))
+    with pytest.raises(Cut):
+        run(config(home, stage, tmp_path / "cut", *changes), cut_after(3))
     assert sampled == [3]  # what was sampled for the second step is not sampled again
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "rollouts")
+    resumed = run(config(home, stage, tmp_path / "cut", *changes))
+    assert sampled == [3, 3]  # without it, it is sampled as before
     assert weights(resumed) == weights(whole)
     lines = without_times(tmp_path / "whole")
     assert without_times(tmp_path / "cut") == lines
@@ -94,7 +99,7 @@ def test_a_cut_off_run_ends_as_if_nothing_had_happened(home, tmp_path, monkeypat
     # The trainer sees what the engine saw.
     assert max(line["logp_gap_max"] for line in lines if not line["skipped"]) < 1e-4
     assert run(config(home, stage, tmp_path / "cut", *changes)) == resumed
-    assert sampled == [3]
+    assert sampled == [3, 3]  # it is done
     with pytest.raises(ValueError, match="samples was 4, is 5"):
         run(config(home, stage, tmp_path / "cut", *changes, "samples=5"))
 
@@ -166,7 +171,7 @@ def test_papo_trains_on_whole_trees_only_and_once(home, tmp_path):
     assert not any(papo.is_whole(t, model.tags, 1) for t in cut)
 
 
-def test_beta_accepts_what_is_right_and_trains_it_as_trees(home, tmp_path):
+def test_beta_accepts_what_is_right_and_trains_it_as_trees(home, tmp_path, monkeypatch):
     def settings(output, *changes):
         paths = {
             "model": home / "seed",
@@ -213,7 +218,10 @@ def test_beta_accepts_what_is_right_and_trains_it_as_trees(home, tmp_path):
             example.loss_mask.sum() == (~example.layout.forced[example.layout.prompt_len :]).sum()
         )
 
-    # Cut off while a line is written, then while training: the result is the same.
+    # Cut off before metrics are written, while a line is, while training: the result is the same.
+    with monkeypatch.context() as patch, pytest.raises(Cut):
+        patch.setattr(beta.RunLog, "write", lambda log, metrics: cut_after(1)(metrics))
+        beta.run(settings("cut"))
     with pytest.raises(Cut):
         beta.run(settings("cut"), cut_after(2))
     cut = tmp_path / "cut" / "accepted.jsonl"
@@ -222,7 +230,8 @@ def test_beta_accepts_what_is_right_and_trains_it_as_trees(home, tmp_path):
         beta.run(settings("cut"), lambda m: cut_after(2)(m) if "loss" in m else None)
     assert cut.read_bytes() == path.read_bytes()
     assert weights(beta.run(settings("cut"))) == weights(whole)
-    assert without_times(tmp_path / "cut" / "fit") == without_times(tmp_path / "whole" / "fit")
+    for part in ("sampling", "fit"):
+        assert without_times(tmp_path / "cut" / part) == without_times(tmp_path / "whole" / part)
 
 
 def test_beta_says_when_nothing_is_accepted(home, tmp_path):
