@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -38,6 +39,13 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it asks for PyTorch
     try:
         app(prog_name="npr-jax")
+    except SystemExit as ending:
+        if ending.code != 128 + signal.SIGTERM:
+            raise
+        # All is saved. The interpreter's own clean-up can crash while the device still computes.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(ending.code)
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(_tell(error))
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from etils import epath
+from safetensors import SafetensorError
 
 REMEDY = (
     "make room there, or move the run to where it can be written, and run the same command again: "
@@ -47,11 +48,12 @@ def publish(directory: Path, write: Callable[[Path], None]) -> None:
 
 @contextlib.contextmanager
 def writing(path: epath.PathLike, remedy: str = REMEDY) -> Iterator[None]:
-    """An OSError in here (disk full, no permission) names `path` and what to do."""
+    """An error of writing in here (disk full, no permission) names `path` and what to do."""
     try:
         yield
-    except OSError as error:
-        raise OSError(f"{path} cannot be written ({error.strerror or error}): {remedy}") from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(f"{path} cannot be written ({reason}): {remedy}") from error
 
 
 def _sync(path: Path) -> None:

@@ -73,8 +73,10 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Closes both files; calling it again does nothing."""
-        self._file.close()
-        self._board.close()
+        try:
+            self._file.close()
+        finally:
+            self._board.close()
 
     def __enter__(self) -> "MetricsWriter":
         return self

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -39,9 +40,10 @@ STAGES = ("zero", "beta", "papo")
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """A kind of TPU: memory in bytes that a program may use, bf16 FLOP/s, and bytes/s of the memory
-    and of all links of a chip (the vendor's figures)."""
+    """A kind of TPU: the slice that one host of a larger one has, memory in bytes that a program may
+    use, bf16 FLOP/s, and bytes/s of the memory and of all links of a chip (the vendor's figures)."""
 
+    host: str
     hbm: float
     flops: float
     hbm_rate: float
@@ -49,9 +51,9 @@ class Chip:
 
 
 CHIPS = {
-    "v5e": Chip(15.75 * GIB, 197e12, 819e9, 200e9),
-    "v5p": Chip(95.74 * GIB, 459e12, 2765e9, 600e9),
-    "v6e": Chip(31.25 * GIB, 918e12, 1640e9, 448e9),
+    "v5e": Chip("v5e:2x2", 15.75 * GIB, 197e12, 819e9, 200e9),
+    "v5p": Chip("v5p:2x2x1", 95.74 * GIB, 459e12, 2765e9, 600e9),
+    "v6e": Chip("v6e:2x2", 31.25 * GIB, 918e12, 1640e9, 448e9),
 }
 
 
@@ -138,7 +140,7 @@ def plan(
     }
     tell(f"compiling the train step for {made.size} chips")
     found |= _train_figures(config, run, made, state, chip)
-    local = _one_host(made)
+    local = _one_host(made, chip)
     tell(f"compiling the decode step for the {local.size} chips of a host")
     found |= _decode_figures(config, run, local, chip)
     found["step_least_s"] = found["micro_batches"] * found["least_s"]
@@ -147,7 +149,7 @@ def plan(
     found["pages"] = max(0, math.floor(room / found["page"]))
     found["pages_wanted"] = run.engine.pages
     found["fits"] = found["pages"] >= found["pages_wanted"]
-    found["advice"] = "" if found["fits"] else _advice(found, made, run)
+    found["advice"] = "" if found["fits"] else _advice(found, made, local.size, run)
     return found
 
 
@@ -203,9 +205,16 @@ def _slice(topology: str) -> tuple[Chip, list]:
     return CHIPS[kind], list(found.devices)
 
 
-def _one_host(mesh: Mesh) -> Mesh:
-    """The decoding mesh of the first host."""
-    return local_decode_mesh(mesh, mesh.devices.flat[0].process_index)
+def _one_host(mesh: Mesh, chip: Chip) -> Mesh:
+    """The decoding mesh of one host, as a slice of its own: the compiler knows chips by their number
+    in the slice."""
+    from jax.experimental import topologies
+
+    local = local_decode_mesh(mesh, mesh.devices.flat[0].process_index)
+    alone = topologies.get_topology_desc(platform="tpu", topology_name=chip.host).devices
+    if len(alone) != local.size:
+        return local
+    return Mesh(np.array(alone).reshape(local.devices.shape), local.axis_names, local.axis_types)
 
 
 def _train_figures(config: ModelConfig, run: Run, mesh: Mesh, state, chip: Chip) -> dict:
@@ -351,7 +360,7 @@ def _bytes(tree) -> int:
     )
 
 
-def _advice(found: dict, mesh: Mesh, run: Run) -> str:
+def _advice(found: dict, mesh: Mesh, host: int, run: Run) -> str:
     """Which setting to change: that of the largest part."""
     state = found["params"] + found["optimizer"]
     sizes = {
@@ -361,7 +370,6 @@ def _advice(found: dict, mesh: Mesh, run: Run) -> str:
         "decode": found["decode_temp"],
     }
     shares = ", ".join(f"{name} {size / GIB:.1f} GiB" for name, size in sizes.items())
-    host = math.prod(_one_host(mesh).devices.shape)
     match max(sizes, key=sizes.get):
         case "state":
             what = "make mesh.fsdp larger, which takes more chips (mesh.data should be 1)"

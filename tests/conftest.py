@@ -26,6 +26,14 @@ def shared_path(name: str) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def home(tmp_path_factory):
+    """A directory with problems, and models to start stages from (`train_toy.make_home`)."""
+    from train_toy import make_home
+
+    return make_home(tmp_path_factory.mktemp("stages"))
+
+
 _REPORTS: list[str] = []
 
 

@@ -3,10 +3,11 @@ what they say, and a run that was cut off ends as if nothing had happened."""
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
-from train_toy import encode, examples, write_problems
+from train_toy import encode
 
 import npr_jax
 from npr_jax.answers import equal, extract
@@ -14,13 +15,10 @@ from npr_jax.config import load_config
 from npr_jax.decode import Engine, SamplingParams
 from npr_jax.format import check_format
 from npr_jax.metrics import read_metrics
-from npr_jax.pretrained import load, save
+from npr_jax.pretrained import load
 from npr_jax.train import beta, papo, zero
-from npr_jax.train.fit import FitConfig, fit
 from npr_jax.train.rollout import Rollout
-from npr_jax.train.rows import Example
-from npr_jax.train.step import OptimizerConfig, TrainConfig
-from npr_jax.tree import layout, parse
+from npr_jax.tree import parse
 
 pytestmark = pytest.mark.slow
 
@@ -39,27 +37,6 @@ COMMON = [
 
 class Cut(Exception):
     """Stands for the end of the machine."""
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """A directory with problems, and two models that have nearly learnt them: one (`seed`) answers
-    as plain text, the other (`tree`) in branches."""
-    home = tmp_path_factory.mktemp("stages")
-    write_problems(home / "problems.jsonl", 64, groups=2)
-    model = npr_jax.load("tiny")
-    trees = examples(model, 8 * 100, groups=2)
-    texts = []
-    for e in trees:
-        size, prompt_len = len(e.layout), e.layout.prompt_len
-        texts.append(
-            Example(e.token_ids, layout(size, prompt_len=prompt_len), np.arange(size) >= prompt_len)
-        )
-    train = TrainConfig(OptimizerConfig(6e-3, "cosine", 6e-4, warmup=5), 256, 2)
-    for name, made in (("seed", texts), ("tree", trees)):
-        trained = fit(model, made, FitConfig(train, batch=8, steps=100), home / "fit" / name)
-        save(trained, home / name)
-    return home
 
 
 def config(home, stage, output, *changes):
@@ -92,7 +69,7 @@ def without_times(directory):
 
 
 @pytest.mark.parametrize("stage", ["zero", "papo"])
-def test_a_cut_off_run_ends_as_if_nothing_had_happened(home, tmp_path, stage):
+def test_a_cut_off_run_ends_as_if_nothing_had_happened(home, tmp_path, monkeypatch, stage):
     run = {"zero": zero.run, "papo": papo.run}[stage]
     changes = ("steps=3",)
     whole = run(config(home, stage, tmp_path / "whole", *changes))
@@ -101,13 +78,28 @@ def test_a_cut_off_run_ends_as_if_nothing_had_happened(home, tmp_path, stage):
     # The checkpoint of a step follows its metrics: the second step is done again.
     with pytest.raises(Cut):
         run(config(home, stage, tmp_path / "cut", *changes), cut_after(2))
+    module, sampled = {"zero": zero, "papo": papo}[stage], []
+    collect = module.collect_groups
+
+    def collect_and_tell(engine, feed, step, settings):
+        sampled.append(step)
+        return collect(engine, feed, step, settings)
+
+    monkeypatch.setattr(module, "collect_groups", collect_and_tell)
+    with pytest.raises(Cut):
+        run(config(home, stage, tmp_path / "cut", *changes), cut_after(3))
+    assert sampled == [3]  # what was sampled for the second step is not sampled again
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "rollouts")
     resumed = run(config(home, stage, tmp_path / "cut", *changes))
+    assert sampled == [3, 3]  # without it, it is sampled as before
     assert weights(resumed) == weights(whole)
     lines = without_times(tmp_path / "whole")
     assert without_times(tmp_path / "cut") == lines
     assert [line["step"] for line in lines] == [1, 2, 3]
     # The trainer sees what the engine saw.
     assert max(line["logp_gap_max"] for line in lines if not line["skipped"]) < 1e-4
+    assert run(config(home, stage, tmp_path / "cut", *changes)) == resumed
+    assert sampled == [3, 3]  # it is done
     with pytest.raises(ValueError, match="samples was 4, is 5"):
         run(config(home, stage, tmp_path / "cut", *changes, "samples=5"))
 
@@ -179,7 +171,7 @@ def test_papo_trains_on_whole_trees_only_and_once(home, tmp_path):
     assert not any(papo.is_whole(t, model.tags, 1) for t in cut)
 
 
-def test_beta_accepts_what_is_right_and_trains_it_as_trees(home, tmp_path):
+def test_beta_accepts_what_is_right_and_trains_it_as_trees(home, tmp_path, monkeypatch):
     def settings(output, *changes):
         paths = {
             "model": home / "seed",
@@ -226,7 +218,10 @@ def test_beta_accepts_what_is_right_and_trains_it_as_trees(home, tmp_path):
             example.loss_mask.sum() == (~example.layout.forced[example.layout.prompt_len :]).sum()
         )
 
-    # Cut off while a line is written, then while training: the result is the same.
+    # Cut off before metrics are written, while a line is, while training: the result is the same.
+    with monkeypatch.context() as patch, pytest.raises(Cut):
+        patch.setattr(beta.RunLog, "write", lambda log, metrics: cut_after(1)(metrics))
+        beta.run(settings("cut"))
     with pytest.raises(Cut):
         beta.run(settings("cut"), cut_after(2))
     cut = tmp_path / "cut" / "accepted.jsonl"
@@ -235,7 +230,8 @@ def test_beta_accepts_what_is_right_and_trains_it_as_trees(home, tmp_path):
         beta.run(settings("cut"), lambda m: cut_after(2)(m) if "loss" in m else None)
     assert cut.read_bytes() == path.read_bytes()
     assert weights(beta.run(settings("cut"))) == weights(whole)
-    assert without_times(tmp_path / "cut" / "fit") == without_times(tmp_path / "whole" / "fit")
+    for part in ("sampling", "fit"):
+        assert without_times(tmp_path / "cut" / part) == without_times(tmp_path / "whole" / part)
 
 
 def test_beta_says_when_nothing_is_accepted(home, tmp_path):

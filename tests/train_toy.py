@@ -8,7 +8,10 @@ import numpy as np
 
 import npr_jax
 from npr_jax import tree
+from npr_jax.pretrained import save
+from npr_jax.train.fit import FitConfig, fit
 from npr_jax.train.rows import Example
+from npr_jax.train.step import OptimizerConfig, TrainConfig
 
 GROUPS = "ABC"
 
@@ -59,6 +62,24 @@ def example(model, prompt, response, **fields):
     mask = ~laid.forced
     mask[:prompt_len] = False
     return Example(ids, laid, mask, **fields)
+
+
+def make_home(home):
+    """Puts problems into the directory, and two models that have nearly learnt them: one (`seed`)
+    answers as plain text, the other (`tree`) in branches."""
+    write_problems(home / "problems.jsonl", 64, groups=2)
+    model = npr_jax.load("tiny")
+    trees = examples(model, 8 * 100, groups=2)
+    texts = []
+    for e in trees:
+        size, prompt_len = len(e.layout), e.layout.prompt_len
+        plain = tree.layout(size, prompt_len=prompt_len)
+        texts.append(Example(e.token_ids, plain, np.arange(size) >= prompt_len))
+    train = TrainConfig(OptimizerConfig(6e-3, "cosine", 6e-4, warmup=5), 256, 2)
+    for name, made in (("seed", texts), ("tree", trees)):
+        trained = fit(model, made, FitConfig(train, batch=8, steps=100), home / "fit" / name)
+        save(trained, home / name)
+    return home
 
 
 def examples(model, num, seed=0, groups=2):

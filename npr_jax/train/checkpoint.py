@@ -23,6 +23,9 @@ from npr_jax.train.claim import same_config
 from npr_jax.train.digest import find_fault, write_digests
 from npr_jax.train.step import TrainState
 
+_log = logging.getLogger(__name__)
+# Orbax logs an error with its traceback at every place that it passes, and then raises it.
+logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
 _ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError)  # Orbax's and TensorStore's
 
 
@@ -52,12 +55,15 @@ class Checkpoints:
             cleanup_tmp_directories=True,
             async_options=ocp.options.AsyncOptions(post_finalization_callback=self._add_digests),
         )
-        with writing(self.directory, "set `checkpoints` or `output` to another directory"):
-            if is_main() and self.directory.exists():
-                for path in self.directory.iterdir():
-                    if ocp.utils.TMP_DIR_SUFFIX in path.name:
-                        logging.warning("%s is half-written: it is not used, and removed", path)
-            self._manager = ocp.CheckpointManager(self.directory, options=options)
+        try:
+            with writing(self.directory, "set `checkpoints` or `output` to another directory"):
+                if is_main() and self.directory.exists():
+                    for path in self.directory.iterdir():
+                        if ocp.utils.TMP_DIR_SUFFIX in path.name:
+                            _log.warning("%s is half-written: it is not used, and removed", path)
+                self._manager = ocp.CheckpointManager(self.directory, options=options)
+        except ImportError as error:  # each kind of object store has a package of its own
+            raise ValueError(f"checkpoints are to go to {self.directory}: {error}") from error
         self.last = self._manager.latest_step() or 0  # 0: there is none
         self._good = 0  # the last one that is known to be whole on disk
 
@@ -155,7 +161,7 @@ class Checkpoints:
         for step, fault in damaged.items() if is_main() else ():
             path = self.directory / str(step)
             new = _unused(self.directory / f"damaged-{step}")
-            logging.warning(
+            _log.warning(
                 "checkpoint %s is damaged (%s): the one before it is used, and it is now %s",
                 path,
                 fault,

@@ -50,19 +50,27 @@ def _claim(directory: Path, config_text: str) -> None:
 
 def same_config(old_text: str, new_text: str, directory: object) -> None:
     """Raises ValueError naming the keys in which two configs differ, where that matters."""
-    old, new = _flat(yaml.safe_load(old_text)), _flat(yaml.safe_load(new_text))
+    old, new = essence(old_text), essence(new_text)
     changed = [
         f"{key} was {json.dumps(old.get(key))}, is {json.dumps(new.get(key))}"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key)
-        and key.split(".")[-1] not in _FREE
-        and not key.startswith("mesh.")
     ]
     if changed:
         raise ValueError(
             f"{directory} belongs to a run of another config ({'; '.join(changed)}): "
             "go on with that config, set another output, or remove the directory"
         )
+
+
+def essence(config_text: str) -> dict:
+    """The keys of a config, dotted, on which its numbers depend."""
+    values = _flat(yaml.safe_load(config_text))
+    return {
+        key: value
+        for key, value in values.items()
+        if key.split(".")[-1] not in _FREE and not key.startswith("mesh.")
+    }
 
 
 def _flat(values: dict, prefix: str = "") -> dict:

@@ -122,7 +122,7 @@ def fit(
                 guard.check(step)
                 ending = preempt.wanted()
                 if step % settings.checkpoint_every == 0 or step == total or ending:
-                    position = {"example": first + config.batch} | guard.count({})
+                    position = {"nonfinite_in_a_row": guard.in_a_row}  # the step says the rest
                     checkpoints.save(step, state, position, -metrics["loss"])
                 if ending:
                     raise preempt.Preempted

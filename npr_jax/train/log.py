@@ -57,5 +57,7 @@ class RunLog:
     def __exit__(self, *exc_info) -> None:
         if self._progress:
             self._progress.__exit__(*exc_info)
-        if self._on:
+        if not self._on:
+            return
+        with writing(self._writer.directory):
             self._writer.close()

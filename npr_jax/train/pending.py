@@ -4,7 +4,6 @@ One file per step, `<directory>/<step>.npz`. What it holds counts for one config
 set of weights; with any other it is left alone, and sampled anew.
 """
 
-import hashlib
 import io
 import json
 import logging
@@ -18,9 +17,11 @@ from etils import epath
 
 from npr_jax.files import write_atomically, writing
 from npr_jax.metrics import Scalar
+from npr_jax.train.claim import essence
 from npr_jax.train.rows import Example
 from npr_jax.tree import TreeLayout
 
+_log = logging.getLogger(__name__)
 _FIELDS = ("token_ids", "loss_mask", "advantage", "old_logp")
 _LAYOUT = ("positions", "hidden", "pred", "forced")
 
@@ -32,7 +33,7 @@ class Pending:
         if jax.process_count() > 1:  # each has its own
             directory = f"{directory}-{jax.process_index()}-of-{jax.process_count()}"
         self.directory = epath.Path(directory)
-        self._config = hashlib.sha256(config_text.encode()).hexdigest()
+        self._config = json.dumps(essence(config_text), sort_keys=True)
 
     def save(
         self,
@@ -80,7 +81,7 @@ class Pending:
             with np.load(io.BytesIO(path.read_bytes())) as file:
                 arrays = dict(file)
         except (zipfile.BadZipFile, ValueError, EOFError) as error:  # the archive has checksums
-            logging.warning("%s is damaged (%s): its rollouts are sampled again", path, error)
+            _log.warning("%s is damaged (%s): its rollouts are sampled again", path, error)
             return None
         meta = json.loads(arrays["meta"].tobytes())
         if meta["key"] != self._key(step, weights):

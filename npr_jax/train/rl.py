@@ -165,25 +165,15 @@ def train(
             )
             with RunLog(STAGES[stage], output, config.steps, start, shown, report) as log:
                 for step in range(start + 1, config.steps + 1):
-                    position = {"problem": feed.position} | guard.count({})
+                    position = _position(feed, guard)
                     begun, decoded = time.perf_counter(), engine.stats()["sampled_tokens"]
                     try:
-                        with preempt.interruptible():
-                            version = fingerprint(state.params)
-                            found = pending.load(step, version)
-                            if all(gather(found is not None)):
-                                groups, metrics, where = found
-                                collected = Collected(groups, where["places"], metrics)
-                                feed.position = where["problem"]
-                            else:
-                                params = engine_params(
-                                    model.config, state.params, settings.compute_dtype, mesh
-                                )
-                                engine.set_params(params)
-                                collected, found = collect(engine, feed, step), None
-                        if not found:
-                            where = {"problem": feed.position, "places": collected.places}
-                            pending.save(step, version, collected.groups, collected.metrics, where)
+                        params = engine_params(
+                            model.config, state.params, settings.compute_dtype, mesh
+                        )
+                        engine.set_params(params)
+                        version = fingerprint(state.params)
+                        collected = _sample(engine, feed, step, collect, pending, version)
                         if preempt.wanted():
                             raise preempt.Preempted
                     except preempt.Preempted:
@@ -211,14 +201,34 @@ def train(
                     reward, ending = metrics["reward"], preempt.wanted()
                     if step % settings.checkpoint_every == 0 or step == config.steps or ending:
                         before = checkpoints.last  # whole on disk once the next one is begun
-                        position = {"problem": feed.position} | guard.count({})
-                        checkpoints.save(step, state, position, reward)
+                        checkpoints.save(step, state, _position(feed, guard), reward)
                         pending.drop(before)
                     if ending:
                         raise preempt.Preempted
-        publish_model(dataclasses.replace(model, params=state.params), final)
         pending.drop(config.steps)
+        publish_model(dataclasses.replace(model, params=state.params), final)
     return final
+
+
+def _sample(
+    engine: Engine, feed: Feed, step: int, collect: Collect, pending: Pending, version: int
+) -> Collected:
+    """The groups of `step`: pending ones, or new ones, which are pending from then on."""
+    with preempt.interruptible():
+        found = pending.load(step, version)
+        if all(gather(found is not None)):
+            groups, metrics, position = found
+            feed.position = position["problem"]
+            return Collected(groups, position["places"], metrics)
+        collected = collect(engine, feed, step)
+    position = {"problem": feed.position, "places": collected.places}
+    pending.save(step, version, collected.groups, collected.metrics, position)
+    return collected
+
+
+def _position(feed: Feed, guard: NonfiniteGuard) -> dict[str, int]:
+    """Where the run goes on, beside the step: what a checkpoint holds of it."""
+    return {"problem": feed.position, "nonfinite_in_a_row": guard.in_a_row}
 
 
 def _load(stage: int, config: RLConfig, mesh: Mesh | None) -> tuple[Model, Feed]:
