@@ -40,8 +40,8 @@ STAGES = ("zero", "beta", "papo")
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """A kind of TPU: the slice that one host of a larger one has, memory in bytes that a program may
-    use, bf16 FLOP/s, and bytes/s of the memory and of all links of a chip (the vendor's figures)."""
+    """A kind of TPU: the slice that a host of a larger one has, bytes of memory that a program may
+    use, bf16 FLOP/s, and bytes/s of memory and of all links of a chip (the vendor's figures)."""
 
     host: str
     hbm: float
@@ -206,8 +206,7 @@ def _slice(topology: str) -> tuple[Chip, list]:
 
 
 def _one_host(mesh: Mesh, chip: Chip) -> Mesh:
-    """The decoding mesh of one host, as a slice of its own: the compiler knows chips by their number
-    in the slice."""
+    """The decoding mesh of one host, as a slice of its own, where the compiler numbers its chips."""
     from jax.experimental import topologies
 
     local = local_decode_mesh(mesh, mesh.devices.flat[0].process_index)

@@ -2,13 +2,15 @@
 
 import json
 
+import jax
 import pytest
 import transformers
 from conftest import shared_path
 from train_toy import tiny, write_problems
 
+from npr_jax.distributed import mine
 from npr_jax.prompts import INSTRUCTION, prompt_ids
-from npr_jax.train.data import Problem, derive_seeds, read_problems, share, shuffled
+from npr_jax.train.data import Problem, derive_seeds, read_problems, shuffled
 from npr_jax.train.prepare import prepare
 from npr_jax.train.rl import Feed
 from npr_jax.train.rollout import encode_problems
@@ -59,17 +61,16 @@ def test_order_covers_each_epoch_and_is_shuffled_anew():
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 20])
-def test_the_shares_of_the_processes_are_the_batch(count):
+def test_the_shares_of_the_processes_are_the_batch(count, monkeypatch):
     order, first, num = shuffled(50, 3), 40, 16  # across the end of an epoch
     batch = [int(order[first + i]) for i in range(num)]
-    shares = [share(num, index, count) for index in range(count)]
-    assert sorted(i for part in shares for i in part) == list(range(num))
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
-    for index, part in enumerate(shares):
-        assert [int(order[first + i]) for i in part] == batch[index::count]
-    for index in (-1, count):
-        with pytest.raises(ValueError, match=f"process {index} of {count}"):
-            share(num, index, count)
+    shares = []
+    for index in range(count):
+        monkeypatch.setattr(jax, "process_count", lambda: count)
+        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+        shares.append(mine(batch))
+    assert sorted(i for part in shares for i in part) == sorted(batch)
+    assert max(map(lens)) - min(map(lens)) <= 1
 
 
 def test_a_saved_position_goes_on_where_it_stopped():

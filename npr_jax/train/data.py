@@ -43,16 +43,6 @@ def shuffled(num: int, *path: int) -> grain.MapDataset:
     return grain.MapDataset.range(num).shuffle(seed=derive_seeds(1, *path)[0]).repeat()
 
 
-def share(num: int, index: int, count: int) -> range:
-    """The positions in a batch of `num` that process `index` of `count` reads.
-
-    The shares are disjoint, together they are the batch, and their sizes differ by one at most.
-    """
-    if not 0 <= index < count:
-        raise ValueError(f"process {index} of {count}: needed is 0 <= index < count")
-    return range(index, num, count)
-
-
 def derive_seeds(num: int, *path: int) -> list[int]:
     """`num` seeds in [0, 2**31) that depend on the integers of `path` (seed, stage, step, ...)."""
     return [int(x) >> 1 for x in np.random.SeedSequence(path).generate_state(num)]
