@@ -206,7 +206,7 @@ def _slice(topology: str) -> tuple[Chip, list]:
 
 
 def _one_host(mesh: Mesh, chip: Chip) -> Mesh:
-    """The decoding mesh of one host, as a slice of its own, where the compiler numbers its chips."""
+    """The decoding mesh of one host, as a slice of its own: compilers number chips by slices."""
     from jax.experimental import topologies
 
     local = local_decode_mesh(mesh, mesh.devices.flat[0].process_index)

@@ -70,7 +70,7 @@ def test_the_shares_of_the_processes_are_the_batch(count, monkeypatch):
         monkeypatch.setattr(jax, "process_index", lambda index=index: index)
         shares.append(mine(batch))
     assert sorted(i for part in shares for i in part) == sorted(batch)
-    assert max(map(lens)) - min(map(lens)) <= 1
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_a_saved_position_goes_on_where_it_stopped():
