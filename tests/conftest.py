@@ -1,5 +1,6 @@
 """Shared fixtures: eight host devices, and the folder with golden data."""
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -24,6 +25,17 @@ def shared_path(name: str) -> Path:
             pytest.fail(message)
         pytest.skip(message)
     return path
+
+
+@pytest.fixture
+def tpu_compiler(monkeypatch):
+    """For tests that compile for TPUs; skips them without libtpu (fails: NPR_REQUIRE_LIBTPU=1)."""
+    if importlib.util.find_spec("libtpu") is None:
+        message = "libtpu is not installed"
+        required = os.environ.get("NPR_REQUIRE_LIBTPU") == "1"
+        pytest.fail(message) if required else pytest.skip(message)
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,6 @@
 """The TPU kernels: their numbers against numpy in interpret mode, and the real TPU compiler."""
 
 import functools
-import importlib.util
-import os
 
 import jax
 import jax.numpy as jnp
@@ -157,13 +155,7 @@ def test_what_the_kernels_do_not_take():
 @pytest.mark.parametrize("size", [16, 64])
 @pytest.mark.parametrize(("num_rows", "chunk"), [(64, 1), (4, 128)])
 @pytest.mark.parametrize("chip", CHIPS)
-def test_tpu_compiler_takes_qwen3_4b_at_16k(monkeypatch, kernel, chip, num_rows, chunk, size):
-    if importlib.util.find_spec("libtpu") is None:
-        message = "libtpu is not installed"
-        pytest.fail(message) if os.environ.get("NPR_REQUIRE_LIBTPU") == "1" else pytest.skip(
-            message
-        )
-    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+def test_tpu_compiler_takes_qwen3_4b_at_16k(tpu_compiler, kernel, chip, num_rows, chunk, size):
     device = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip]).devices[0]
     array = functools.partial(jax.ShapeDtypeStruct, sharding=SingleDeviceSharding(device))
     width = 16384 // size + 4

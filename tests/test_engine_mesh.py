@@ -3,19 +3,16 @@
 import dataclasses
 import functools
 import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import bigram
 import jax
 import numpy as np
 import pytest
+import two_processes
 from engine_checks import recount, same
 
 from npr_jax.decode import Engine, EngineConfig, SamplingParams, grow
+from npr_jax.distributed import initialize
 from npr_jax.model.params import Weight
 from npr_jax.model.sharding import DECODE_RULES, decode_shardings, resolve
 
@@ -104,26 +101,8 @@ def test_layouts_that_cannot_be_are_refused():
         resolve("w", weight, {}, DECODE_RULES | {"heads": "rows"}, mesh)
 
 
-def test_two_processes_give_the_tokens_of_one_device(tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-        "JAX_PLATFORMS": "cpu",
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, address, str(i), str(tmp_path / f"{i}.json")],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    errors = [process.communicate(timeout=300)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
-    first, second = (json.loads((tmp_path / f"{i}.json").read_text()) for i in range(2))
+def test_two_processes_give_the_tokens_of_one_device():
+    first, second = (json.loads(out.splitlines()[-1]) for out in two_processes.run(__file__))
     assert first == second  # every process knows every answer
     ties = 0
     for answer, other in zip(one_device(), first, strict=True):
@@ -132,10 +111,9 @@ def test_two_processes_give_the_tokens_of_one_device(tmp_path):
     assert ties <= 1
 
 
-def _process(address: str, number: int, path: Path) -> None:
+def _process() -> None:
     jax.config.update("jax_default_matmul_precision", "highest")
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(address, num_processes=2, process_id=number)
+    initialize()
     grow.check_block = bigram.check_block_without_numbers
     mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     _, answers = decode_all(mesh)
@@ -147,8 +125,8 @@ def _process(address: str, number: int, path: Path) -> None:
         }
         for a in answers
     ]
-    path.write_text(json.dumps(rows))
+    print(json.dumps(rows))
 
 
 if __name__ == "__main__":
-    _process(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))
+    _process()

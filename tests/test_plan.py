@@ -1,8 +1,6 @@
 """`npr-jax plan`: what it says is what the compiler and arithmetic say."""
 
 import dataclasses
-import importlib.util
-import os
 
 import jax
 import jax.numpy as jnp
@@ -24,16 +22,6 @@ TINY_MESHES = {
     "v5p:4x4x4": "data=4,fsdp=4,sequence=2,tensor=2",
     "v6e:16x16": "data=32,fsdp=4,tensor=2",
 }
-
-
-@pytest.fixture
-def tpu_compiler(monkeypatch):
-    if importlib.util.find_spec("libtpu") is None:
-        if os.environ.get("NPR_REQUIRE_LIBTPU") == "1":
-            pytest.fail("libtpu is not installed")
-        pytest.skip("libtpu is not installed")
-    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
-    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 
 def test_collectives_are_counted_as_often_as_they_run():

@@ -1,8 +1,6 @@
 """The TPU kernels of tree attention: numbers in interpret mode, and the real TPU compiler."""
 
 import functools
-import importlib.util
-import os
 
 import jax
 import jax.numpy as jnp
@@ -103,13 +101,7 @@ def test_what_the_kernel_does_not_take():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("chip", CHIPS)
-def test_tpu_compiler_takes_qwen3_4b_at_32k(monkeypatch, chip):
-    if importlib.util.find_spec("libtpu") is None:
-        message = "libtpu is not installed"
-        pytest.fail(message) if os.environ.get("NPR_REQUIRE_LIBTPU") == "1" else pytest.skip(
-            message
-        )
-    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+def test_tpu_compiler_takes_qwen3_4b_at_32k(tpu_compiler, chip):
     device = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip]).devices[0]
     array = functools.partial(jax.ShapeDtypeStruct, sharding=SingleDeviceSharding(device))
     length = 32768
