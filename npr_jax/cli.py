@@ -50,15 +50,24 @@ def main() -> None:
         sys.exit(_tell(error))
 
 
+# Other errors of the system may pass: a full disk is emptied, a network comes back.
+_LASTING = (
+    ValueError,
+    FloatingPointError,
+    FileNotFoundError,
+    IsADirectoryError,
+    NotADirectoryError,
+    PermissionError,
+)
+
+
 def _tell(error: BaseException) -> int:
     """Prints an error; 2 where the same command would fail again, 1 where it may not."""
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 1
     if isinstance(error, (ValueError, OSError, FloatingPointError)):
         typer.echo("error: " + "; ".join(str(error).splitlines()), err=True)
-        # A full disk may be emptied, a network come back.
-        lasting = isinstance(error, (ValueError, FileNotFoundError, FloatingPointError))
-        return 2 if lasting else 1
+        return 2 if isinstance(error, _LASTING) else 1
     traceback.print_exception(error)
     return 1
 
@@ -224,13 +233,14 @@ def _run_stage(
     if output is not None:
         changes.append(f"output={json.dumps(str(output))}")
     settings = load_config(cls, config, changes)
-    if not distributed:
-        typer.echo(f"trained model: {run(settings)}")
-        return
     from npr_jax.distributed import ends_together, initialize, is_main
+    from npr_jax.mesh import describe, make_mesh
 
-    initialize()
+    if distributed:
+        initialize()
     with ends_together(_tell):
+        if is_main():
+            typer.echo(describe(make_mesh(settings.mesh)), err=True)
         final = run(settings)
         if is_main():
             typer.echo(f"trained model: {final}")

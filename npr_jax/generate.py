@@ -145,12 +145,12 @@ def resume(target: Path, rows: dict[int, dict]) -> set[tuple[int, int]]:
     """The (line, sample) that `target` holds; cuts off a last line that was not written whole."""
     if not target.exists():
         return set()
-    text = target.read_text(encoding="utf-8")
-    lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
-    if len("".join(lines)) < len(text):
-        target.write_text("".join(lines), encoding="utf-8")
+    data = target.read_bytes()  # a text may hold other line ends, or stop within a character
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        target.write_bytes(whole)
     done = set()
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(whole.split(b"\n")[:-1], 1):
         record = json.loads(line)
         if rows.get(record["line"]) != record["input"]:
             raise ValueError(

@@ -333,6 +333,12 @@ def _decode_figures(config: ModelConfig, run: Run, mesh: Mesh, chip: Chip) -> di
     }
 
 
+# How the compiler says how much memory a program would take, or its temporary arrays alone.
+_NO_ROOM = re.compile(
+    r"(?:Used |total memory required for HLO temporaries \()([\d.]+)([KMGT])(?: of|\) exceeds)"
+)
+
+
 def _compile(lowered) -> tuple[str, float, float]:
     """(text of the optimised program, seconds, temporary bytes); where the compiler found no room
     for it no text, and all the bytes that it says it needs."""
@@ -342,7 +348,7 @@ def _compile(lowered) -> tuple[str, float, float]:
         try:
             program = lowered.compile(compiler_options={"xla_dump_to": folder})
         except jax.errors.JaxRuntimeError as error:
-            used = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", str(error))
+            used = _NO_ROOM.search(str(error))
             if used is None:
                 raise
             size = float(used[1]) * 1024 ** " KMGT".index(used[2])

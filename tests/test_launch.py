@@ -139,7 +139,12 @@ def test_a_signal_is_handed_on_and_the_run_may_save_before_it_ends(tmp_path, num
         f"trap 'sleep 0.3; touch {tmp_path}/saved; exit 143' TERM\n"
         f"touch {tmp_path}/started; while true; do sleep 0.05; done",
     )
-    process = subprocess.Popen([LAUNCH / "retry.sh", program], start_new_session=True)
+    process = subprocess.Popen(
+        [LAUNCH / "retry.sh", program],
+        start_new_session=True,
+        # What runs the tests may ignore it, and then no shell below could trap it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     wait_for(tmp_path / "started")
     process.send_signal(number)
     assert process.wait(10) == 143

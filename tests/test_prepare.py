@@ -131,6 +131,7 @@ def test_a_file_without_problems_is_an_error(data, message, tmp_path):
 def test_an_interrupted_preparation_leaves_nothing_to_read(where, how, source, tmp_path):
     code = (
         "import os, signal\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell may ignore it
         "from npr_jax.train import prepare as module\n"
         f"module.{where} = lambda *args: os.kill(os.getpid(), signal.{how})\n"
         f"module.prepare('jsonl', 'raw.jsonl', 'sets/out')\n"

@@ -173,7 +173,7 @@ def test_a_step_that_is_not_finite_changes_nothing(model, groups):
 
 def test_overfits_a_tiny_batch_and_compiles_once(model):
     rows = make_rows([[e] for e in examples(model, 4, seed=2)], 256, 2)
-    settings = config()
+    settings = config(eps=2e-8)  # of this test alone
     state = new_state(model.params, settings.optimizer)
     optimizer = dataclasses.replace(settings.optimizer, learning_rate=0.0)
     step_of = compiled_step(model.config, optimizer, Objective("sft"), "float32", None)
@@ -185,7 +185,7 @@ def test_overfits_a_tiny_batch_and_compiles_once(model):
         )
         losses.append(metrics["loss"])
     assert losses[0] > 2 and losses[-1] < 0.25, losses[::10]
-    assert step_of._cache_size() == before + 1
+    assert step_of._cache_size() == before + 1 == 1
     assert int(state.step) == 60
 
 

@@ -102,7 +102,7 @@ def test_the_config_names_the_attention(monkeypatch, name, chosen):
     called = []
 
     def spy(which):
-        def attend(q, k, v, hidden, block=None):
+        def attend(q, *_):
             called.append(which)
             return q
 
