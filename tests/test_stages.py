@@ -121,8 +121,8 @@ def test_zero_drops_groups_that_say_nothing(home, tmp_path):
     assert line["parallel_rate"] == 0
     watched = (
         "logp_gap logp_gap_max entropy grad_norm groups_dropped truncated width depth "
-        "critical_path reward/format reward/accuracy reward/overlong rollout_tokens_per_s train_tokens_per_s "
-        "rollout_time_share"
+        "critical_path reward/format reward/accuracy reward/overlong rollout_tokens_per_s "
+        "train_tokens_per_s rollout_time_share"
     )
     assert set(watched.split()) <= line.keys()
     assert any(key.startswith("broken/") for key in line) == (line["format_rate"] < 1)
