@@ -10,7 +10,8 @@ from npr_jax.config import load_config
 from npr_jax.decode.trajectory import Trajectory
 from npr_jax.format import Violation
 from npr_jax.train import beta, papo, zero
-from npr_jax.train.rollout import Rollout
+from npr_jax.train.rollout import Rollout, summary
+from npr_jax.train.watch import check_gap
 from npr_jax.tree import parse
 
 BAD = [Violation("no_boxed", 9, "no box")]
@@ -117,3 +118,33 @@ def test_beta_accepts_only_what_is_finished_well_formed_right_and_short_enough(m
     assert not beta.accepts(judged(model, True, BAD), model.tags, size)
     assert not beta.accepts(judged(model, True, reason="length"), model.tags, size)
     assert not beta.accepts(judged(model, True, length=-9), model.tags, size)
+
+
+def test_the_parts_of_the_reward_add_up_to_it(model):
+    config = load_config(zero.ZeroConfig, "tiny_zero", ["overlong_buffer=150", "max_tokens=160"])
+    rollouts = [judged(model, True), judged(model, False), judged(model, True, BAD)]
+    rewards = [zero.reward_of(rollout, config) for rollout in rollouts]
+    parts = zero.reward_parts(rollouts, rewards)
+    assert sum(parts.values()) == pytest.approx(np.mean(rewards))
+    assert parts["format"] == pytest.approx(rewards[2] / 3)
+    assert parts["accuracy"] == 0 and parts["overlong"] < 0
+
+
+def test_the_summary_tells_what_was_truncated_and_which_rules_were_broken(model):
+    cut = judged(model, False, BAD, reason="length", length=-9)
+    found = summary([judged(model, True), cut, judged(model, True, BAD), judged(model, False)])
+    assert found["truncated"] == 0.25 and found["finish/length"] == 0.25
+    assert found[f"broken/{BAD[0].kind}"] == 0.5
+    assert found["width"] == 2 and found["depth"] == 1
+
+
+def test_a_gap_between_sampler_and_trainer_warns_and_then_stops(caplog):
+    check_gap(1, {}, 0.05, 0.5)  # nothing was trained
+    check_gap(1, {"logp_gap": 0.01, "logp_gap_max": 0.2}, 0.05, 0.5)
+    assert not caplog.records
+    check_gap(2, {"logp_gap": 0.1, "logp_gap_max": 0.2}, 0.05, 0.5)
+    assert "more than train.gap_warn=0.05" in caplog.text
+    with pytest.raises(FloatingPointError, match=r"step 3: .* by 0.6 .*train\.gap_stop=0\.5"):
+        check_gap(3, {"logp_gap": 0.6, "logp_gap_max": 2.0}, 0.05, 0.5)
+    with pytest.raises(FloatingPointError, match="nan"):
+        check_gap(3, {"logp_gap": float("nan"), "logp_gap_max": 2.0}, 0.05, 0.5)

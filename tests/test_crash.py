@@ -48,7 +48,7 @@ SETTINGS = {
     },
 }
 METRICS = {"zero": ["."], "papo": ["."], "beta": ["sampling", "fit"]}
-TIMES = ("seconds", "per_s")
+TIMES = ("seconds", "per_s", "time_share")
 
 
 class Run:

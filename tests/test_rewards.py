@@ -74,6 +74,14 @@ def test_unshaped_rewards_are_plus_and_minus_one():
     assert zero_reward([], False, 5, 50) == papo_reward(False) == -1
 
 
+def test_acceleration_pays_right_answers_alone_and_up_to_its_cap():
+    assert papo_reward(True, 100, 60, acceleration=0.5) == pytest.approx(1 + 0.5 * 0.4)
+    assert papo_reward(True, 100, 20, 0.5, acceleration_cap=0.3) == pytest.approx(1 + 0.5 * 0.3)
+    assert papo_reward(True, 100, 100, acceleration=0.5) == 1  # one line of text
+    assert papo_reward(True, 100, 60) == 1  # off, as in the paper
+    assert papo_reward(False, 100, 20, acceleration=0.5) == -1
+
+
 def test_overlong_shaping_is_linear_over_the_buffer():
     shaped = [
         zero_reward([], True, 0, n, max_tokens=100, overlong_buffer=10) for n in (90, 95, 100)

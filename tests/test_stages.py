@@ -59,7 +59,7 @@ def weights(path):
     return (path / "model.safetensors").read_bytes()
 
 
-TIMES = ("seconds", "per_s")
+TIMES = ("seconds", "per_s", "time_share")
 
 
 def without_times(directory):
@@ -119,6 +119,13 @@ def test_zero_drops_groups_that_say_nothing(home, tmp_path):
     assert line["groups"] <= 4
     assert line["off_policy_steps"] == 1
     assert line["parallel_rate"] == 0
+    watched = (
+        "logp_gap logp_gap_max entropy grad_norm groups_dropped truncated width depth "
+        "critical_path reward/format reward/accuracy reward/overlong rollout_tokens_per_s "
+        "train_tokens_per_s rollout_time_share"
+    )
+    assert set(watched.split()) <= line.keys()
+    assert any(key.startswith("broken/") for key in line) == (line["format_rate"] < 1)
 
 
 def test_papo_can_penalise_what_is_no_tree(home, tmp_path):

@@ -17,7 +17,7 @@ from npr_jax.train import zero
 
 pytestmark = pytest.mark.slow
 
-TIMES = ("seconds", "per_s")
+TIMES = ("seconds", "per_s", "time_share")
 
 
 @pytest.fixture(scope="module")

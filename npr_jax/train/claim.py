@@ -16,6 +16,8 @@ _FREE = (
     "keep_checkpoints",
     "keep_best",
     "max_nonfinite",
+    "gap_warn",
+    "gap_stop",
 )
 
 

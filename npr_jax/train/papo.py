@@ -34,14 +34,21 @@ class PapoConfig(rl.RLConfig):
       malformed: what happens to answers that are no whole tree. "filter" leaves them out, as the
         paper does; nothing then holds the policy back from writing more of them. "penalty" gives
         them a reward below that of a wrong answer.
+      acceleration, acceleration_cap: of the reward for tokens off the critical path
+        (`rewards.papo_reward`); 0 is the paper's.
     """
 
     malformed: str = "filter"
+    acceleration: float = 0.0
+    acceleration_cap: float = 0.5
 
     def __post_init__(self):
         super().__post_init__()
         if self.malformed not in MALFORMED:
             raise ValueError(f"malformed is {self.malformed!r}, needed is one of {MALFORMED}")
+        for name in ("acceleration", "acceleration_cap"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, needed is from 0 to 1")
 
 
 def run(config: PapoConfig, report: Report | None = None) -> Path:
@@ -103,7 +110,14 @@ def reward_of(rollout: Rollout, tags: TagIds, config: PapoConfig) -> float | Non
     """The reward of one answer; None leaves it out."""
     trajectory = rollout.trajectory
     if is_whole(trajectory, tags, config.engine.max_depth):
-        return papo_reward(rollout.correct)
+        stats = trajectory.stats
+        return papo_reward(
+            rollout.correct,
+            stats["tokens"],
+            stats["critical_path"],
+            config.acceleration,
+            config.acceleration_cap,
+        )
     # What the engine had no room for says nothing about the policy.
     policy = trajectory.finish_reason not in ("pages_exhausted", "aborted")
     return MALFORMED_REWARD if policy and config.malformed == "penalty" else None

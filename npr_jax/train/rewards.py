@@ -81,6 +81,22 @@ def zero_reward(
     return max(base - overlong, floor)
 
 
-def papo_reward(correct: bool) -> float:
-    """Reward of a whole tree in stage 3: accuracy alone, ±1."""
-    return RIGHT if correct else WRONG
+def papo_reward(
+    correct: bool,
+    tokens: int = 0,
+    critical_path: int = 0,
+    acceleration: float = 0.0,
+    acceleration_cap: float = 1.0,
+) -> float:
+    """Reward of a whole tree in stage 3: accuracy, ±1, and on request a little for going parallel.
+
+    Args:
+      tokens, critical_path: of the response; their difference was decoded beside the longest path.
+      acceleration: weight of the share of tokens off the critical path, which counts up to
+        `acceleration_cap` and for right answers only (as in ThreadWeaver): else
+        a policy would learn to split what is wrong.
+    """
+    if not correct:
+        return WRONG
+    share = 1.0 - critical_path / tokens if tokens else 0.0
+    return RIGHT + acceleration * min(share, acceleration_cap)

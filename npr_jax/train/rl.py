@@ -37,6 +37,7 @@ from npr_jax.train.step import (
     optimize,
     state_shardings,
 )
+from npr_jax.train.watch import check_gap
 
 Groups = list[list[Example]]
 
@@ -192,12 +193,14 @@ def train(
                             "rollout_seconds": sampled - begun,
                             "rollout_tokens_per_s": decoded / (sampled - begun),
                             "train_seconds": trained - sampled,
+                            "rollout_time_share": (sampled - begun) / (trained - begun),
                             "train_tokens_per_s": updates.get("loss_tokens", 0)
                             / (trained - sampled),
                         }
                     )
                     log.write(metrics)
                     guard.check(step)
+                    check_gap(step, metrics, settings.gap_warn, settings.gap_stop)
                     reward, ending = metrics["reward"], preempt.wanted()
                     if step % settings.checkpoint_every == 0 or step == config.steps or ending:
                         before = checkpoints.last  # whole on disk once the next one is begun

@@ -20,6 +20,7 @@ from npr_jax.train.rows import Example
 from npr_jax.train.step import cast
 
 STAGES = ("zero", "beta", "papo")
+TRUNCATED = ("length", "branch_length", "pages_exhausted")  # finish reasons
 ZERO, BETA, PAPO = range(3)  # in the seed paths of orders and rollouts, after the run's seed
 
 
@@ -100,11 +101,13 @@ def sampled_example(trajectory: Trajectory, advantage: float) -> Example:
 
 def summary(rollouts: Sequence[Rollout]) -> dict[str, float]:
     """Rates and means over the rollouts of all processes: format, accuracy, both, parallel,
-    lengths, finish reasons."""
+    truncated, lengths and shapes; reasons of finishing, and rules of the format that are broken."""
     facts = gather_all([_facts(rollout) for rollout in rollouts])
-    reasons = Counter(fact.pop("finish_reason") for fact in facts)
+    reasons = Counter(f"finish/{fact.pop('finish_reason')}" for fact in facts)
+    for fact in facts:  # an answer counts once for every kind of rule that it breaks
+        reasons.update(f"broken/{kind}" for kind in fact.pop("broken"))
     means = {name: float(np.mean([fact[name] for fact in facts])) for name in facts[0]}
-    return means | {f"finish/{name}": n / len(facts) for name, n in sorted(reasons.items())}
+    return means | {name: count / len(facts) for name, count in sorted(reasons.items())}
 
 
 def _facts(rollout: Rollout) -> dict:
@@ -114,8 +117,12 @@ def _facts(rollout: Rollout) -> dict:
         "accuracy": rollout.correct,
         "both_rate": rollout.correct and formed,
         "parallel_rate": trajectory.layout.width > 1,
+        "truncated": trajectory.finish_reason in TRUNCATED,
         "response_tokens": trajectory.stats["tokens"],
         "critical_path": trajectory.stats["critical_path"],
         "branches": trajectory.stats["branches"],
+        "width": trajectory.layout.width,
+        "depth": trajectory.layout.depth,
         "finish_reason": trajectory.finish_reason,
+        "broken": {violation.kind for violation in rollout.violations},
     }

@@ -75,6 +75,9 @@ class TrainConfig:
       compute_dtype: of the forward and backward pass and of the engine; parameters and optimizer
         state are float32.
       remat: the model's rematerialisation policy.
+      gap_warn, gap_stop: of the mean gap between the sampler's log-probs and the trainer's, at the
+        first optimizer step of a batch, a warning is given above the first and the run stops above
+        the second: then what is trained is not what was sampled.
       checkpoint_every: steps between checkpoints; keep_checkpoints: how many of them stay.
       keep_best: 1 keeps the best checkpoint too: that with the largest reward, or lowest loss.
       max_nonfinite: steps in a row without a finite update, after which the run stops.
@@ -85,6 +88,8 @@ class TrainConfig:
     micro_rows: int = 4
     compute_dtype: str = "float32"
     remat: str = "none"
+    gap_warn: float = 0.05
+    gap_stop: float = 0.5
     checkpoint_every: int = 10
     keep_checkpoints: int = 2
     keep_best: int = 0

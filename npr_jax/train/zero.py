@@ -16,7 +16,7 @@ from npr_jax.distributed import gather, gather_all, mine
 from npr_jax.train import rl
 from npr_jax.train.advantages import group_std
 from npr_jax.train.log import Report
-from npr_jax.train.rewards import RULES, zero_reward
+from npr_jax.train.rewards import RIGHT, RULES, WRONG, zero_reward
 from npr_jax.train.rollout import ZERO, Rollout, roll_out, sampled_example, summary
 from npr_jax.train.step import Objective
 
@@ -91,11 +91,28 @@ def collect_groups(engine: Engine, feed: rl.Feed, step: int, config: ZeroConfig)
         found = sum(gather(len(groups)))
     metrics = summary(everything) | {
         "reward": float(np.mean(gather_all(all_rewards))),
+        **{f"reward/{name}": mean for name, mean in reward_parts(everything, all_rewards).items()},
         "groups": found,
         "groups_dropped": taken - found,
         "rounds": rounds,
     }
     return rl.Collected(groups, rl.places(keys), metrics)
+
+
+def reward_parts(rollouts: list[Rollout], rewards: list[float]) -> dict[str, float]:
+    """What the mean reward of all processes is made of; the parts add up to it."""
+    parts = []
+    for rollout, reward in zip(rollouts, rewards, strict=True):
+        base = RIGHT if rollout.correct else WRONG
+        malformed = bool(rollout.violations)
+        parts.append((reward if malformed else 0.0, 0.0 if malformed else base))
+    table = np.array(gather_all([(*part, r) for part, r in zip(parts, rewards, strict=True)]))
+    form, accuracy, whole = table.mean(axis=0)
+    return {
+        "format": float(form),
+        "accuracy": float(accuracy),
+        "overlong": float(whole - form - accuracy),
+    }
 
 
 def reward_of(rollout: Rollout, config: ZeroConfig) -> float:
