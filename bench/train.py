@@ -46,7 +46,7 @@ LENGTHS_MODEL = "tiny"
 
 
 def documents(args) -> tuple[list[Row], int]:
-    """`batch` rows of `row_len` tokens, of `documents` documents each; and rows of a micro-batch."""
+    """`batch` rows of `row_len` tokens, of `documents` documents each, and rows per micro-batch."""
     length, rng = args.row_len // args.documents, np.random.default_rng(0)
     examples = [
         Example(
@@ -222,7 +222,7 @@ def peers(args, limits: dict) -> dict:
 
 def groups(args, limits: dict) -> dict:
     """MID, prompt 1024 and 16 responses of 256: the prompt once, or once per response."""
-    work = ["--repeats", 2, "--peak", limits["gflop_per_s"]]
+    work = ["--repeats", args.repeats, "--peak", limits["gflop_per_s"]]
     sides = {name: ours("step", f"--{name}", *work) for name in ("group", "unshared")}
     seconds = {name: line["run_s"]["median"] for name, line in sides.items()}
     tokens = {name: line["tokens"] for name, line in sides.items()}
@@ -258,7 +258,8 @@ def everything(args) -> None:
     found = {"peers": peers, "groups": groups, "lengths": lengths}[args.part](args, limits)
     record = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     date = datetime.date.today().isoformat()
-    record[args.part] = {"date": date, "jax": jax.__version__, "cores": 1, "limits": limits, **found}
+    about = {"date": date, "jax": jax.__version__, "cores": 1, "limits": limits}
+    record[args.part] = about | found
     RESULTS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
