@@ -74,7 +74,7 @@ def table(known: dict) -> str:
                 *(f"{case[name] / GIB:.2f}" for name in sizes),
                 f"{case['pages']:,}",
                 f"{case['pages_wanted']:,}",
-                f"{case['collectives'] / GIB:.1f}",
+                f"{case['collectives'] / GIB:.1f}" if case["collectives"] else "",  # no program
                 f"{case['flops'] / 1e12:.1f}",
                 f"{case['least_s']:.2f}",
                 f"{case['step_least_s']:.1f}",

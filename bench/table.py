@@ -9,8 +9,12 @@ import json
 import sys
 from pathlib import Path
 
+from plot import log_chart
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
+TRAINING = RESULTS / "train.json"
+PLOT = ROOT / "docs" / "images" / "train_lengths.svg"
 BEGIN, END = "<!-- performance: made by bench/table.py -->", "<!-- end of performance -->"
 
 
@@ -78,6 +82,91 @@ def parallel() -> list[str]:
     ]
 
 
+def training() -> list[str]:
+    """What bench/train.py has measured; a part that it has not is left out."""
+    found = load("train") if TRAINING.exists() else {}
+    return [
+        line
+        for part, show in (("peers", steps), ("groups", sharing), ("lengths", row_lengths))
+        if part in found
+        for line in show(found[part])
+    ]
+
+
+def steps(found: dict) -> list[str]:
+    sides = found["sides"]
+    rows = [
+        [
+            f"{name} {side['version']}" if name != "npr_jax" else name,
+            f"{side['tokens_per_s']:,}",
+            side["step_s"],
+            side["compile_s"],
+            f"{side['peak_rss_mb'] / 1024:.1f}",
+            f"{100 * side['share_of_peak']:.0f}%",
+        ]
+        for name, side in sides.items()
+    ]
+    ratio = f"; {found['ratio']} times the best of the others" if "ratio" in found else ""
+    head = ["", "tokens/s", "step, s", "compilation, s", "peak memory, GiB", "of peak FLOP/s"]
+    return [
+        f"A training step, MID, {found['batch']} rows of {found['row_len']} tokens, float32, "
+        f"AdamW, one core ({found['limits']['gflop_per_s']} GFLOP/s measured), "
+        f"{found['date']}{ratio}:",
+        "",
+        *markdown(head, rows),
+        "",
+    ]
+
+
+def sharing(found: dict) -> list[str]:
+    seconds = {name: side["run_s"]["median"] for name, side in found["sides"].items()}
+    return [
+        "A step on 16 responses of 256 tokens to one prompt of 1,024, MID: "
+        f"{seconds['group']:.1f} s with the prompt once, {seconds['unshared']:.1f} s with a prompt "
+        f"for each, {found['time_ratio']} of the time for {found['token_ratio']} of the tokens; "
+        f"the gradients differ by {found['gradients']['difference']:.1e} of their largest entry.",
+        "",
+    ]
+
+
+LAYOUTS = {
+    "one": "one document",
+    "packed": "16 documents",
+    "group": "one prompt, 16 responses",
+    "unshared": "the same, a prompt each",
+}
+
+
+def row_lengths(found: dict) -> list[str]:
+    rows = [
+        [
+            f"{row['row_len']:,}",
+            *(f"{row['sides'][name]['run_s']['median']:.2f}" for name in LAYOUTS),
+            f"{row['sides']['one']['temp_mb']:,.0f}",
+        ]
+        for row in found["rows"]
+    ]
+    return [
+        f"A step on one row, {found['model']}, by its length and what is in it; seconds, and MiB "
+        "of temporary arrays of the first:",
+        "",
+        *markdown(["tokens", *LAYOUTS.values(), "MiB"], rows),
+        "",
+        f"![Step time by row length]({PLOT.relative_to(ROOT)})",
+        "",
+    ]
+
+
+def draw_row_lengths(found: dict) -> str:
+    """The same as an SVG."""
+    lines = {
+        LAYOUTS[name]: [(r["row_len"], r["sides"][name]["run_s"]["median"]) for r in found["rows"]]
+        for name in LAYOUTS
+    }
+    title = f"Seconds of a training step by row length ({found['model']}, one core)"
+    return log_chart(title, "tokens of the row", "s", lines)
+
+
 def small_figures() -> list[str]:
     fork, programs = load("fork"), load("programs")
     tiny = next(
@@ -101,7 +190,7 @@ def small_figures() -> list[str]:
 
 
 def text() -> str:
-    parts = [decoding(), parallel(), small_figures()]
+    parts = [decoding(), parallel(), training(), small_figures()]
     return "\n".join(line for part in parts for line in [*part, ""])
 
 
@@ -116,6 +205,8 @@ def main() -> None:
     if check:
         sys.exit(0 if new == old else 1)
     readme.write_text(new, encoding="utf-8")
+    if TRAINING.exists() and "lengths" in load("train"):
+        PLOT.write_text(draw_row_lengths(load("train")["lengths"]), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -174,7 +174,9 @@ def report(found: dict) -> str:
         f"    FLOPs                     {found['flops'] / 1e12:10.1f} TFLOP "
         f"(at least {found['compute_s']:.2f} s)",
         f"    collectives               {gib('collectives')} (at least "
-        f"{found['collective_s']:.2f} s)",
+        f"{found['collective_s']:.2f} s)"
+        if found["collectives"]
+        else "    collectives               not known: the compiler found no room for the step",
         f"  optimizer step, longest answers: {found['micro_batches']} micro-batches, at least "
         f"{found['step_least_s']:.1f} s",
         f"  decode step: at least {found['decode_least_s'] * 1e3:.2f} ms, "

@@ -1,0 +1,53 @@
+"""A line chart with logarithmic axes as SVG, for the figures of docs/images."""
+
+import html
+import math
+from collections.abc import Mapping, Sequence
+
+COLORS = ("#2a78d6", "#e07b39", "#3a9d5d", "#a259c4")  # told apart in light and dark
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 640, 360, 64, 44, 36, 150
+
+
+def log_chart(
+    title: str, x_name: str, y_name: str, lines: Mapping[str, Sequence[tuple[float, float]]]
+) -> str:
+    """Lines of (x, y) points, all above 0, with ticks at powers of two and of ten."""
+    points = [point for line in lines.values() for point in line]
+    x0, x1 = (f(math.log2(x) for x, _ in points) for f in (min, max))
+    y0 = math.floor(min(math.log10(y) for _, y in points))
+    y1 = math.ceil(max(math.log10(y) for _, y in points))
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across = (math.log2(x) - x0) / max(1e-9, x1 - x0)
+        up = (math.log10(y) - y0) / max(1e-9, y1 - y0)
+        return (
+            LEFT + across * (WIDTH - LEFT - RIGHT),
+            HEIGHT - BOTTOM - up * (HEIGHT - BOTTOM - TOP),
+        )
+
+    def text(x: float, y: float, words: str, anchor: str = "middle", more: str = "") -> str:
+        where = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
+        return f"<text {where}{more}>{html.escape(words)}</text>"
+
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
+        f'width="{WIDTH}" height="{HEIGHT}" font-family="system-ui, sans-serif" font-size="12" '
+        'fill="#777">',
+        text(LEFT, 18, title, "start", ' font-weight="600"'),
+        text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, x_name),
+        text(LEFT - 8, TOP - 8, y_name, "end"),
+    ]
+    for power in range(y0, y1 + 1):
+        _, y = place(2**x0, 10.0**power)
+        parts.append(
+            f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="#8884"/>'
+        )
+        parts.append(text(LEFT - 8, y + 4, f"{10.0**power:g}", "end"))
+    for x in sorted({x for x, _ in points}):
+        parts.append(text(place(x, 10.0**y0)[0], HEIGHT - BOTTOM + 18, f"{x:g}"))
+    for (name, line), color in zip(lines.items(), COLORS, strict=False):
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in line))
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"/>')
+        x, y = place(*line[-1])
+        parts.append(text(x + 8, y + 4, name, "start", f' style="fill:{color}"'))
+    return "\n".join([*parts, "</svg>"]) + "\n"
