@@ -191,7 +191,7 @@ def small_figures() -> list[str]:
 
 def text() -> str:
     parts = [decoding(), parallel(), training(), small_figures()]
-    return "\n".join(line for part in parts for line in [*part, ""])
+    return "\n".join(line for part in parts if part for line in [*part, ""])
 
 
 def main() -> None:
