@@ -12,11 +12,11 @@ from npr_jax.answers import equal, extract
 from npr_jax.config import load_config
 from npr_jax.demo import task
 from npr_jax.demo.evaluate import CHECKS, RATES, shortfalls
-from npr_jax.demo.report import draw_tree, tree_svg
 from npr_jax.demo.task import DEFECTS, Teacher, ideal, make_tasks, true_value, write
 from npr_jax.format import check_format
 from npr_jax.model.tokenizer import demo_tokenizer
 from npr_jax.prompts import prompt_ids
+from npr_jax.report.svg import draw_tree, tree_svg
 from npr_jax.tree import TagIds, layout
 
 TOKENIZER = demo_tokenizer()

@@ -17,10 +17,11 @@ from rich.table import Table
 from npr_jax.config import dump_config, load_config
 from npr_jax.decode import Engine
 from npr_jax.demo.evaluate import MODES, RATES, evaluate, shortfalls
-from npr_jax.demo.report import draw_tree, write_report
+from npr_jax.demo.report import write_report
 from npr_jax.demo.task import Teacher, make_tasks
 from npr_jax.pretrained import Model, load, save
 from npr_jax.prompts import prompt_ids
+from npr_jax.report.svg import draw_tree
 from npr_jax.train import beta, fit, papo, zero
 from npr_jax.train.claim import claim
 from npr_jax.train.data import Problem
