@@ -7,6 +7,7 @@ its rounding, its percentages and its search for an answer within a text have no
 
 import json
 import os
+import re
 import resource
 import signal
 import sys
@@ -68,7 +69,7 @@ def _match_named(prediction: list, reference: list, names_count: bool) -> bool:
     # Two equations, of which one is solved for a letter.
     sides = []
     for name, form in ((p_name, p), (r_name, r)):
-        if name is not None and form[0] == "expr" and len(name.lstrip("\\")) == 1:
+        if name is not None and form[0] == "expr" and re.fullmatch(r"v _ \{ \d+ \}", name):
             sides.append(["=", name, form[1]])
         elif form[0] == "relation":
             sides.append(form[1:])
@@ -96,15 +97,15 @@ def _match_unordered(prediction: list, reference: list) -> bool:
 def same_value(prediction: str, reference: str) -> bool:
     """Whether two formulas are the same number or function."""
     from math_verify import verify
-    from sympy import Symbol
+    from sympy import Symbol, simplify
 
     if prediction == reference:
         return True
     p, r = _parse(prediction), _parse(reference)
     if p is None or r is None:
         return False
-    if isinstance(p, Symbol) or isinstance(r, Symbol):  # math-verify joins letters, ignores case
-        return p == r
+    if isinstance(p, Symbol) or isinstance(r, Symbol):  # math-verify compares their names only
+        return simplify(p - r) == 0
     return bool(verify([r], [p], numeric_precision=DIGITS, timeout_seconds=None))
 
 

@@ -20,46 +20,34 @@ partly understood must not be taken for the part.
 import re
 from fractions import Fraction
 
+from npr_jax.formula import FUNCTIONS, Unreadable, expression, tokens
 from npr_jax.units import BARE_UNITS
 
-DEEPEST = 40  # nested brackets
-
 _UNICODE = str.maketrans(
-    {"−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "÷": r"\div ", "π": r"\pi ", "°": r"^\circ "}
+    {"−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "÷": r"\div ", "π": r"\pi "}
     | {"√": r"\sqrt ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∪": r"\cup "}
-    | {"∈": r"\in ", "±": r"\pm ", "²": "^2", "³": "^3", "\u00a0": r"\,", "\u2009": r"\,"}
-    | {"\u202f": r"\,", "“": '"', "”": '"', "’": "'", "\t": " ", "\n": " "}
+    | {"∈": r"\in ", "±": r"\pm ", "°": r"^\circ ", "²": "^2", "³": "^3", "“": '"', "”": '"'}
+    | {"\u00a0": r"\,", "\u2009": r"\,", "\u202f": r"\,", "’": "'", "\t": " ", "\n": " "}
 )
+_TEXT = ["mathrm", "mathbf", "mathit", "textbf", "textit", "textrm", "textnormal", "mbox", "hbox"]
+_SIZES = ["left", "right", "big", "Big", "bigg", "Bigg", "bigl", "bigr", "Bigl", "Bigr"]
 _SAME = {  # one spelling for each command
+    **dict.fromkeys([*_TEXT, "operatorname"], "text"),
+    **dict.fromkeys([*_SIZES, "displaystyle", "limits"], ""),
     **dict.fromkeys(["dfrac", "tfrac", "cfrac"], "frac"),
-    **dict.fromkeys(["leq", "leqslant"], "le"),
-    **dict.fromkeys(["geq", "geqslant"], "ge"),
-    **dict.fromkeys(["lbrace", "rbrace"], None),
-    **dict.fromkeys(
-        "mathrm mathbf mathit textbf textit textrm textnormal mbox hbox operatorname".split(), "text"
-    ),
-    **dict.fromkeys("left right big Big bigg Bigg bigl bigr Bigl Bigr displaystyle limits".split(), ""),
-    **dict.fromkeys(["quad", "qquad"], " "),
-    **{"lt": "<", "gt": ">", "land": "and", "lor": "or", "infin": "infty"},
+    **{"leq": "le", "leqslant": "le", "geq": "ge", "geqslant": "ge", "lt": "<", "gt": ">"},
+    **{"lbrace": r"\{", "rbrace": r"\}", "quad": " ", "qquad": " ", "land": "and", "lor": "or"},
 }
-_FUNCTIONS = "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln exp".split()
-_GREEK = (
-    "alpha beta gamma delta epsilon varepsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau"
-    " phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega"
-).split()
-_COMMANDS = {"\\" + c for c in [*_FUNCTIONS, *_GREEK, *"frac sqrt pi cdot times div infty binom".split()]}
-_TOKEN = re.compile(r"\\[a-zA-Z]+|\\.|\d+(?:\.\d+)?|\.\d+|[a-zA-Z]+|\S|\s+", re.DOTALL)
-_NUMBER = re.compile(r"\d+(?:\.\d+)?|\.\d+")
-_OPEN, _CLOSE = {"(", "[", "{", r"\{", r"\langle"}, {")", "]", "}", r"\}", r"\rangle"}
 _NAME = re.compile(
     r"\(?(?:\\?[a-zA-Z]+|\\text\{[^{}]*\})(?:_(?:\w|\{\w+\}))?'*(?:\((?:[\w, ]|\\cup)*\))?"
     r"(?:,\s*[a-zA-Z])*\)?"
 )
+_POWER = r"\s*(?:\^ ?\{?\d\}?)?"
+_CIRC = r"\^ ?\{? ?\\circ ?\}?(?: ?(?:\\text ?\{[CF]\}|[CF]))?"
+_DEGREES = re.compile(rf"(.*?[\d}})!])\s*({_CIRC}|\\?%)")
+_TEXT_UNIT = re.compile(rf"(.*?\S)\s*(\\text ?\{{[^{{}}]*\}}{_POWER})")
+_BARE_UNIT = re.compile(rf"(.*[\d}})])\s*([a-zA-Z][a-zA-Z /]+{_POWER})")
 _PLAIN = re.compile(r"([-+]?)(\d{1,3}(?:,\d{3})+|\d+)?(\.\d*)?(?:/(\d+))?")
-
-
-class Unreadable(ValueError):
-    """This is none of the forms: it is text."""
 
 
 def plain_number(text: str) -> Fraction | None:
@@ -87,6 +75,8 @@ def clean(text: str) -> str:
     """One spelling for what is written in several ways; wrappers and a final period fall away."""
     text = text.translate(_UNICODE).strip()
     if "matrix" in text:
+        text = re.sub(r"(?:\\left)?[\[(]\s*\\begin\{matrix\}", r"\\begin{pmatrix}", text)
+        text = re.sub(r"\\end\{matrix\}\s*(?:\\right)?[\])]", r"\\end{pmatrix}", text)
         text = text.replace(r"\\", r"\cr ")
     else:  # escaped once too often
         text = re.sub(r"\\{2}(?=[a-zA-Z])", r"\\", text)
@@ -100,6 +90,7 @@ def clean(text: str) -> str:
         if text.startswith(r"\boxed{") and text.endswith("}") and _spans(text[6:]):
             text = text[7:-1].strip()
         text = re.sub(r"(?<=[^.])\.$", "", text).strip()
+        text = re.sub(r"^([A-J])\)$", r"\1", text)
     text = re.sub(r"\{,\}|,\\!\s*", ",", text).replace(r"\!", "")
     text = re.sub(r"(?<=\d)(?:\\[,;: ]|~)(?=\d{3}(?!\d))", ",", text)  # 8\,000
     text = re.sub(r"\\[,;: ]|(?<!\\)~", " ", text)
@@ -112,8 +103,6 @@ def clean(text: str) -> str:
 def _respell(match: re.Match) -> str:
     name = match[1]
     new = _SAME.get(name, name)
-    if new is None:
-        return {"lbrace": r"\{", "rbrace": r"\}"}[name]
     return "\\" + new + " " if new.isalpha() else new
 
 
@@ -130,37 +119,23 @@ def words(text: str) -> str:
     r"""Cleaned text for comparison as text: without \text, blanks and the case of words."""
     text = re.sub(r"\\text ?\{([^{}]*)\}", r"\1", text)
     text = re.sub(r"\\(and|or) ", r"\1 ", text)
-    text = re.sub(r"\s*([^\w\s])\s*", r"\1", text).strip(" .\"'")
+    text = re.sub(r"\s*([^\w\s.,])\s*", r"\1", text).strip(' "')  # "3 .5" is not 3.5
     text = re.sub(r"\s+", " ", text)
     return text.casefold() if re.fullmatch(r"[^\W\d_][^\\\d]+", text) else text
-
-
-def _tokens(text: str) -> list[tuple[str, int]]:
-    """(token, depth of brackets it is at) of a text whose brackets are closed; `)` may close `[`."""
-    found, depth = [], 0
-    for token in _TOKEN.findall(text):
-        depth -= token in _CLOSE
-        found.append((token, depth))
-        depth += token in _OPEN
-        if not 0 <= depth <= DEEPEST:
-            raise Unreadable(text)
-    if depth:
-        raise Unreadable(text)
-    return found
 
 
 def _spans(text: str) -> bool:
     """Whether one pair of brackets encloses all of a text."""
     try:
-        return [d for _, d in _tokens(text)].count(0) == 2 and text[:1] in "([{\\"
+        return [d for _, d in tokens(text)].count(0) == 2 and text[:1] in "([{\\"
     except Unreadable:
         return False
 
 
 def _split(text: str, separators: set[str]) -> tuple[list[str], list[str]]:
-    """(parts, separators between them) at the outermost level. Raises Unreadable at an empty part."""
+    """Parts and the separators between them, at the outermost level; no part may be empty."""
     parts, found = [""], []
-    for token, depth in _tokens(text):
+    for token, depth in tokens(text):
         if depth == 0 and token in separators:
             if not parts[-1].strip() and found and found[-1] == "," and token in (r"\and", r"\or"):
                 found[-1] = token  # "1, 2, and 3"
@@ -188,8 +163,9 @@ def _read_list(text: str, thousands: bool = True) -> list:
 
 
 def _join_thousands(text: str) -> str:
-    """`12,345` is a number where nothing else is in the answer; in brackets the comma separates."""
-    number = re.fullmatch(r"([^\d()\[\]]*?)(\d{1,3}(?:,\d{3})+)((?:\.\d+)?[^\d,()\[\]]*(?:\^ ?\{?\d\}?)?)", text)
+    """`12,345` is a number where no other is in the answer; in brackets the comma separates."""
+    after = r"(?:\.\d+)?[^\d,()\[\]]*(?:\^ ?\{?\d\}?)?"
+    number = re.fullmatch(rf"([^\d()\[\]]*?)(\d{{1,3}}(?:,\d{{3}})+)({after})", text)
     return number[1] + number[2].replace(",", "") + number[3] if number else text
 
 
@@ -200,11 +176,11 @@ def _is_interval(form: list) -> bool:
 
 def _read_signs(text: str) -> list[list]:
     r"""An item of a list; one with \pm stands for two."""
-    tokens = [token for token, _ in _tokens(text)]
-    if not {r"\pm", r"\mp"} & set(tokens) or tokens[0] == r"\{":
+    found = [token for token, _ in tokens(text)]
+    if not {r"\pm", r"\mp"} & set(found) or found[0] == r"\{":
         return [_read_item(text)]
     signs = ({r"\pm": "+", r"\mp": "-"}, {r"\pm": "-", r"\mp": "+"})
-    return [_read_item("".join(sign.get(token, token) for token in tokens)) for sign in signs]
+    return [_read_item("".join(sign.get(token, token) for token in found)) for sign in signs]
 
 
 def _read_item(text: str) -> list:
@@ -238,7 +214,7 @@ def _read_item(text: str) -> list:
 
 def _read_relation(parts: list[str], relations: list[str]) -> list:
     if len(parts) == 2 and relations[0] in ("=", r"\in") and _NAME.fullmatch(parts[0]):
-        return ["named", re.sub(r"[\s{}]|\\text", "", parts[0]), _read_list(parts[1])]
+        return ["named", _read_name(parts[0]), _read_list(parts[1])]
     if any(relation in ("=", r"\in") for relation in relations) and relations != ["="]:
         raise Unreadable(parts)
     if relations[0] in (">", r"\ge"):  # turned round: 3 > x is x < 3
@@ -247,18 +223,31 @@ def _read_relation(parts: list[str], relations: list[str]) -> list:
     if "?" in relations or {">", r"\ge"} & set(relations):
         raise Unreadable(parts)
     names = [i for i, part in enumerate(parts) if re.fullmatch(r"\\?[a-zA-Z]+", part)]
-    if "=" not in relations and len(names) == 1 and len(parts) <= 3:
+    bounds = [part for i, part in enumerate(parts) if i not in names]
+    numeric = not re.search(r"(?<!\\)\b[a-zA-Z]|\d[a-zA-Z]", " ".join(bounds))
+    if "=" not in relations and len(names) == 1 and len(parts) <= 3 and numeric:
         (at,) = names
         if len(parts) == 2 or at == 1:
             low = parts[at - 1] if at > 0 else r"-\infty"
             high = parts[at + 1] if at + 1 < len(parts) else r"\infty"
             opening = "[" if at > 0 and relations[at - 1] == r"\le" else "("
             closing = "]" if at + 1 < len(parts) and relations[at] == r"\le" else ")"
-            return ["named", parts[at], [opening, closing, [_read_item(low), _read_item(high)]]]
+            return [
+                "named",
+                _read_name(parts[at]),
+                [opening, closing, [_read_item(low), _read_item(high)]],
+            ]
     if len(parts) != 2:
         raise Unreadable(parts)
     op = {r"\le": "<="}.get(relations[0], relations[0])
     return ["relation", op, *(expression(part) for part in parts)]
+
+
+def _read_name(text: str) -> str:
+    try:
+        return expression(text)
+    except Unreadable:
+        return re.sub(r"[\s{}]|\\text", "", text)
 
 
 def _read_quantity(text: str) -> list:
@@ -269,101 +258,11 @@ def _read_quantity(text: str) -> list:
     if text.startswith((r"\$", "$", "€", "£")):
         sign = re.match(r"\\?[$€£]", text)[0]
         return ["unit", ["expr", expression(text[len(sign) :].strip())], sign[-1]]
-    unit = re.fullmatch(r"(.*?[\d})!])\s*(\^ ?\{? ?\\circ ?\}?(?: ?(?:\\text ?\{[CF]\}|[CF]))?|\\?%)", text)
-    if not unit:
-        unit = re.fullmatch(r"(.*?\S)\s*(\\text ?\{[^{}]*\}\s*(?:\^ ?\{?\d\}?)?)", text)
-    if not unit and (bare := re.fullmatch(r"(.*[\d})])\s*([a-zA-Z][a-zA-Z /]+(?:\^ ?\{?\d\}?)?)", text)):
-        if set(re.findall("[a-zA-Z]+", bare[2])) <= BARE_UNITS:
-            unit = bare
-    if unit and re.search(r"\d|\\pi", unit[1]) and not re.search("|".join(_FUNCTIONS), unit[1]):
-        name = re.sub(r"\\(text|circ)|[{}\\]", lambda m: "deg" if m[0] == r"\circ" else " ", unit[2])
-        return ["unit", ["expr", expression(unit[1])], name]
+    unit = _DEGREES.fullmatch(text) or _TEXT_UNIT.fullmatch(text)
+    bare = _BARE_UNIT.fullmatch(text)
+    if not unit and bare and set(re.findall("[a-zA-Z]+", bare[2])) <= BARE_UNITS:
+        unit = bare
+    if unit and re.search(r"\d|\\pi", unit[1]) and not re.search("|".join(FUNCTIONS), unit[1]):
+        name = re.sub(r"\\circ", "deg", unit[2])
+        return ["unit", ["expr", expression(unit[1])], re.sub(r"\\text|[{}\\]", " ", name)]
     return ["expr", expression(text)]
-
-
-def expression(text: str) -> str:
-    """A formula in a dialect that reads in one way: exact numbers, arguments in braces.
-
-    Raises Unreadable where anything but numbers, single letters, Greek letters, operators and the
-    common functions occurs.
-    """
-    mixed = re.fullmatch(r"([-+]?) ?(\d+) (\d+)/(\d+)", text)
-    if mixed:
-        text = rf"{mixed[1]}\frac{{{mixed[2]}*{mixed[4]}+{mixed[3]}}}{{{mixed[4]}}}"
-    text = re.sub(r"(?<![a-zA-Z\\])sqrt ?\(([^()]*)\)", r"\\sqrt{\1}", text)
-    text = re.sub(rf"(?<![a-zA-Z\\])({'|'.join(_FUNCTIONS)}|pi)(?![a-zA-Z])", r"\\\1 ", text)
-    tokens = [token for token, _ in _tokens(re.sub(r"_ ?(\w)", r"_{\1}", text))]
-    for before, blank, after in zip(tokens, tokens[1:], tokens[2:], strict=False):
-        if blank.isspace() and _NUMBER.fullmatch(before) and _NUMBER.fullmatch(after):
-            raise Unreadable(text)  # 1 000, or two answers
-    out = _formula([token for token in tokens if not token.isspace()])
-    if not out:
-        raise Unreadable(text)
-    return " ".join(out)
-
-
-def _formula(tokens: list[str]) -> list[str]:
-    out: list[str] = []
-    rest = tokens[::-1]  # a stack, the next token last
-    while rest:
-        token = rest.pop()
-        if token in (r"\frac", r"\binom"):
-            top, bottom = _argument(rest), _argument(rest)
-            whole = out[-1] if out and out[-1].isdigit() and out[-2:-1] not in (["^"], ["_"]) else ""
-            if token == r"\frac" and whole and (top + bottom).isdigit():  # 1\frac{4}{5}
-                out[-1:] = ["(", whole, "+", token, "{", top, "}", "{", bottom, "}", ")"]
-            else:
-                out += [token, "{", top, "}", "{", bottom, "}"]
-        elif token == r"\sqrt":
-            out.append(token)
-            if rest and rest[-1] == "[":
-                end = rest[::-1].index("]") if "]" in rest else len(rest)
-                degree = "".join(rest.pop() for _ in range(min(end + 1, len(rest))))[1:-1]
-                if not degree.isdigit():
-                    raise Unreadable(token)
-                out += ["[", degree, "]"]
-            out += ["{", _argument(rest, digits=True), "}"]
-        elif _NUMBER.fullmatch(token):
-            out += _number(token)
-        elif token.isalpha():
-            if len(token) > 3:
-                raise Unreadable(token)
-            out += token
-        elif token == "*":
-            out += "*" if not (rest and rest[-1] == "*") else "^"
-            if out[-1] == "^":
-                rest.pop()
-        elif token in "^_":
-            out += [token, "{", _argument(rest, digits=True), "}"]
-        elif token in _COMMANDS or token in "+-/(){}!|":
-            out.append({r"\div": "/", r"\times": r"\cdot"}.get(token, token))
-        else:
-            raise Unreadable(token)
-    return out
-
-
-def _argument(rest: list[str], digits: bool = False) -> str:
-    r"""Takes an argument off the stack: a group, or one token; of a number only its first digit,
-    as TeX does, unless `digits`: few who write \sqrt13 mean 3."""
-    if not rest:
-        raise Unreadable("no argument")
-    token = rest.pop()
-    if token == "{":
-        depth, group = 1, []
-        while depth:
-            group.append(rest.pop())
-            depth += {"{": 1, "}": -1}.get(group[-1], 0)
-        return " ".join(_formula(group[:-1])) or "("  # nothing is no argument: it does not parse
-    if token.isdigit() or token.isalpha():
-        if len(token) > 1 and not (digits and token.isdigit()):
-            rest.append(token[1:])
-            token = token[0]
-        return token
-    return " ".join(_formula([token]))
-
-
-def _number(token: str) -> list[str]:
-    if "." not in token:
-        return [token]
-    whole, decimals = token.split(".")
-    return ["(", r"\frac", "{", whole + decimals, "}", "{", "1" + "0" * len(decimals), "}", ")"]

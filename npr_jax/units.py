@@ -79,7 +79,13 @@ def canonical(unit: str) -> str:
         else:
             singular = word if word in _NAMES else word.removesuffix("s")
             names.append(_NAMES.get(singular, singular))
-    text = " ".join(names).replace(" ^ ", "^").removeprefix("^ ").replace("deg c", "degc").replace("deg f", "degf")
+    text = (
+        " ".join(names)
+        .replace(" ^ ", "^")
+        .removeprefix("^ ")
+        .replace("deg c", "degc")
+        .replace("deg f", "degf")
+    )
     rates = {"km per h": "kmh", "mi per h": "mph"}
     return rates.get(text, text) + power
 
