@@ -1,9 +1,9 @@
 """Final answers: find the last `\\boxed{...}` of a text, and compare it with a reference answer.
 
-`npr_jax.forms` reads an answer, `npr_jax.compare` compares two. Formulas are compared by math-verify,
-which may loop or exhaust memory on hostile input, and whose own time limit works in a main thread
-only: so that runs in one worker process that is limited in CPU time and memory, and started again
-after a limit has killed it. The worker does not import JAX.
+`npr_jax.forms` reads an answer, `npr_jax.compare` compares two; formulas by math-verify, which may
+loop or exhaust memory on hostile input, and whose own time limit works in a main thread only. So
+that runs in one worker process that is limited in CPU time and memory, and started again after a
+limit has killed it. The worker does not import JAX.
 """
 
 import atexit
@@ -17,7 +17,7 @@ import threading
 from collections.abc import Iterable
 from pathlib import Path
 
-from npr_jax.forms import clean, plain_number, read, words
+from npr_jax.forms import clean, fold, plain_number, read, words
 
 MAX_LENGTH = 2000  # characters; a longer answer equals only the same string
 
@@ -74,12 +74,12 @@ def equal(prediction: str | None, reference: str) -> bool:
     p, r = plain_number(prediction), plain_number(reference)
     if p is not None and r is not None:
         return p == r
-    p, r = clean(prediction), clean(reference)
-    if words(p) == words(r) != "":
+    p_words, r_words = words(clean(prediction)), words(clean(reference))
+    if p_words == r_words != "":
         return True
     p, r = read(prediction), read(reference)
-    if p == r or "text" in (p[0], r[0]):
-        return p == r
+    if "text" in (p[0], r[0]):
+        return fold(p_words) == fold(r_words) != ""
     return _worker.ask(p, r)
 
 

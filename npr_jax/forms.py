@@ -68,7 +68,7 @@ def read(text: str) -> list:
     try:
         return _read_list(text)
     except (Unreadable, RecursionError):
-        return ["text", words(text)]
+        return ["text", fold(words(text))]
 
 
 def clean(text: str) -> str:
@@ -116,12 +116,16 @@ def _unwrap(match: re.Match) -> str:
 
 
 def words(text: str) -> str:
-    r"""Cleaned text for comparison as text: without \text, blanks and the case of words."""
+    r"""Cleaned text for comparison as text: without \text and needless blanks."""
     text = re.sub(r"\\text ?\{([^{}]*)\}", r"\1", text)
     text = re.sub(r"\\(and|or) ", r"\1 ", text)
     text = re.sub(r"\s*([^\w\s.,])\s*", r"\1", text).strip(' "')  # "3 .5" is not 3.5
-    text = re.sub(r"\s+", " ", text)
-    return text.casefold() if re.fullmatch(r"[^\W\d_][^\\\d]+", text) else text
+    return re.sub(r"\s+", " ", text)
+
+
+def fold(text: str) -> str:
+    """Words without their case; formulas keep it."""
+    return text if re.search(r"[\d\\=+*/^_<>|']", text) else text.casefold()
 
 
 def _spans(text: str) -> bool:
@@ -195,7 +199,7 @@ def _read_item(text: str) -> list:
     if matrix and "begin" not in matrix[2]:
         rows = [row for row in matrix[2].split(r"\cr") if row.strip()]
         return ["matrix", [[_read_item(cell.strip()) for cell in row.split("&")] for row in rows]]
-    brackets = re.fullmatch(r"(\(|\[|\\\{)(.*)(\)|\]|\\\})", text)
+    brackets = re.fullmatch(r"(\(|\[|\\\{|\\langle)(.*)(\)|\]|\\\}|\\rangle)", text)
     if brackets and _spans(text):
         opening, inside, closing = brackets.groups()
         if (opening == r"\{") != (closing == r"\}"):
@@ -265,4 +269,6 @@ def _read_quantity(text: str) -> list:
     if unit and re.search(r"\d|\\pi", unit[1]) and not re.search("|".join(FUNCTIONS), unit[1]):
         name = re.sub(r"\\circ", "deg", unit[2])
         return ["unit", ["expr", expression(unit[1])], re.sub(r"\\text|[{}\\]", " ", name)]
+    if text.lower() in ("yes", "no"):
+        raise Unreadable(text)
     return ["expr", expression(text)]

@@ -7,13 +7,15 @@ products get a `\\cdot`, arguments get braces, and every letter a symbol of its 
 
 import re
 
-FUNCTIONS = "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln exp".split()
-_GREEK = (
-    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi"
-    " rho sigma tau phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega"
-).split()
+FUNCTIONS = ["sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan"]
+FUNCTIONS += ["sinh", "cosh", "tanh", "log", "ln", "exp"]
+_GREEK = ["alpha", "beta", "gamma", "delta", "epsilon", "varepsilon", "zeta", "eta", "theta"]
+_GREEK += ["vartheta", "iota", "kappa", "lambda", "mu", "nu", "xi", "rho", "sigma", "tau", "phi"]
+_GREEK += ["varphi", "chi", "psi", "omega", "Gamma", "Delta", "Theta", "Lambda", "Xi", "Pi"]
+_GREEK += ["Sigma", "Phi", "Psi", "Omega"]
 _FUNCTION_COMMANDS = {"\\" + name for name in FUNCTIONS}
 _LETTER_COMMANDS = {"\\" + name for name in _GREEK}
+_SIMPLE_FRACTION = re.compile(r"\\frac \{ \d+ \} \{ \d+ \}")
 _OPERATORS = {"+": "+", "-": "-", "/": "/", "*": r"\cdot"} | {
     r"\cdot": r"\cdot",
     r"\times": r"\cdot",
@@ -52,6 +54,8 @@ def expression(text: str) -> str:
 
     Raises Unreadable where anything else occurs.
     """
+    if re.search(r"\d[eE]\d", text):
+        raise Unreadable(text)  # 1e5: a power of ten, or of e
     if mixed := re.fullmatch(r"([-+]?) ?(\d+) (\d+)/(\d+)", text):  # 1 1/2
         text = r"{}{}\frac{{{}}}{{{}}}".format(*mixed.groups())
     text = re.sub(r"(?<![a-zA-Z\\])sqrt ?\(([^()]*)\)", r"\\sqrt{\1}", text)
@@ -132,7 +136,7 @@ def _operand(rest: list[str]) -> str:
         return rf"{token} {{ {_argument(rest, 1)} }} {{ {_argument(rest, 1)} }}"
     if token == r"\sqrt":
         degree = ""
-        if rest and rest[-1] == "[":
+        if len(rest) > 2 and rest[-1] == "[":
             _, digits, closing = rest.pop(), rest.pop(), rest.pop()
             if not digits.isdigit() or closing != "]":
                 raise Unreadable(token)

@@ -64,30 +64,24 @@ BARE_UNITS = {
     for spelling in (name, name + "s", name.capitalize(), name.capitalize() + "s")
 } - {"in", "ins", "mi", "ml", "yd", "min", "mins", "rad"}
 # Words that change the value, or say that the answer is another one.
-_NOT_UNITS = set(
-    "hundred thousand million billion trillion dozen half third quarter score squared cubed factorial"
-    " and or not is the times plus minus over to mod base pi pair double twice infinity about".split()
-)
+_SCALES = ["hundred", "thousand", "million", "billion", "trillion", "dozen", "half", "third"]
+_SCALES += ["quarter", "score", "squared", "cubed", "factorial", "pi", "infinity", "pair"]
+_SCALES += ["double", "twice", "times", "plus", "minus", "over", "mod", "base"]
+_NOT_UNITS = {*_SCALES, "and", "or", "not", "is", "the", "to", "about"}
 
 
 def canonical(unit: str) -> str:
-    """One spelling of a unit: `square inches` is `inch^2`, `km/h` is `kmh`."""
+    """One spelling of a unit: `square inches` is `in^2`, `km/h` is `kmh`."""
     names, power = [], ""
-    for word in re.findall(r"[^\W\d]+|[%$€£¢^]|\d", unit.lower().replace("/", " per ")):
+    for word in re.findall(r"[^\W\d_]+|[%$€£¢^]|\d", unit.lower().replace("/", " per ")):
         if word in ("square", "sq", "cubic", "cu") and len(unit.split()) > 1:
             power = "^2" if word[0] == "s" else "^3"
         else:
             singular = word if word in _NAMES else word.removesuffix("s")
             names.append(_NAMES.get(singular, singular))
-    text = (
-        " ".join(names)
-        .replace(" ^ ", "^")
-        .removeprefix("^ ")
-        .replace("deg c", "degc")
-        .replace("deg f", "degf")
-    )
-    rates = {"km per h": "kmh", "mi per h": "mph"}
-    return rates.get(text, text) + power
+    text = " ".join(names).replace(" ^ ", "^").removeprefix("^ ")
+    whole = {"km per h": "kmh", "mi per h": "mph", "deg c": "degc", "deg f": "degf"}
+    return whole.get(text, text) + power
 
 
 def same(prediction: str | None, reference: str | None) -> bool:
@@ -99,6 +93,7 @@ def same(prediction: str | None, reference: str | None) -> bool:
     if prediction is not None and reference is not None:
         return canonical(prediction) == canonical(reference)
     if prediction is None:
-        return not _NOT_UNITS & set(re.findall(r"[a-z]+", (reference or "").lower()))
+        found = re.findall(r"[^\W\d_]+", (reference or "").lower())
+        return not any(w in _NOT_UNITS or (len(w) == 1 and w not in _NAMES) for w in found)
     names = [n for n in re.split(r"\^\d| ", canonical(prediction)) if n]
-    return bool(names) and all(name in _NAMES.values() or name == "per" for name in names)
+    return bool(names) and all(name in {*_NAMES.values(), "per"} for name in names)
