@@ -106,7 +106,9 @@ def same_value(prediction: str, reference: str) -> bool:
         return False
     if isinstance(p, Symbol) or isinstance(r, Symbol):  # math-verify compares their names only
         return simplify(p - r) == 0
-    return bool(verify([r], [p], numeric_precision=DIGITS, timeout_seconds=None))
+    if not verify([r], [p], numeric_precision=DIGITS, timeout_seconds=None):
+        return False
+    return simplify(p - r).is_zero is not False  # a difference beyond all DIGITS is one
 
 
 def _same_relation(prediction: list, reference: list) -> bool:

@@ -37,6 +37,7 @@ _SAME = {  # one spelling for each command
     **dict.fromkeys(["dfrac", "tfrac", "cfrac"], "frac"),
     **{"leq": "le", "leqslant": "le", "geq": "ge", "geqslant": "ge", "lt": "<", "gt": ">"},
     **{"lbrace": r"\{", "rbrace": r"\}", "quad": " ", "qquad": " ", "land": "and", "lor": "or"},
+    "varnothing": "emptyset",
 }
 _NAME = re.compile(
     r"\(?(?:\\?[a-zA-Z]+|\\text\{[^{}]*\})(?:_(?:\w|\{\w+\}))?'*(?:\((?:[\w, ]|\\cup)*\))?"
@@ -47,7 +48,7 @@ _CIRC = r"\^ ?\{? ?\\circ ?\}?(?: ?(?:\\text ?\{[CF]\}|[CF]))?"
 _DEGREES = re.compile(rf"(.*?[\d}})!])\s*({_CIRC}|\\?%)")
 _TEXT_UNIT = re.compile(rf"(.*?\S)\s*(\\text ?\{{[^{{}}]*\}}{_POWER})")
 _BARE_UNIT = re.compile(rf"(.*[\d}})])\s*([a-zA-Z][a-zA-Z /]+{_POWER})")
-_PLAIN = re.compile(r"([-+]?)(\d{1,3}(?:,\d{3})+|\d+)?(\.\d*)?(?:/(\d+))?")
+_PLAIN = re.compile(r"([-+]?)([1-9]\d{0,2}(?:,\d{3})+|\d+)?(\.\d*)?(?:/(\d+))?")
 
 
 def plain_number(text: str) -> Fraction | None:
@@ -124,8 +125,8 @@ def words(text: str) -> str:
 
 
 def fold(text: str) -> str:
-    """Words without their case; formulas keep it."""
-    return text if re.search(r"[\d\\=+*/^_<>|']", text) else text.casefold()
+    """Words without their case; whatever may be a formula keeps it."""
+    return text.casefold() if re.fullmatch(r"(?:[^\W\d_]|[ .-])+", text) else text
 
 
 def _spans(text: str) -> bool:
@@ -199,6 +200,8 @@ def _read_item(text: str) -> list:
     if matrix and "begin" not in matrix[2]:
         rows = [row for row in matrix[2].split(r"\cr") if row.strip()]
         return ["matrix", [[_read_item(cell.strip()) for cell in row.split("&")] for row in rows]]
+    if text.startswith("{") and _spans(text):
+        return _read_list(text[1:-1], thousands=False)
     brackets = re.fullmatch(r"(\(|\[|\\\{|\\langle)(.*)(\)|\]|\\\}|\\rangle)", text)
     if brackets and _spans(text):
         opening, inside, closing = brackets.groups()

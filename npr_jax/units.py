@@ -44,7 +44,7 @@ j joule
 w watt
 v volt
 hz hertz
-k kelvin
+kelvin
 mol mole
 acre
 hectare

@@ -94,6 +94,7 @@ list	x=2,y=3	y=3,x=2
 list	\left\{1, 2\right\}	\{1,2\}
 list	\lbrace 1,2\rbrace	\{1,2\}
 list	1;2	1,2
+list	{1, 2}	\{2,1\}
 list	(1,2) \text{ and } (3,4)	(3,4), (1,2)
 tuple	(1, 2)	(1,2)
 tuple	\left(\frac{1}{2},3\right)	(0.5, 3)
@@ -132,6 +133,8 @@ text	\text{Yes}	yes
 text	No.	\text{no}
 text	right triangle	\text{Right triangle}
 text	\textbf{odd}	odd
+text	3 : 4	3:4
+text	\varnothing	\emptyset
 text	Monday	\text{Monday}
 text	red and blue	\text{red and blue}
 text	\text{A and B}	A and B
@@ -182,6 +185,9 @@ number	3e5	3
 number	1.000.000	1
 number	3 .5	3.5
 number	1, 234	1234
+number	0,123	123
+number	\pi+10^{-70}	\pi
+number	\sqrt2(1+10^{-70})	\sqrt2
 number	(1,234)	1234
 number	2e3	2000
 root	\sqrt{8}	2\sqrt{3}
@@ -270,6 +276,7 @@ unit	5s	5
 unit	5m	5
 unit	5x	5
 unit	5\text{ x}	5
+unit	5\text{K}	5
 unit	5\text{ pi}	5
 unit	\sqrt{2}\text{ m}	\sqrt{2}\text{ s}
 unit	5\%	\$5
@@ -365,6 +372,7 @@ text	5 because x = 7	5
 text	answer: 5	5
 text	Tuesday	Thursday
 text	even or odd	odd
+text	a:b	A:B
 text	Yes and no	yes
 text	\text{Evelyn Smith}	\text{Evelyn}
 text	undefined	0
