@@ -86,7 +86,12 @@ def clean(text: str) -> str:
         previous = text
         for start, end in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**")):
             inside = text[len(start) : -len(end)]
-            if text.startswith(start) and text.endswith(end) and inside and start not in inside:
+            if (
+                text.startswith(start)
+                and text.endswith(end)
+                and inside
+                and start not in inside.replace(r"\$", "")
+            ):
                 text = inside.strip()
         if text.startswith(r"\boxed{") and text.endswith("}") and _spans(text[6:]):
             text = text[7:-1].strip()

@@ -15,6 +15,7 @@ _GREEK += ["varphi", "chi", "psi", "omega", "Gamma", "Delta", "Theta", "Lambda",
 _GREEK += ["Sigma", "Phi", "Psi", "Omega"]
 _FUNCTION_COMMANDS = {"\\" + name for name in FUNCTIONS}
 _LETTER_COMMANDS = {"\\" + name for name in _GREEK}
+_LETTER = re.compile(r"(\( )?(v _ \{ \d+ \}|e|I)( \))?")
 _SIMPLE_FRACTION = re.compile(r"\\frac \{ \d+ \} \{ \d+ \}")
 _OPERATORS = {"+": "+", "-": "-", "/": "/", "*": r"\cdot"} | {
     r"\cdot": r"\cdot",
@@ -80,7 +81,8 @@ def _formula(found: list[str]) -> str:
             out.append(_OPERATORS[token])
             argument_of = ""
         elif token in "!^":
-            if not out or out[-1] in _OPERATORS.values():
+            # Nor after another one: 2^3!, x^2^3.
+            if not out or out[-1] in (*_OPERATORS.values(), argument_of, "!") or out[-1][0] == "^":
                 raise Unreadable(token)
             rest.pop()
             out.append("!" if token == "!" else f"^ {{ {_argument(rest)} }}")
@@ -97,8 +99,8 @@ def _formula(found: list[str]) -> str:
             out.append(argument_of)
         else:
             is_number = bool(_NUMBER.fullmatch(token))
-            if after_number and is_number:
-                raise Unreadable(token)  # 1 000, or two answers
+            if is_number and (after_number or (out and _LETTER.fullmatch(out[-1]))):
+                raise Unreadable(token)  # 1 000, or two answers; x2
             operand = _operand(rest)
             if (
                 after_number
@@ -154,7 +156,7 @@ def _operand(rest: list[str]) -> str:
             rest.pop()
             token += "_" + _argument(rest)
         elif token in "ei":
-            return "e" if token == "e" else "I"
+            return "e" if token == "e" else "( I )"  # of I ^ 2 math-verify drops the power
         return f"v _ {{ {int.from_bytes(token.encode(), 'big')} }}"
     raise Unreadable(token)
 

@@ -47,6 +47,8 @@ formula	\tan\frac{\pi}{4}	1
 formula	x	\frac{2x}{2}
 complex	2i+3	3+2i
 complex	(1+i)^2	2i
+complex	i^2	-1
+complex	1+2i^3	1-2i
 complex	\frac{1}{i}	-i
 choice	B	B
 choice	(B)	B
@@ -147,6 +149,7 @@ wrap	**7**	7
 wrap	7.	7
 wrap	\(7\)	7
 wrap	\[7\]	7
+wrap	$\$18.90$.	\$18.90
 wrap	\displaystyle \frac12	\frac12
 """
 
@@ -220,6 +223,8 @@ formula	x_1	x_2
 formula	x_1	x
 formula	x12	x_{12}
 formula	{3}{4}	7
+formula	2^3!	40320
+formula	x2	2x
 formula	2\frac{x}{3}	2+\frac{x}{3}
 formula	1/2x	\frac{1}{2x}
 formula	\sin 2x	2\sin x
@@ -235,6 +240,9 @@ formula	|x|	x
 formula	\phi	\varphi
 complex	3-2i	3+2i
 complex	2i	2
+complex	2+7i^2	2+7i
+complex	i^2	i
+complex	i^3	i
 complex	i	1
 choice	A	B
 choice	A or B	A
@@ -247,6 +255,8 @@ choice	A: no, B	B
 choice	(A)(B)	A
 choice	A/B	A
 choice	A^1	B
+choice	A1	A
+choice	\text{(C)}1	C
 unit	5\text{ cm}	5\text{ m}
 unit	5 cm	5 \text{ km}
 unit	500\text{ cm}	5\text{ m}
