@@ -1,9 +1,9 @@
 """Final answers: find the last `\\boxed{...}` of a text, and compare it with a reference answer.
 
-Comparison is math-verify's. It may loop or exhaust memory on hostile input, and its own time limit
-works in a main thread only; so it runs in one worker process that is limited in CPU time and
-memory, and started again after a limit has killed it. The worker is this file run as a script: it
-imports neither JAX nor the rest of the package.
+`npr_jax.forms` reads an answer, `npr_jax.compare` compares two; formulas by math-verify, which may
+loop or exhaust memory on hostile input, and whose own time limit works in a main thread only. So
+that runs in one worker process that is limited in CPU time and memory, and started again after a
+limit has killed it. The worker does not import JAX.
 """
 
 import atexit
@@ -15,14 +15,15 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterable
+from pathlib import Path
 
-TIME_LIMIT = 2.0  # seconds of CPU per pair: does not depend on what else the machine does
-MEMORY_LIMIT = 4 << 30  # bytes of address space
+from npr_jax.forms import clean, fold, plain_number, read, words
+
 MAX_LENGTH = 2000  # characters; a longer answer equals only the same string
 
 # A run of backslashes with what it applies to, or a brace. Linear in the text, whatever it holds.
 _TOKEN = re.compile(r"(\\++)(boxed\s*+\{|[{}])?+|[{}]")
-_INTEGER = re.compile(r"[-+]?[0-9]+")
+_SCRIPT = "import sys; sys.path.append(sys.argv[1]); from npr_jax.compare import serve; serve()"
 
 
 def find_boxed(text: str) -> list[str]:
@@ -58,8 +59,8 @@ def equal(prediction: str | None, reference: str) -> bool:
     """Whether two answers (LaTeX or plain, without `\\boxed`) are the same value.
 
     No answer makes it raise or hang: one that cannot be parsed, or that reaches a limit of this
-    module, is not equal. None (no answer) equals nothing. Identical strings and plain integers are
-    compared here; everything else by math-verify 0.9 (https://github.com/huggingface/Math-Verify).
+    module, is not equal. None (no answer) equals nothing. Text and plain numbers are compared here;
+    forms with formulas in them by the worker. What counts as the same: docs/answers.md.
     Safe to call from several threads, which then wait for each other. Raises RuntimeError only if
     the worker process cannot start at all (math-verify is not installed, say).
     """
@@ -70,9 +71,16 @@ def equal(prediction: str | None, reference: str) -> bool:
         return True
     if max(len(prediction), len(reference)) > MAX_LENGTH:
         return False
-    if _INTEGER.fullmatch(prediction) and _INTEGER.fullmatch(reference):
-        return int(prediction) == int(reference)
-    return _worker.ask(prediction, reference)
+    p, r = plain_number(prediction), plain_number(reference)
+    if p is not None and r is not None:
+        return p == r
+    p_words, r_words = words(clean(prediction)), words(clean(reference))
+    if p_words == r_words != "":
+        return True
+    p, r = read(prediction), read(reference)
+    if "text" in (p[0], r[0]):
+        return fold(p_words) == fold(r_words) != ""
+    return _worker.ask(p, r)
 
 
 def equal_many(pairs: Iterable[tuple[str | None, str]]) -> list[bool]:
@@ -83,13 +91,13 @@ def equal_many(pairs: Iterable[tuple[str | None, str]]) -> list[bool]:
 
 
 class _Worker:
-    """The process that runs math-verify: one JSON line in, one JSON line out."""
+    """The process that runs npr_jax.compare: one JSON line in, one JSON line out."""
 
     def __init__(self):
         self._lock = threading.Lock()
         self._process: subprocess.Popen | None = None
 
-    def ask(self, prediction: str, reference: str) -> bool:
+    def ask(self, prediction: list, reference: list) -> bool:
         with self._lock:
             if self._process is None:
                 self._start()
@@ -102,9 +110,10 @@ class _Worker:
             return answer == "true\n"
 
     def _start(self) -> None:
-        # -P: this file's folder must not be searched, its modules have common names.
+        root = str(Path(__file__).parents[1])
         self._process = subprocess.Popen(
-            [sys.executable, "-P", __file__],
+            # -P: the working directory is not searched.
+            [sys.executable, "-P", "-c", _SCRIPT, root],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -138,37 +147,3 @@ def _forget_worker() -> None:
 
 
 os.register_at_fork(after_in_child=_forget_worker)
-
-
-def _serve() -> None:
-    """The worker's loop: compares pairs until its input ends."""
-    import resource
-    import signal
-
-    from math_verify import parse, verify
-
-    for number in (signal.SIGINT, signal.SIGTERM):  # sent to all of a group, they are the parent's
-        signal.signal(number, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
-    # Libraries print warnings: keep the answers on a channel of their own.
-    out = os.fdopen(os.dup(1), "w")
-    null = os.open(os.devnull, os.O_WRONLY)
-    out.write("ready\n")
-    out.flush()
-    os.dup2(null, 1)
-    os.dup2(null, 2)
-    for line in sys.stdin:
-        prediction, reference = json.loads(line)
-        # SIGPROF's default action ends the process, also in the middle of a C function.
-        signal.setitimer(signal.ITIMER_PROF, TIME_LIMIT)
-        gold, target = (
-            parse(f"${text}$", parsing_timeout=None) for text in (reference, prediction)
-        )
-        verdict = verify(gold, target, timeout_seconds=None)
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        out.write(json.dumps(bool(verdict)) + "\n")
-        out.flush()
-
-
-if __name__ == "__main__":
-    _serve()

@@ -7,15 +7,18 @@ import subprocess
 import sys
 import threading
 import time
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
+from answer_cases import EQUAL, UNEQUAL
 from conftest import shared_path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from npr_jax import answers
 from npr_jax.answers import equal, equal_many, extract
+from npr_jax.forms import read
 
 
 @pytest.mark.parametrize(
@@ -122,6 +125,16 @@ HOSTILE = [
     r"\boxed{1",
     "$" * 100,
     "\\",
+    r"\frac{1}{1+" * 150 + "1" + "}" * 150,
+    "1+" * 900 + "1",
+    "(" * 900 + "1" + ")" * 900,
+    "x^{" * 30 + "9" + "}" * 30,
+    "(x+1)^{9999}",
+    "9!!!",
+    r"\{" + "1," * 900 + r"1\}",
+    "$" * 1999 + "1",
+    " " * 1000 + r"\text{" + " " * 900,
+    r"\boxed{" * 280,
 ]
 
 
@@ -190,15 +203,89 @@ def test_a_forked_child_has_its_own_worker():
     subprocess.run([sys.executable, "-c", FORK], check=True, timeout=120)
 
 
+def triples(table):
+    kinds = {}
+    for line in table.strip("\n").split("\n"):
+        kind, prediction, reference = line.split("\t")
+        kinds.setdefault(kind, []).append((prediction, reference))
+    return kinds.items()
+
+
+@pytest.mark.parametrize("kind, pairs", triples(EQUAL), ids=lambda value: str(value)[:12])
+def test_answers_written_in_two_ways_are_equal(kind, pairs):
+    assert [pair for pair in pairs if not equal(*pair)] == []
+
+
+@pytest.mark.parametrize("kind, pairs", triples(UNEQUAL), ids=lambda value: str(value)[:12])
+def test_near_misses_are_unequal_whichever_is_the_reference(kind, pairs):
+    pairs = pairs + [(reference, prediction) for prediction, reference in pairs]
+    assert [pair for pair in pairs if equal(*pair)] == []
+
+
+def spellings(value: Fraction) -> list[str]:
+    n, d, sign = abs(value.numerator), value.denominator, "-" if value < 0 else ""
+    found = [
+        rf"{sign}\frac{{{n}}}{{{d}}}",
+        f"{sign}{3 * n}/{3 * d}",
+        rf"$x = {sign}\dfrac{{{n}}}{{{d}}}$",
+    ]
+    found += [rf"{sign}{n} \cdot {d}^{{-1}}", rf"\boxed{{{sign}\left({n}/{d}\right)}}."]
+    if d == 1:
+        found += [f"{sign}{n:,}", f"{sign}{n}.0", rf"{sign}{n}\text{{ cm}}"]
+    elif n > d:
+        found += [rf"{sign}{n // d}\frac{{{n % d}}}{{{d}}}", f"{sign}{n // d} {n % d}/{d}"]
+    return found
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_spellings_of_a_number_equal_those_of_no_other(data):
+    values = st.fractions(-3000, 3000, max_denominator=12)
+    a = data.draw(values)
+    b = data.draw(
+        st.sampled_from([a, -a, a + 1, a * 100, a / 100, a + Fraction(1, 10**9)]) | values
+    )
+    prediction = data.draw(st.sampled_from(spellings(a)))
+    reference = data.draw(st.sampled_from(spellings(b)))
+    assert equal(prediction, reference) is (a == b)
+
+
+PIECES = [r"\frac", r"\sqrt", "[", "]", "{", "}", "(", ")", r"\{", r"\}", "1", "2.5", "x", "^", "_"]
+PIECES += ["+", "-", "=", "<", r"\le", r"\in", r"\pm", ",", ";", r"\text{m}", r"\%", "$", "|", "!"]
+PIECES += [" and ", " ", r"\begin{pmatrix}", "&", r"\\", r"\end{pmatrix}", r"\cup", r"\boxed{"]
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.lists(st.sampled_from(PIECES)).map("".join))
+def test_every_text_has_a_form_that_equals_itself(text):
+    assert read(text) == read(f" {text} ")
+    assert equal(text, text) is bool(text.strip())
+
+
 def test_agreement_with_the_golden_verdicts(record_property):
     with gzip.open(shared_path("golden/answers.json.gz")) as file:
-        cases = [case for case in json.load(file)["cases"] if not case["contestable"]]
+        cases = json.load(file)["cases"]
     verdicts = equal_many([(case["prediction"], case["reference"]) for case in cases])
-    wrong = [
-        (case["prediction"], case["reference"], case["equal"])
-        for case, verdict in zip(cases, verdicts, strict=True)
-        if verdict != case["equal"]
-    ]
-    agreement = 1 - len(wrong) / len(cases)
+    wrong = [c for c, verdict in zip(cases, verdicts, strict=True) if verdict != c["equal"]]
+    settled = [case for case in cases if not case["contestable"]]
+    agreement = 1 - sum(not case["contestable"] for case in wrong) / len(settled)
     record_property("agreement", agreement)
-    assert agreement >= 0.97, f"{agreement:.3f}; wrong: {wrong}"
+    assert agreement >= 0.99, wrong
+    assert [case for case in wrong if not case["equal"]] == []  # nothing wrong is accepted
+    document = (Path(__file__).parents[1] / "docs/answers.md").read_text()
+    listed = {line for line in document.splitlines() if line.startswith("| `")}
+    for case in wrong:
+        start = f"| `{case['prediction']}` | `{case['reference']}` | {str(case['equal']).lower()} |"
+        assert any(line.startswith(start) for line in listed), f"docs/answers.md lacks {start}"
+    assert len(listed) == len({(case["prediction"], case["reference"]) for case in wrong})
+
+
+def test_rewards_rejection_sampling_and_inference_judge_by_this_module():
+    package = Path(answers.__file__).parent
+    users = {
+        str(path.relative_to(package))
+        for path in package.rglob("*.py")
+        if "math_verify" in path.read_text() or "latex2sympy" in path.read_text()
+    }
+    assert users <= {"answers.py", "compare.py"}
+    assert "import equal_many, extract" in (package / "train/rollout.py").read_text()

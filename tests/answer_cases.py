@@ -1,0 +1,417 @@
+"""Triples for tests of answers: kind, prediction and reference, separated by tabs."""
+
+EQUAL = r"""
+number	1,234	1234
+number	1{,}234{,}567	1234567
+number	1\,234\,567.5	1,234,567.5
+number	-0.50	-1/2
+number	.5	\frac12
+number	1 1/2	\frac{3}{2}
+number	-2\frac{1}{3}	-\frac{7}{3}
+number	0.1\overline{6}	0.1\overline{6}
+number	3 \times 10^5	300000
+number	3\times10^{-2}	0.03
+number	1.5e3	1.5e3
+number	\frac{22}{7}	22/7
+number	2^{10}	1024
+number	\dfrac{-3}{4}	-\tfrac34
+number	−7	-7
+number	½	½
+root	\sqrt{8}	2\sqrt{2}
+root	2√2	\sqrt{8}
+root	sqrt(8)	2\sqrt2
+root	\frac{1}{\sqrt{2}}	\frac{\sqrt2}{2}
+root	\sqrt[3]{16}	2\sqrt[3]{2}
+root	8^{1/2}	2\sqrt2
+root	\sqrt{3+2\sqrt2}	1+\sqrt2
+formula	(x+1)^2	x^2+2x+1
+formula	x(x-1)	x^2-x
+formula	\frac{x^2-1}{x-1}	x+1
+formula	2\sin x\cos x	\sin(2x)
+formula	\log_2 8	3
+formula	\ln(e^2)	2
+formula	e^{i\pi}	-1
+formula	5!	120
+formula	\binom{5}{2}	10
+formula	n(n+1)/2	\frac{n^2+n}{2}
+formula	2*pi*r	2\pi r
+formula	x**2	x^2
+formula	|{-3}|	3
+formula	3x^2y-y	y(3x^2-1)
+formula	a_1+a_2	a_2+a_1
+formula	\alpha+\beta	\beta+\alpha
+formula	\sin^2\theta+\cos^2\theta	1
+formula	\frac{a}{b}	a/b
+formula	2^{n+1}	2\cdot2^n
+formula	\tan\frac{\pi}{4}	1
+formula	x	\frac{2x}{2}
+complex	2i+3	3+2i
+complex	(1+i)^2	2i
+complex	i^2	-1
+complex	1+2i^3	1-2i
+complex	\frac{1}{i}	-i
+choice	B	B
+choice	(B)	B
+choice	\textbf{(B)}	B
+choice	B)	B
+choice	\mathrm{B}	(B)
+choice	$B$	\text{B}
+unit	5 cm	5
+unit	5\text{ cm}	5\text{ centimeters}
+unit	5	5\text{ cm}
+unit	5\text{ apples}	5\text{ apples}
+unit	5	5\text{ apples}
+unit	25\%	25
+unit	25\%	25 percent
+unit	25%	25\%
+unit	\$1,200	1200
+unit	\$5	5 dollars
+unit	60\text{ mph}	60\text{ miles per hour}
+unit	60\text{ km/h}	60\text{ kilometers per hour}
+unit	12\text{ square inches}	12\text{ in}^2
+unit	12 \text{ cm}^{2}	12\,\mathrm{cm^2}
+unit	45^{\circ}	45\text{ degrees}
+unit	45°	45
+unit	\frac{\pi}{4}\text{ radians}	\frac{\pi}{4}
+unit	3\sqrt{2}\text{ m}	3\sqrt2
+unit	10 square units	10
+unit	\text{12 cm}	12 \text{ cm}
+unit	3\text{ in}	3 \text{ inches}
+unit	\$ 5	5\text{ dollars}
+unit	1{,}000\text{ km}	1000
+unit	100^\circ\text{C}	100^\circ \text{C}
+unit	2.5\text{ kg}	\frac{5}{2}\text{ kilograms}
+unit	1{,}200\text{ dollars}	\$1200
+list	1, 2, 3	3,2,1
+list	1, 2 and 3	1,2,3
+list	1, 2, and 3	1,2,3
+list	x = 1 \text{ or } x = 2	1, 2
+list	x=1, x=2	x=2,x=1
+list	\{1,2\}	1,2
+list	\{2, 1\}	\{1, 2\}
+list	\{ \frac12, 0.25 \}	\{\frac{1}{4}, 0.5\}
+list	\pm 3	3,-3
+list	x = \pm 3	-3, 3
+list	x=2,y=3	y=3,x=2
+list	\left\{1, 2\right\}	\{1,2\}
+list	\lbrace 1,2\rbrace	\{1,2\}
+list	1;2	1,2
+list	{1, 2}	\{2,1\}
+list	(1,2) \text{ and } (3,4)	(3,4), (1,2)
+tuple	(1, 2)	(1,2)
+tuple	\left(\frac{1}{2},3\right)	(0.5, 3)
+tuple	(x,y)=(1,2)	(1,2)
+tuple	(1,2),(3,4)	(3,4),(1,2)
+tuple	\{(1,2),(3,4)\}	(3,4),(1,2)
+tuple	\langle 1, 2 \rangle	\langle 1,2\rangle
+tuple	(1, -\sqrt4)	(1,-2)
+interval	[0, 1)	\left[0,1\right)
+interval	x\in[0,1)	[0,1)
+interval	(-\infty,3]	(-\infty, 3]
+interval	(1,2)\cup(3,4)	(3,4)\cup(1,2)
+interval	x \le 3	(-\infty, 3]
+interval	x \leq 3	3 \geq x
+interval	1<x<2	(1,2)
+interval	1 \le x < 2	2 > x \ge 1
+interval	x<1 \text{ or } x>2	(-\infty,1)\cup(2,\infty)
+interval	(-∞, 3]	(-\infty,3]
+interval	[0,\frac{1}{2}]	[0,0.5]
+interval	(-\infty, -1) \cup (1, \infty)	(1,\infty) \cup (-\infty,-1)
+interval	x<-1 \text{ or } x>1	(-\infty, -1) \cup (1, \infty)
+matrix	\begin{pmatrix}1&2\\3&4\end{pmatrix}	\begin{bmatrix} 1 & 2 \\ 3 & 4 \end{bmatrix}
+matrix	\begin{pmatrix}1/2\\3\end{pmatrix}	\begin{pmatrix} \frac{1}{2} \\ 3 \end{pmatrix}
+matrix	\left[\begin{matrix}1\\2\end{matrix}\right]	\begin{bmatrix}1\\2\end{bmatrix}
+equation	y = 2x + 1	y=1+2x
+equation	2x+1	y = 2x+1
+equation	x^2+y^2=4	y^2 = 4 - x^2
+equation	2x+4y=6	x+2y=3
+equation	y=5	5
+equation	f(x)=x^2	x^2
+equation	P = \frac{1}{3}	\frac13
+equation	3x > 6y	2y < x
+equation	x = \frac{1}{2}, y = 3	x=0.5,\ y=3
+equation	\frac{x^2}{4}+\frac{y^2}{9}=1	9x^2+4y^2=36
+text	\text{Yes}	yes
+text	No.	\text{no}
+text	right triangle	\text{Right triangle}
+text	\textbf{odd}	odd
+text	3 : 4	3:4
+text	\varnothing	\emptyset
+text	Monday	\text{Monday}
+text	red and blue	\text{red and blue}
+text	\text{A and B}	A and B
+text	\text{isosceles}	Isosceles
+base	1011_2	1011_{2}
+base	1A_{16}	1A_{16}
+wrap	\boxed{7}	7
+wrap	$\frac{1}{2}$	0.5
+wrap	**7**	7
+wrap	7.	7
+wrap	\(7\)	7
+wrap	\[7\]	7
+wrap	$\$18.90$.	\$18.90
+wrap	\displaystyle \frac12	\frac12
+"""
+
+UNEQUAL = r"""
+number	5	-5
+number	-5	5
+number	7	8
+number	1234	1235
+number	12.34	1234
+number	1,234	1.234
+number	0.33	\frac13
+number	0.333333333333	\frac13
+number	0.3333333333333333333333333	\frac13
+number	3.14159265358979	\pi
+number	1.41421356237310	\sqrt2
+number	0.0000001	0
+number	10^{-20}	0
+number	0.0000001	0.0000002
+number	1000000.0000001	1000000
+number	\sqrt2+10^{-30}	\sqrt2
+number	10^{-30}\pi	2\cdot10^{-30}\pi
+number	\pi 10^{-70}	0
+number	\frac{1}{2}	\frac{2}{1}
+number	1\frac12	\frac{1}{2}
+number	12/5	1\frac{2}{5}
+number	1 2	12
+number	1 2	2
+number	4\,5	45
+number	1 000 0	10000
+number	400	4
+number	0.04	4
+number	2.50	2.05
+number	1/0	2/0
+number	\infty	-\infty
+number	3e5	3
+number	1.000.000	1
+number	3 .5	3.5
+number	1, 234	1234
+number	0,123	123
+number	\pi+10^{-70}	\pi
+number	\sqrt2(1+10^{-70})	\sqrt2
+number	(1,234)	1234
+number	2e3	2000
+root	\sqrt{8}	2\sqrt{3}
+root	\sqrt[3]{8}	\sqrt{8}
+root	-\sqrt2	\sqrt2
+root	\sqrt{2}+\sqrt{3}	\sqrt{5}
+formula	(x+1)^2	x^2+1
+formula	x	X
+formula	x^2	y^2
+formula	\Delta	\delta
+formula	\sin x	\sin y
+formula	\sin x	\cos x
+formula	\sin 30^\circ	\sin 30
+formula	-x	x
+formula	x+1	x
+formula	abs	a
+formula	at	a
+formula	2x	2
+formula	\frac{x+1}{2}	x+\frac{1}{2}
+formula	n!	n
+formula	\int_0^1 x dx	\int_0^2 x dx
+formula	1+2+\ldots+9	1+2+9
+formula	\frac{0}{0}	1
+formula	x'	x
+formula	f'(x)	f(x)
+formula	aB	ab
+formula	xX	x^2
+formula	x(3)	x^3
+formula	x_1	x_2
+formula	x_1	x
+formula	x12	x_{12}
+formula	{3}{4}	7
+formula	2^3!	40320
+formula	x2	2x
+formula	2\frac{x}{3}	2+\frac{x}{3}
+formula	1/2x	\frac{1}{2x}
+formula	\sin 2x	2\sin x
+formula	\sin x^2	\sin^2 x
+formula	5 t	5
+formula	5 h	5
+formula	5 c	5
+formula	A	a
+formula	E	e
+formula	I	i
+formula	\log 100	\ln 100
+formula	|x|	x
+formula	\phi	\varphi
+complex	3-2i	3+2i
+complex	2i	2
+complex	2+7i^2	2+7i
+complex	i^2	i
+complex	i^3	i
+complex	i	1
+choice	A	B
+choice	A or B	A
+choice	A, B	A
+choice	A B	A
+choice	AB	A
+choice	ABCD	A
+choice	not A	A
+choice	A: no, B	B
+choice	(A)(B)	A
+choice	A/B	A
+choice	A^1	B
+choice	A1	A
+choice	\text{(C)}1	C
+unit	5\text{ cm}	5\text{ m}
+unit	5 cm	5 \text{ km}
+unit	500\text{ cm}	5\text{ m}
+unit	5\text{ cm}	5\text{ cm}^2
+unit	5\text{ cm}^3	5\text{ cm}^2
+unit	5\text{ hours}	5\text{ minutes}
+unit	5\text{ apples}	5\text{ pears}
+unit	5\text{ million}	5
+unit	5	5\text{ million}
+unit	5\text{ thousand}	5
+unit	5\text{ dozen}	5
+unit	5\text{ factorial}	5
+unit	5\text{ or 6}	5
+unit	5\text{ is wrong}	5
+unit	5 (or 6)	5
+unit	\$5	5 cents
+unit	\$5	500 cents
+unit	50\%	\frac12
+unit	0.5	50\%
+unit	50\%	0.5
+unit	5000\%	50
+unit	45^\circ	\frac{\pi}{4}
+unit	45^\circ	45\text{ radians}
+unit	20^\circ\text{C}	20^\circ\text{F}
+unit	60\text{ mph}	60\text{ km/h}
+unit	5s	5
+unit	5m	5
+unit	5x	5
+unit	5\text{ x}	5
+unit	5\text{K}	5
+unit	5\text{ pi}	5
+unit	\sqrt{2}\text{ m}	\sqrt{2}\text{ s}
+unit	5\%	\$5
+unit	5\text{ cm}	\$5
+unit	3\text{ ft}	1\text{ yd}
+unit	5\text{ and }6	5
+list	1,2	1,2,3
+list	1,2,3	1,2
+list	1,2,3,4,5,6,7,8,9	5
+list	1,1,2	1,2
+list	1,2,4	1,2,3
+list	-1,2	1,-2
+list	\{1,2\}	\{1,3\}
+list	\{\}	0
+list	\pm 3	3
+list	3	\pm 3
+list	\pm 3	\pm 4
+list	x=2,y=3	x=3,y=2
+list	2,3	x=3,y=2
+list	1,2	12
+list	1\text{ or }2	1
+list	1\text{ or }2	2
+list	1, \ldots, 9	1, 9
+list	1,2,,3	1,2,3
+tuple	(2,1)	(1,2)
+tuple	1,2	(1,2)
+tuple	(1,2)	\{1,2\}
+tuple	(1,2)	1,2
+tuple	(1,2,3)	(1,2)
+tuple	(1,2)	(1,2,3)
+tuple	(1,-2)	(1,2)
+tuple	(1,2),(3,4)	(1,4),(3,2)
+tuple	(1,2),(3,4)	(1,2,3,4)
+tuple	((1,2),3)	(1,2,3)
+interval	(0,1)	[0,1]
+interval	[0,1)	(0,1]
+interval	[0,1]	[0,2]
+interval	[0,1]	(0,1)
+interval	[0,1]	\{0,1\}
+interval	(1,2)\cup(3,4)	(1,2)\cap(3,4)
+interval	(1,2)\cup(3,4)	(1,2)
+interval	(1,2)\cup(3,4)	(1,2),(3,4)
+interval	x<3	x \le 3
+interval	x<3	x>3
+interval	x>3	(-\infty,3)
+interval	x<1 \text{ and } x>2	x<1 \text{ or } x>2
+interval	x<3	3
+interval	x \ne 3	3
+interval	(-\infty,3]	(\infty,3]
+interval	x \le 3	y \le 3
+interval	\mathbb{R}	\mathbb{Z}
+interval	(0,1)\setminus\{0.5\}	(0,1)
+interval	(0,1]\cup\{2\}	(0,1]
+matrix	\begin{pmatrix}1&2\\3&4\end{pmatrix}	\begin{pmatrix}1&3\\2&4\end{pmatrix}
+matrix	\begin{pmatrix}1\\2\end{pmatrix}	\begin{pmatrix}1&2\end{pmatrix}
+matrix	\begin{pmatrix}1\\2\end{pmatrix}	\begin{pmatrix}2\\1\end{pmatrix}
+matrix	\begin{vmatrix}1&2\\3&4\end{vmatrix}	\begin{pmatrix}1&2\\3&4\end{pmatrix}
+matrix	\begin{pmatrix}1&2\\3&4\end{pmatrix}	\begin{pmatrix}1&2&3&4\end{pmatrix}
+matrix	-\begin{pmatrix}1\\2\end{pmatrix}	\begin{pmatrix}1\\2\end{pmatrix}
+matrix	\begin{pmatrix}1&2\\3&4\end{pmatrix}^{-1}	\begin{pmatrix}1&2\\3&4\end{pmatrix}
+matrix	\begin{pmatrix}1&2\\3&4\end{pmatrix}	\begin{pmatrix}1&2\\3&5\end{pmatrix}
+matrix	\det\begin{pmatrix}1&0\\0&1\end{pmatrix}	1
+matrix	\begin{pmatrix}1\\2\\3\end{pmatrix}	\begin{pmatrix}1\\2\end{pmatrix}
+equation	y=2x	y=-2x
+equation	y=2x+1	y=2x-1
+equation	x=5	y=5
+equation	x=5	x=6
+equation	1=2=5	5
+equation	3=5	5
+equation	2x=5	5
+equation	x+y=5	5
+equation	x+y=5	x-y=5
+equation	x^2+y^2=4	x^2+y^2=2
+equation	x^2=-1	x^2=-4
+equation	0=0	x=y
+equation	3x>6y	x<2y
+equation	x<y	x=y
+equation	y^2=x^2	y=x
+equation	xy=x	y=1
+equation	y = 2x + 1	2y = 2x + 1
+equation	x = y = 5	5
+text	\text{east}	\text{seat}
+text	seat	\text{east}
+text	\text{yes}	\text{no}
+text	east or west	east
+text	north east	east
+text	not even	even
+text	odd	even
+text	\text{I do not know}	5
+text	The answer is 5	5
+text	5 is the answer	5
+text	5 because x = 7	5
+text	answer: 5	5
+text	Tuesday	Thursday
+text	even or odd	odd
+text	a:b	A:B
+text	Yes and no	yes
+text	\text{Evelyn Smith}	\text{Evelyn}
+text	undefined	0
+text	none	0
+text	\text{no solution}	\emptyset
+base	52_9	52_8
+base	25_8	52_8
+base	52	52_8
+base	42	52_8
+base	1010_2	1010
+trick	$1$ or $2$	2
+trick	$1$, $2$	2
+trick	1 $ 2	2
+trick	\boxed{1}\boxed{2}	2
+trick	\boxed{1} \boxed{2}	1
+trick	5 \text{(not 6)}	5
+trick	5\phantom{6}	5
+trick	\foo 5	5
+trick	\nonsense{42}	42
+trick	x = \foo = 42	42
+trick	5 % 6	5
+trick	?	5
+trick	*	5
+trick	( )	5
+trick	{}	0
+trick	\text{}	5
+trick	-	5
+trick	\frac{1}{}	1
+trick	\frac{}{1}	1
+trick	5...	5
+trick	42 !	42
+"""
