@@ -78,7 +78,7 @@ def table(known: dict) -> str:
                 f"{case['flops'] / 1e12:.1f}",
                 f"{case['least_s']:.2f}",
                 f"{case['step_least_s']:.1f}",
-                "yes" if case["fits"] else f"no: {case['advice'].split(' (')[0]}",
+                "yes" if case["fits"] else f"no: {case['advice'].rsplit(' (', 1)[0]}",
             ]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

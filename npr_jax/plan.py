@@ -377,7 +377,9 @@ def _advice(found: dict, mesh: Mesh, host: int, run: Run) -> str:
         "decode": found["decode_temp"],
     }
     shares = ", ".join(f"{name} {size / GIB:.1f} GiB" for name, size in sizes.items())
-    match max(sizes, key=sizes.get):
+    # What is resident has to fit before anything is computed.
+    resident = state + found["engine_weights"] >= found["hbm"]
+    match max(("state", "weights") if resident else sizes, key=sizes.get):
         case "state":
             what = "make mesh.fsdp larger, which takes more chips (mesh.data should be 1)"
         case "weights":
