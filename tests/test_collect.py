@@ -141,6 +141,8 @@ def test_the_summary_tells_what_was_truncated_and_which_rules_were_broken(model)
 def test_a_gap_between_sampler_and_trainer_warns_and_then_stops(caplog):
     check_gap(1, {}, 0.05, 0.5)  # nothing was trained
     check_gap(1, {"logp_gap": 0.01, "logp_gap_max": 0.2}, 0.05, 0.5)
+    bad = {"logp_gap": float("nan"), "logp_gap_max": float("nan"), "nonfinite": 1}
+    check_gap(1, bad, 0.05, 0.5)  # was skipped and counted: NonfiniteGuard's affair
     assert not caplog.records
     check_gap(2, {"logp_gap": 0.1, "logp_gap_max": 0.2}, 0.05, 0.5)
     assert "more than train.gap_warn=0.05" in caplog.text

@@ -15,13 +15,13 @@ def check_gap(step: int, metrics: Mapping[str, Scalar], warn: float, stop: float
     or set of weights makes it large. Raises FloatingPointError above `stop`.
     """
     gap = metrics.get("logp_gap", 0.0)
-    if gap <= warn:
-        return  # and is a number
+    if metrics.get("nonfinite") or gap <= warn:
+        return  # what is not finite was skipped, and NonfiniteGuard counts it
     said = (
         f"step {step}: the sampler's log-probs and the trainer's differ by {gap:.3g} in the mean "
         f"and {metrics['logp_gap_max']:.3g} at most"
     )
-    if not gap <= stop:
+    if not gap <= stop:  # or it is no number
         raise FloatingPointError(
             f"{said}, more than train.gap_stop={stop}: what is trained is not what was sampled. "
             "The last checkpoint is from before this step; look for another compute_dtype, "
