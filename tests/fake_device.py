@@ -65,7 +65,7 @@ class Device:
         )
         drawn = np.zeros((len(tokens), self.steps), np.int32)
         count = np.zeros(len(tokens), np.int32)
-        stopped, step = np.zeros(len(tokens), bool), 0
+        stopped = np.zeros(len(tokens), bool)
         for step in range(min(limit, self.steps)):
             live = ~frozen & (left > 0) & (ranks < rows.base[:, -1])
             if not live.any():
@@ -82,7 +82,7 @@ class Device:
         return (
             pool,
             LaneState(tokens, positions, ranks, left, frozen),
-            Drawn(drawn, figures, figures, figures, count, stopped, count * 0 + step),
+            Drawn(drawn, figures, figures, figures, count, stopped, count * 0 + count.max()),
         )
 
 
@@ -120,7 +120,10 @@ def check_answer(answer) -> None:
     """Every sampled token is what the function says of what the layout lets it see."""
     tree, tokens = answer.layout, answer.token_ids
     sampled = np.flatnonzero(~answer.forced)
-    for t in sampled[sampled >= answer.prompt_len]:
+    drawn = sampled[sampled >= answer.prompt_len]
+    assert (answer.step[drawn] > answer.step[tree.pred[drawn]]).all(), "before its predictor"
+    assert (np.delete(answer.step, drawn) == -1).all()
+    for t in drawn:
         p = tree.pred[t]
         k = np.arange(p + 1)
         hidden = ((tree.hidden[: p + 1, :, 0] <= p) & (p < tree.hidden[: p + 1, :, 1])).any(axis=1)

@@ -44,6 +44,7 @@ def judged(model, correct, violations=(), seed=0, reason="stop", length=None):
         logp=np.zeros(len(ids), np.float32),
         logp_sampled=np.zeros(len(ids), np.float32),
         margin=np.zeros(len(ids), np.float32),
+        step=np.full(len(ids), -1, np.int32),
         forced=tree.forced,
         text="",
         finish_reason=reason,

@@ -399,6 +399,7 @@ class Engine:
         self._clock.wait()
         drawn = flight.read()
         self._clock.go_on()
+        first = self.runner.stats["decode_steps"]
         self.runner.stats["decode_steps"] += int(drawn.steps.max())
         figures = (drawn.tokens, drawn.logp, drawn.logp_sampled, drawn.margin)
         columns = [figure.tolist() for figure in figures]
@@ -411,7 +412,8 @@ class Engine:
             if not count:
                 continue
             line.tail.computed += count
-            self._grower.advance(line, *(column[lane][:count] for column in columns))
+            drawn_by = (column[lane][:count] for column in columns)
+            self._grower.advance(line, *drawn_by, list(range(first, first + count)))
             if drawn.frozen[lane] and line.lane is not None:
                 line.seat += 1  # the tag was no event: the lane goes on
                 line.flying = 0
@@ -479,6 +481,7 @@ class Engine:
             logp=column("logp", np.float32),
             logp_sampled=column("logp_sampled", np.float32),
             margin=column("margin", np.float32),
+            step=column("step", np.int32),
             forced=forced,
             text=text,
             finish_reason=reason,

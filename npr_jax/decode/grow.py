@@ -35,8 +35,9 @@ class Grower:
         self._fold_keys, self._finish, self._emit = fold, finish, emit
         self.stats = {"sampled_tokens": 0, "forks": 0, "joins": 0}
 
-    def advance(self, line: Line, tokens: list[int], *figures: list[float]) -> None:
-        """Takes the tokens drawn for a line, with log-probs and margins, and acts on the last."""
+    def advance(self, line: Line, tokens: list[int], *figures: list) -> None:
+        """Takes the tokens drawn for a line, with log-probs, margins and steps, and acts on the
+        last."""
         if line.script:
             line.tail.append(tokens, *figures)
             self.stats["sampled_tokens"] += len(tokens)

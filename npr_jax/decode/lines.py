@@ -29,6 +29,7 @@ class Segment:
         self.logp: list[float] = []
         self.logp_sampled: list[float] = []
         self.margin: list[float] = []
+        self.step: list[int] = []
         self.forced: list[bool] = []
         self.pages: list[int] = []
         self.row: np.ndarray | None = None  # `pages` as an array; None where they have changed
@@ -38,14 +39,16 @@ class Segment:
 
     def append_known(self, tokens, forced: bool) -> None:
         """Adds tokens that were not sampled: the prompt (forced False) or a header."""
-        self.append(tokens, *([[0.0] * len(tokens)] * 3), forced=forced)
+        zeros = [0.0] * len(tokens)
+        self.append(tokens, zeros, zeros, zeros, [-1] * len(tokens), forced)
 
-    def append(self, tokens, logp, logp_sampled, margin, forced: bool = False) -> None:
+    def append(self, tokens, logp, logp_sampled, margin, step, forced: bool = False) -> None:
         """Adds tokens with their figures."""
         self.tokens.extend(tokens)
         self.logp.extend(logp)
         self.logp_sampled.extend(logp_sampled)
         self.margin.extend(margin)
+        self.step.extend(step)
         self.forced.extend([forced] * len(tokens))
 
 

@@ -31,6 +31,8 @@ class Trajectory:
         for the prompt and for forced tokens.
       logp_sampled: f32[T], the same under the distribution that was sampled from.
       margin: f32[T], by how much the token won (the perturbed logits, best minus second).
+      step: i32[T], the engine's decode step (`Engine.stats`) that drew the token; -1 for the prompt
+        and for forced tokens.
       forced: bool[T], tokens of the response that the engine wrote.
       text: of the response; None without a tokenizer.
       finish_reason: one of FINISH_REASONS; `detail` says more.
@@ -43,6 +45,7 @@ class Trajectory:
     logp: np.ndarray
     logp_sampled: np.ndarray
     margin: np.ndarray
+    step: np.ndarray
     forced: np.ndarray
     text: str | None
     finish_reason: str
