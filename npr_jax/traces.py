@@ -21,7 +21,7 @@ class Trace:
     """One answer to one problem, T tokens in depth-first order, prompt and response.
 
     Attributes:
-      problem, reference: as texts; reference is None where there is no right answer to compare with.
+      problem, reference: as texts; reference is None where there is no answer to compare with.
       token_ids: T ids; pieces: T texts, which joined are the whole text (a character that spans
         several tokens stands at the last of them).
       prompt_len: tokens before the response.
