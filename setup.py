@@ -39,7 +39,7 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
-        "dev": ["pytest", "hypothesis", "chex", "ruff"],
+        "dev": ["pytest", "pytest-xdist", "hypothesis", "chex", "ruff"],
     },
     entry_points={"console_scripts": ["npr-jax=npr_jax.cli:main"]},
 )

@@ -1,5 +1,6 @@
 """What the stages make of judged answers: which are left out, and what the others are worth."""
 
+import dataclasses
 import random
 
 import numpy as np
@@ -110,6 +111,55 @@ def test_what_the_engine_forced_is_not_trained_on(model, monkeypatch):
             assert example.layout.forced.sum() > 10
 
 
+def test_what_the_engine_forced_is_trained_on_if_asked_for(model, monkeypatch):
+    config = load_config(papo.PapoConfig, "tiny_papo", ["train_forced=true"])
+    groups = [[judged(model, True), judged(model, False)]]
+    for example in collect(papo, config, groups, monkeypatch, model).groups[0]:
+        assert example.loss_mask[example.layout.prompt_len :].all()
+        assert not example.loss_mask[: example.layout.prompt_len].any()
+
+
+def test_papo_can_divide_by_the_std_of_each_group(model, monkeypatch):
+    config = load_config(papo.PapoConfig, "tiny_papo", ["advantage=group_std"])
+    groups = [
+        [judged(model, right) for right in (True, True, False)],
+        [judged(model, right) for right in (True, False)],
+    ]
+    found = advantages(collect(papo, config, groups, monkeypatch, model))
+    for ours, rewards in zip(found, ([1, 1, -1], [1, -1]), strict=True):
+        expected = (np.array(rewards) - np.mean(rewards)) / np.std(rewards, ddof=1)
+        np.testing.assert_allclose(ours, expected, rtol=1e-4)
+
+
+def test_papo_can_train_under_the_released_layout(model, monkeypatch):
+    config = load_config(papo.PapoConfig, "tiny_papo", ["layout=reference"])
+    cut = judged(model, False, reason="length", length=-9)
+    groups = [[judged(model, True), judged(model, False), cut]]
+    collected = collect(papo, config, groups, monkeypatch, model)
+    assert collected.metrics["filtered"] == 1  # there is no such layout of it
+    for example in collected.groups[0]:
+        tree = parse(example.token_ids, example.layout.prompt_len, model.tags, rule="reference")
+        assert np.array_equal(example.layout.positions, tree.positions)
+        assert np.array_equal(example.layout.hidden, tree.hidden)
+    with pytest.raises(ValueError, match=r"engine\.max_depth is 2, needed is 1"):
+        load_config(papo.PapoConfig, "tiny_papo", ["layout=reference", "engine.max_depth=2"])
+    with pytest.raises(ValueError, match="objective is 'ppo', needed is one of"):
+        load_config(papo.PapoConfig, "tiny_papo", ["objective=ppo"])
+
+
+def test_beta_learns_under_the_layout_that_it_is_told(model):
+    answer = judged(model, True).trajectory
+    record = {"accepted": [answer.token_ids.tolist()], "prompt_len": answer.prompt_len}
+    (strict,) = beta.make_examples([record], model.tags)
+    (causal,) = beta.make_examples([record], model.tags, "causal")
+    (reference,) = beta.make_examples([record], model.tags, "reference", train_forced=True)
+    assert np.array_equal(causal.layout.positions, np.arange(len(causal.token_ids)))
+    assert np.array_equal(causal.loss_mask, strict.loss_mask)
+    assert not causal.layout.hidden.any() and strict.layout.hidden.any()
+    assert (reference.layout.positions != strict.layout.positions).any()
+    assert reference.loss_mask.sum() == len(reference.token_ids) - answer.prompt_len
+
+
 def test_beta_accepts_only_what_is_finished_well_formed_right_and_short_enough(model):
     good = judged(model, True)
     size = len(good.trajectory.token_ids)
@@ -125,10 +175,15 @@ def test_the_parts_of_the_reward_add_up_to_it(model):
     config = load_config(zero.ZeroConfig, "tiny_zero", ["overlong_buffer=150", "max_tokens=160"])
     rollouts = [judged(model, True), judged(model, False), judged(model, True, BAD)]
     rewards = [zero.reward_of(rollout, config) for rollout in rollouts]
-    parts = zero.reward_parts(rollouts, rewards)
+    parts = zero.reward_parts(rollouts, rewards, config.reward)
     assert sum(parts.values()) == pytest.approx(np.mean(rewards))
     assert parts["format"] == pytest.approx(rewards[2] / 3)
     assert parts["accuracy"] == 0 and parts["overlong"] < 0
+    config = dataclasses.replace(config, reward="accuracy", overlong_buffer=0)
+    rewards = [zero.reward_of(rollout, config) for rollout in rollouts]
+    assert rewards == [1, -1, 1]  # the last breaks the format
+    parts = zero.reward_parts(rollouts, rewards, config.reward)
+    assert parts == {"format": 0, "accuracy": pytest.approx(1 / 3), "overlong": pytest.approx(0)}
 
 
 def test_the_summary_tells_what_was_truncated_and_which_rules_were_broken(model):

@@ -25,7 +25,7 @@ def evaluate(
     """One answer to every problem at temperature 1: rates and means, and the answers."""
     sampling = SamplingParams(max_tokens=max_tokens, parallel=parallel)
     answers, seeds = [p.answer for p in problems], (seed, EVALUATION)
-    roll_out(engine, prompts, answers, sampling, seeds)  # compiles; the next one is timed
+    engine.warmup(sampling)
     steps, begun = engine.stats()["decode_steps"], time.perf_counter()
     groups = roll_out(engine, prompts, answers, sampling, seeds)
     seconds = time.perf_counter() - begun

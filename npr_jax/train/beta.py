@@ -27,9 +27,10 @@ from npr_jax.train.fit import FitConfig, fit
 from npr_jax.train.log import Report, RunLog
 from npr_jax.train.rollout import BETA, Rollout, encode_problems, engine_params, roll_out
 from npr_jax.train.rows import Example
-from npr_jax.tree import TagIds, TraceError, parse
+from npr_jax.tree import TagIds, TraceError, layout, parse
 
 MAX_DEPTH = 1  # what the format check accepts
+LAYOUTS = ("strict", "reference", "causal")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +68,9 @@ class BetaConfig:
       model: the seed model, which is trained.
       sampler_model: the model of stage 1, which is sampled from.
       problems, output, seed: as in the other stages.
+      layout: what answers are learnt under: "strict", as the engine decodes; "reference", the
+        released trainer's masks and positions; or "causal", as plain text.
+      train_forced: whether tokens that the engine writes count in the loss, as in the released code.
       engine, sample, fit, mesh: see EngineConfig, SampleConfig, FitConfig and MeshConfig.
     """
 
@@ -79,6 +83,12 @@ class BetaConfig:
     sample: SampleConfig
     fit: FitConfig
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    layout: str = "strict"
+    train_forced: bool = False
+
+    def __post_init__(self):
+        if self.layout not in LAYOUTS:
+            raise ValueError(f"layout is {self.layout!r}, needed is one of {LAYOUTS}")
 
 
 def run(config: BetaConfig, report: Report | None = None) -> Path:
@@ -101,7 +111,7 @@ def _train(config: BetaConfig, output: Path, report: Report | None) -> Model:
     records = sample(config, output / "accepted.jsonl", report, mesh)
     with preempt.interruptible():
         model = load(config.model, seed=config.seed, tags=True, mesh=mesh)
-    examples = make_examples(records, model.tags)
+    examples = make_examples(records, model.tags, config.layout, config.train_forced)
     if not examples:
         raise ValueError(
             f"none of {len(records)} problems got an accepted answer in sample.tries="
@@ -233,15 +243,20 @@ def accepts(rollout: Rollout, tags: TagIds, row_len: int) -> bool:
     return len(tokens) <= row_len
 
 
-def make_examples(records: Iterable[dict], tags: TagIds) -> list[Example]:
+def make_examples(
+    records: Iterable[dict], tags: TagIds, rule: str = "strict", train_forced: bool = False
+) -> list[Example]:
     """Accepted answers with canonical framing, as trees; what the engine will force is masked."""
     examples = []
     for record in records:
         for ids in record["accepted"]:
             tokens = canonical(ids, record["prompt_len"], tags, MAX_DEPTH)
-            tree = parse(tokens, record["prompt_len"], tags, max_depth=MAX_DEPTH)
-            mask = ~tree.forced
+            known = "strict" if rule == "causal" else rule
+            tree = parse(tokens, record["prompt_len"], tags, known, max_depth=MAX_DEPTH)
+            mask = ~tree.forced | train_forced
             mask[: tree.prompt_len] = False
+            if rule == "causal":
+                tree = layout(len(tokens), prompt_len=tree.prompt_len)
             examples.append(Example(tokens, tree, mask))
     return examples
 

@@ -14,7 +14,7 @@ import numpy as np
 from npr_jax.decode import Engine, SamplingParams, Trajectory
 from npr_jax.distributed import gather, gather_all, mine
 from npr_jax.train import rl
-from npr_jax.train.advantages import batch_std
+from npr_jax.train.advantages import batch_std, group_std
 from npr_jax.train.log import Report
 from npr_jax.train.rewards import papo_reward
 from npr_jax.train.rollout import PAPO, Rollout, roll_out, sampled_example, summary
@@ -23,6 +23,9 @@ from npr_jax.train.step import Objective
 from npr_jax.tree import TagIds, TraceError, parse
 
 MALFORMED = ("filter", "penalty")
+ADVANTAGES = {"batch_std": batch_std, "group_std": group_std}
+OBJECTIVES = ("papo", "dapo")
+LAYOUTS = ("strict", "reference")
 MALFORMED_REWARD = -2.0  # below WRONG
 
 
@@ -36,16 +39,38 @@ class PapoConfig(rl.RLConfig):
         them a reward below that of a wrong answer.
       acceleration, acceleration_cap: of the reward for tokens off the critical path
         (`rewards.papo_reward`); 0 is the paper's.
+      advantage: "batch_std" is the paper's, "group_std" DAPO's.
+      objective: "papo" is the paper's; "dapo" weighs by importance and clips, which does something
+        from the second of several minibatches on.
+      train_forced: whether tokens that the engine wrote count in the loss, as in the released code.
+        They have no log-prob of the sampler: `logp_gap` then says how surprising they are.
+      layout: what answers are trained under. "strict" is what the engine does, "reference" the
+        released trainer's masks and positions; answers that it cannot lay out are left out.
     """
 
     malformed: str = "filter"
     acceleration: float = 0.0
     acceleration_cap: float = 0.5
+    advantage: str = "batch_std"
+    objective: str = "papo"
+    train_forced: bool = False
+    layout: str = "strict"
 
     def __post_init__(self):
         super().__post_init__()
-        if self.malformed not in MALFORMED:
-            raise ValueError(f"malformed is {self.malformed!r}, needed is one of {MALFORMED}")
+        for name, known in (
+            ("malformed", MALFORMED),
+            ("advantage", tuple(ADVANTAGES)),
+            ("objective", OBJECTIVES),
+            ("layout", LAYOUTS),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, needed is one of {known}")
+        if self.layout == "reference" and self.engine.max_depth != 1:
+            raise ValueError(
+                f"engine.max_depth is {self.engine.max_depth}, needed is 1: layout='reference' has "
+                "no nested blocks"
+            )
         for name in ("acceleration", "acceleration_cap"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, needed is from 0 to 1")
@@ -60,8 +85,11 @@ def run(config: PapoConfig, report: Report | None = None) -> Path:
     def collect(engine: Engine, feed: rl.Feed, step: int) -> rl.Collected:
         return collect_groups(engine, feed, step, config)
 
-    depth = config.engine.max_depth + 2  # the tree's, and one each for the group and the row
-    return rl.train(PAPO, config, Objective("papo"), collect, depth, report)
+    # The tree's, and one each for the group and the row.
+    depth = config.engine.max_depth + 2
+    if config.layout == "reference":
+        depth = max(1, config.engine.max_branches - 1) + 2
+    return rl.train(PAPO, config, Objective(config.objective), collect, depth, report)
 
 
 def collect_groups(engine: Engine, feed: rl.Feed, step: int, config: PapoConfig) -> rl.Collected:
@@ -97,13 +125,29 @@ def collect_groups(engine: Engine, feed: rl.Feed, step: int, config: PapoConfig)
         return rl.Collected([], [], metrics)
     advantages = {
         entry[:2]: advantage
-        for entry, advantage in zip(batch, batch_std(rewards, labels), strict=True)
+        for entry, advantage in zip(
+            batch, ADVANTAGES[config.advantage](rewards, labels), strict=True
+        )
     }
     groups: dict[int, list[Example]] = {}
     for i, (number, rollout, _) in enumerate(kept):
-        example = sampled_example(rollout.trajectory, advantages[number, i])
+        example = example_of(rollout.trajectory, advantages[number, i], engine.tags, config)
         groups.setdefault(number, []).append(example)
     return rl.Collected(list(groups.values()), rl.places(list(groups)), metrics)
+
+
+def example_of(
+    trajectory: Trajectory, advantage: float, tags: TagIds, config: PapoConfig
+) -> Example:
+    """What is trained of one answer, and under which layout."""
+    example = sampled_example(trajectory, advantage)
+    if config.train_forced:
+        everything = np.arange(len(example.token_ids)) >= trajectory.prompt_len
+        example = dataclasses.replace(example, loss_mask=everything)
+    if config.layout == "reference":
+        tree = parse(trajectory.token_ids, trajectory.prompt_len, tags, rule="reference")
+        example = dataclasses.replace(example, layout=tree)
+    return example
 
 
 def reward_of(rollout: Rollout, tags: TagIds, config: PapoConfig) -> float | None:
@@ -120,6 +164,7 @@ def reward_of(rollout: Rollout, tags: TagIds, config: PapoConfig) -> float | Non
         )
     # What the engine had no room for says nothing about the policy.
     policy = trajectory.finish_reason not in ("pages_exhausted", "aborted")
+    policy = policy and config.layout == "strict"  # the other rule lays out whole trees only
     return MALFORMED_REWARD if policy and config.malformed == "penalty" else None
 
 

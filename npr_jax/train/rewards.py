@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from npr_jax.format import Violation
 
-RULES = ("ordered", "paper")
+RULES = ("ordered", "paper", "accuracy")
 RIGHT, WRONG = 1.0, -1.0
 MILD = 0.1  # severity of a defect of a whole tree; several add up to at most MOST_MILD
 MOST_MILD = 0.4
@@ -57,7 +57,8 @@ def zero_reward(
       prompt_len, num_tokens: tokens of the prompt, and of prompt and response.
       rule: "ordered": right 1, wrong -1, malformed `format_penalty`, in [-2, -1). "paper", the
         literal rule of arXiv 2512.07461: malformed -2 times `severity`, in [-2, 0), else ±1; a
-        mild defect then pays more than a wrong answer.
+        mild defect then pays more than a wrong answer. "accuracy": ±1 whatever the format, as in
+        the released code.
       max_tokens, overlong_buffer, overlong_penalty: a response that enters the last
         `overlong_buffer` of `max_tokens` response tokens loses up to `overlong_penalty`, linearly
         (DAPO, arXiv 2503.14476). 0 switches it off. Under "ordered" only well-formed responses lose
@@ -72,6 +73,8 @@ def zero_reward(
         into = num_tokens - prompt_len - (max_tokens - overlong_buffer)
         overlong = overlong_penalty * min(1.0, max(0.0, into / overlong_buffer))
     base = RIGHT if correct else WRONG
+    if rule == "accuracy":
+        return base - overlong
     if rule == "paper":
         bad = severity(violations, prompt_len, num_tokens)
         return (-2.0 * bad if bad else base) - overlong

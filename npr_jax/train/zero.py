@@ -30,7 +30,7 @@ class ZeroConfig(rl.RLConfig):
     Attributes:
       max_refills: rounds of further problems for dropped groups.
       clip_low, clip_high, dual_clip: of the policy loss (`losses.dapo`).
-      reward: "ordered" or "paper" (`rewards.zero_reward`).
+      reward: "ordered", "paper" or "accuracy" (`rewards.zero_reward`).
       overlong_buffer, overlong_penalty: of the same; a buffer of 0 is off.
     """
 
@@ -91,7 +91,7 @@ def collect_groups(engine: Engine, feed: rl.Feed, step: int, config: ZeroConfig)
         found = sum(gather(len(groups)))
     metrics = summary(everything) | {
         "reward": float(np.mean(gather_all(all_rewards))),
-        **{f"reward/{name}": mean for name, mean in reward_parts(everything, all_rewards).items()},
+        **{f"reward/{name}": mean for name, mean in reward_parts(everything, all_rewards, config.reward).items()},
         "groups": found,
         "groups_dropped": taken - found,
         "rounds": rounds,
@@ -99,12 +99,12 @@ def collect_groups(engine: Engine, feed: rl.Feed, step: int, config: ZeroConfig)
     return rl.Collected(groups, rl.places(keys), metrics)
 
 
-def reward_parts(rollouts: list[Rollout], rewards: list[float]) -> dict[str, float]:
+def reward_parts(rollouts: list[Rollout], rewards: list[float], rule: str) -> dict[str, float]:
     """What the mean reward of all processes is made of; the parts add up to it."""
     parts = []
     for rollout, reward in zip(rollouts, rewards, strict=True):
         base = RIGHT if rollout.correct else WRONG
-        malformed = bool(rollout.violations)
+        malformed = bool(rollout.violations) and rule != "accuracy"
         parts.append((reward if malformed else 0.0, 0.0 if malformed else base))
     table = np.array(gather_all([(*part, r) for part, r in zip(parts, rewards, strict=True)]))
     form, accuracy, whole = table.mean(axis=0)
