@@ -1,4 +1,4 @@
-"""A line chart with logarithmic axes as SVG, for the figures of docs/images."""
+"""Charts as SVG for the figures of docs/images: lines on logarithmic axes, and dots in rows."""
 
 import html
 import math
@@ -50,4 +50,36 @@ def log_chart(
         parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"/>')
         x, y = place(*line[-1])
         parts.append(text(x + 8, y + 4, name, "start", f' style="fill:{color}"'))
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def dot_chart(title: str, rows: Mapping[str, Sequence[float]]) -> str:
+    """A row of dots for every name, values from 0 to 1, with a bar at their mean."""
+    left, right, line = 300, 24, 26
+    height, width = TOP + line * len(rows) + 34, 720
+
+    def place(value: float) -> float:
+        return left + value * (width - left - right)
+
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
+        f'height="{height}" font-family="system-ui, sans-serif" font-size="12" fill="#777">',
+        f'<text x="16" y="18" font-weight="600">{html.escape(title)}</text>',
+    ]
+    bottom = TOP + line * len(rows)
+    for tick in (0, 0.25, 0.5, 0.75, 1):
+        x = place(tick)
+        parts.append(f'<line x1="{x}" x2="{x}" y1="{TOP}" y2="{bottom}" stroke="#8884"/>')
+        parts.append(f'<text x="{x}" y="{bottom + 18}" text-anchor="middle">{tick:g}</text>')
+    for number, (name, values) in enumerate(rows.items()):
+        y, mean = TOP + line * (number + 0.5), place(sum(values) / len(values))
+        parts.append(f'<text x="16" y="{y + 4}">{html.escape(name)}</text>')
+        parts.append(
+            f'<line x1="{mean:.1f}" x2="{mean:.1f}" y1="{y - 9}" y2="{y + 9}" '
+            f'stroke="{COLORS[1]}" stroke-width="3"/>'
+        )
+        parts += [
+            f'<circle cx="{place(v):.1f}" cy="{y}" r="4" fill="{COLORS[0]}" fill-opacity="0.6"/>'
+            for v in values
+        ]
     return "\n".join([*parts, "</svg>"]) + "\n"

@@ -194,17 +194,24 @@ def text() -> str:
     return "\n".join(line for part in parts if part for line in [*part, ""])
 
 
+def replace_between(path: Path, begin: str, end: str, new: str, check: bool = False) -> bool:
+    """Puts `new` between two marks of a file, unless it is only to be checked; returns whether it
+    stood there."""
+    old = path.read_text(encoding="utf-8")
+    head, tail = old[: old.index(begin) + len(begin)], old[old.index(end) :]
+    whole = f"{head}\n{new.rstrip()}\n{tail}"
+    if not check:
+        path.write_text(whole, encoding="utf-8")
+    return whole == old
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
-    readme = ROOT / "README.md"
-    old = readme.read_text(encoding="utf-8")
-    begin, end = old.index(BEGIN) + len(BEGIN), old.index(END)
-    new = f"{old[:begin]}\n{text()}{old[end:]}"
+    same = replace_between(ROOT / "README.md", BEGIN, END, text(), check)
     if check:
-        sys.exit(0 if new == old else 1)
-    readme.write_text(new, encoding="utf-8")
+        sys.exit(0 if same else 1)
     if TRAINING.exists() and "lengths" in load("train"):
         PLOT.write_text(draw_row_lengths(load("train")["lengths"]), encoding="utf-8")
 

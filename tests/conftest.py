@@ -1,5 +1,4 @@
-"""Shared fixtures: eight host devices, one cache of compiled programs, the folder with golden data.
-"""
+"""Shared fixtures: eight host devices, one cache of compiled programs, golden data."""
 
 import atexit
 import importlib.util

@@ -70,7 +70,7 @@ class BetaConfig:
       problems, output, seed: as in the other stages.
       layout: what answers are learnt under: "strict", as the engine decodes; "reference", the
         released trainer's masks and positions; or "causal", as plain text.
-      train_forced: whether tokens that the engine writes count in the loss, as in the released code.
+      train_forced: whether tokens that the engine writes count too, as in the released code.
       engine, sample, fit, mesh: see EngineConfig, SampleConfig, FitConfig and MeshConfig.
     """
 

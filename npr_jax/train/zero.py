@@ -91,7 +91,10 @@ def collect_groups(engine: Engine, feed: rl.Feed, step: int, config: ZeroConfig)
         found = sum(gather(len(groups)))
     metrics = summary(everything) | {
         "reward": float(np.mean(gather_all(all_rewards))),
-        **{f"reward/{name}": mean for name, mean in reward_parts(everything, all_rewards, config.reward).items()},
+        **{
+            f"reward/{name}": mean
+            for name, mean in reward_parts(everything, all_rewards, config.reward).items()
+        },
         "groups": found,
         "groups_dropped": taken - found,
         "rounds": rounds,

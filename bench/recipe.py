@@ -1,0 +1,199 @@
+"""What each part of the recipe does on the demo's task: three stages, several seeds, ablations.
+
+    python bench/recipe.py run --runs runs/recipe --seeds 0 1 2 3 4      # hours; resumable
+    python bench/recipe.py table                                         # docs/recipe.md, the plot
+
+An arm is the demo's recipe with a few settings changed. Stages that an arm does not touch are
+trained once per seed and shared. Every arm is measured on the same 512 fresh problems of its seed,
+one answer each at temperature 1. What is measured goes to bench/results/recipe/SEED.json at once;
+runs and measurements that are there are not made again. Several processes may work on different
+seeds.
+"""
+
+import argparse
+import dataclasses
+import json
+import platform
+import statistics
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+from plot import dot_chart
+from table import markdown, replace_between
+
+from npr_jax.compilation import use_cache
+from npr_jax.config import load_config
+from npr_jax.demo import make_problems, make_seed, measure
+from npr_jax.pretrained import load
+from npr_jax.train import beta, papo, zero
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results" / "recipe"
+DOCS = ROOT / "docs" / "recipe.md"
+PLOT = ROOT / "docs" / "images" / "recipe.svg"
+BEGIN, END = "<!-- made by bench/recipe.py -->", "<!-- end -->"
+STAGES = {"zero": zero.ZeroConfig, "beta": beta.BetaConfig, "papo": papo.PapoConfig}
+RUN = {"zero": zero.run, "beta": beta.run, "papo": papo.run}
+NO_GAP = ["train.gap_warn=1e9", "train.gap_stop=1e9"]  # it is what these arms are about
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """What an arm is called, and the settings that it changes in each stage."""
+
+    title: str
+    zero: tuple[str, ...] = ()
+    beta: tuple[str, ...] = ()
+    papo: tuple[str, ...] = ()
+    seeds: int = 5  # the first so many of those asked for
+
+
+ARMS = {
+    "base": Arm("the recipe"),
+    "no_format_reward": Arm("Zero without format reward", zero=("reward=accuracy",)),
+    "causal_sft": Arm("Beta under a causal mask", beta=("layout=causal",)),
+    "reference": Arm(
+        "`reference` layout in Beta and PAPO",
+        beta=("layout=reference",),
+        papo=("layout=reference", *NO_GAP),
+    ),
+    "forced": Arm(
+        "forced tokens in the loss of Beta and PAPO",
+        beta=("train_forced=true",),
+        papo=("train_forced=true", *NO_GAP),
+    ),
+    "group_std": Arm("PAPO with each group's std", papo=("advantage=group_std",)),
+    "off_policy": Arm("PAPO with 4 optimizer steps a batch", papo=("minibatches=4",)),
+    "clip": Arm(
+        "PAPO with 4 optimizer steps a batch, clipped",
+        papo=("minibatches=4", "objective=dapo"),
+    ),
+    "acceleration": Arm(
+        "PAPO with the acceleration reward", papo=("acceleration=0.5", "acceleration_cap=0.5")
+    ),
+}
+# What is measured: (stage, how it is decoded), for the stages that an arm changes.
+MEASURED = {"zero": "sequential", "beta": "parallel", "papo": "parallel"}
+
+
+def directories(home: Path, arm: Arm, name: str) -> dict[str, Path]:
+    """Where each stage of an arm lies: with the base's, as long as nothing before it differs."""
+    places, changed = {}, False
+    for stage in STAGES:
+        changed = changed or bool(getattr(arm, stage))
+        places[stage] = home / (name if changed else "base") / stage
+    return places
+
+
+def run_arm(seed: int, name: str, home: Path, problems: list) -> dict:
+    """Trains what is missing of an arm, and measures it: {"rows": {...}, "seconds": {...}}."""
+    arm = ARMS[name]
+    places, rows, seconds = directories(home, arm, name), {}, {}
+    settings = None
+    for stage, cls in STAGES.items():
+        before = {
+            "zero": {"model": home / "seed"},
+            "beta": {"model": home / "seed", "sampler_model": places["zero"]},
+            "papo": {"model": places["beta"]},
+        }[stage]
+        values = {key: f"{path}/final" for key, path in before.items()}
+        values |= {"problems": str(home / "problems.jsonl"), "output": str(places[stage])}
+        changes = [f"{key}={json.dumps(value)}" for key, value in values.items()]
+        config = load_config(cls, f"tiny_{stage}", [f"seed={seed}", *changes, *getattr(arm, stage)])
+        settings = settings or config  # the first stage's engine and lengths measure all
+        begun = time.monotonic()
+        done = (places[stage] / "final").exists()
+        RUN[stage](config)
+        if not done:
+            seconds[stage] = round(time.monotonic() - begun, 1)
+        if name == "base" or places[stage].parent.name != "base":
+            model = load(places[stage] / "final")
+            row, _ = measure(model, MEASURED[stage], problems, settings, seed)
+            rows[stage] = {key: round(value, 4) for key, value in row.items()}
+            print(f"seed {seed}, {name}, {stage}: {rows[stage]}", flush=True)
+    return {"rows": rows, "seconds": seconds}
+
+
+def run(args) -> None:
+    use_cache(args.runs / "compiled")
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    for arm in args.arms:  # arm by arm: a study that is cut off is balanced
+        for number, seed in enumerate(args.seeds):
+            if number >= ARMS[arm].seeds:
+                continue
+            path = RESULTS / f"{seed}.json"
+            record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"arms": {}}
+            if arm in record["arms"]:
+                continue
+            home = args.runs / str(seed)
+            home.mkdir(parents=True, exist_ok=True)
+            problems = make_problems(seed, home)
+            if not (home / "seed" / "final" / "config.json").exists():
+                make_seed(seed, home, {problem.problem for problem in problems})
+            record["arms"][arm] = run_arm(seed, arm, home, problems)
+            record["platform"] = platform.platform()
+            record["versions"] = {name: version(name) for name in ("jax", "optax", "numpy")}
+            path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def figures() -> dict[str, dict[str, dict[str, list[float]]]]:
+    """{arm: {stage: {column: [a value per seed]}}}; stages that an arm shares are the base's."""
+    found: dict = {}
+    for path in sorted(RESULTS.glob("*.json")):
+        arms = json.loads(path.read_text(encoding="utf-8"))["arms"]
+        for arm, result in arms.items():
+            for stage in STAGES:
+                row = result["rows"].get(stage) or arms["base"]["rows"][stage]
+                for column, value in row.items():
+                    columns = found.setdefault(arm, {}).setdefault(stage, {})
+                    columns.setdefault(column, []).append(value)
+    return found
+
+
+def spread(values: list[float], digits: int = 2) -> str:
+    """Mean and, of several seeds, sample standard deviation."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def table(args) -> None:
+    found, rows = figures(), []
+    for arm in (arm for arm in ARMS if arm in found):
+        stages = found[arm]
+        rows.append(
+            [
+                ARMS[arm].title,
+                len(stages["papo"]["accuracy"]),
+                spread(stages["zero"]["format"]),
+                spread(stages["beta"]["both"]),
+                *(spread(stages["papo"][name]) for name in ("format", "both", "parallel")),
+                spread(stages["papo"]["tokens"], 0),
+                spread(stages["papo"]["critical_path"], 1),
+            ]
+        )
+    head = ["", "seeds", "Zero: format", "Beta: right", "PAPO: format", "PAPO: right"]
+    head += ["PAPO: parallel", "tokens", "critical path"]
+    replace_between(DOCS, BEGIN, END, "\n".join(markdown(head, rows)))
+    points = {
+        ARMS[arm].title.replace("`", ""): found[arm]["papo"]["both"] for arm in ARMS if arm in found
+    }
+    title = "Right and well-formed after PAPO, a dot per seed"
+    PLOT.write_text(dot_chart(title, points), encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    work = verbs.add_parser("run", help="train and measure what is missing")
+    work.add_argument("--runs", type=Path, default=Path("runs/recipe"))
+    work.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    work.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    work.set_defaults(run=run)
+    verbs.add_parser("table", help="rewrite docs/recipe.md and its plot").set_defaults(run=table)
+    args = parser.parse_args()
+    args.run(args)
+
+
+if __name__ == "__main__":
+    main()
