@@ -1,0 +1,54 @@
+"""The recipe study: which runs its arms share, and that every arm is a valid recipe."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from npr_jax.config import load_config
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def recipe(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import recipe
+
+    return recipe
+
+
+def test_an_arm_shares_the_stages_before_its_first_change(recipe):
+    home = Path("runs")
+    base = recipe.directories(home, recipe.ARMS["base"], "base")
+    for name, own in (
+        ("no_format_reward", ("zero", "beta", "papo")),
+        ("causal_sft", ("beta", "papo")),
+        ("group_std", ("papo",)),
+    ):
+        places = recipe.directories(home, recipe.ARMS[name], name)
+        for stage, place in places.items():
+            assert place == (home / name / stage if stage in own else base[stage])
+
+
+def test_every_arm_is_a_config_that_its_stages_take(recipe):
+    for name, arm in recipe.ARMS.items():
+        for stage, cls in recipe.STAGES.items():
+            changed = load_config(cls, f"tiny_{stage}", getattr(arm, stage))
+            same = changed == load_config(cls, f"tiny_{stage}")
+            assert same == (not getattr(arm, stage)), (name, stage)
+
+
+def test_figures_take_shared_stages_from_the_base(recipe, tmp_path, monkeypatch):
+    rows = {stage: {"both": number / 4} for number, stage in enumerate(recipe.STAGES)}
+    for seed, shift in ((0, 0.0), (1, 0.25)):
+        arms = {
+            "base": {"rows": {s: {"both": r["both"] + shift} for s, r in rows.items()}},
+            "clip": {"rows": {"papo": {"both": 1.0 - shift}}},
+        }
+        (tmp_path / f"{seed}.json").write_text(json.dumps({"arms": arms}))
+    monkeypatch.setattr(recipe, "RESULTS", tmp_path)
+    found = recipe.figures()
+    assert found["clip"]["papo"]["both"] == [1.0, 0.75]
+    assert found["clip"]["beta"] == found["base"]["beta"] == {"both": [0.25, 0.5]}
+    assert recipe.spread([0.25, 0.5]) == "0.38 ± 0.18"
