@@ -5,6 +5,7 @@ import importlib.util
 import os
 import shutil
 import tempfile
+import time
 from pathlib import Path
 
 os.environ["XLA_FLAGS"] = (
@@ -23,6 +24,21 @@ import jax
 import pytest
 
 jax.config.update("jax_default_matmul_precision", "highest")
+
+
+BEGUN = time.monotonic()
+
+
+def pytest_collection_modifyitems(items):
+    """Slow tests come last, so that what is broken shows early."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+
+
+def pytest_runtest_setup(item):
+    """NPR_TEST_MINUTES: slow tests that would begin later than that are skipped, and listed."""
+    minutes = float(os.environ.get("NPR_TEST_MINUTES", "inf"))
+    if item.get_closest_marker("slow") and time.monotonic() - BEGUN > 60 * minutes:
+        pytest.skip(f"NPR_TEST_MINUTES={minutes:g} are over")
 
 
 def shared_path(name: str) -> Path:
