@@ -54,6 +54,15 @@ def shared_path(name: str) -> Path:
 
 
 @pytest.fixture
+def patience():
+    """By how much this machine, as busy as it is now, is slower than a usual one; 1 at least. Time
+    limits are multiplied by it."""
+    begun = time.perf_counter()
+    sum(i * i for i in range(1_000_000))
+    return max(1.0, (time.perf_counter() - begun) / 0.1)
+
+
+@pytest.fixture
 def tpu_compiler(monkeypatch):
     """For tests that compile for TPUs; skips them without libtpu (fails: NPR_REQUIRE_LIBTPU=1)."""
     if importlib.util.find_spec("libtpu") is None:

@@ -77,10 +77,10 @@ def test_extract_finds_a_balanced_box_after_anything_closed(before, content, aft
         "</takeaway>" * 90_000,
     ],
 )
-def test_extract_is_linear(text):
+def test_extract_is_linear(text, patience):
     began = time.perf_counter()
     extract(text)
-    assert time.perf_counter() - began < 5
+    assert time.perf_counter() - began < 5 * patience
 
 
 @pytest.mark.parametrize(
@@ -139,14 +139,14 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
-def test_hostile_answers_are_unequal_soon_and_harm_no_other(text):
+def test_hostile_answers_are_unequal_soon_and_harm_no_other(text, patience):
     equal("x+1", "1+x")  # the worker is up
     began = time.perf_counter()
     assert equal(text, r"\frac{3}{4}") is False
     seconds = time.perf_counter() - began
     assert equal(r"\frac{6}{8}", r"\frac{3}{4}") is True
     # Two seconds of CPU at most, one to start the next worker; the rest is for a busy machine.
-    assert seconds < 10
+    assert seconds < 10 * patience
 
 
 def test_a_killed_worker_is_replaced():
@@ -200,7 +200,7 @@ assert worker() == ours
 
 def test_a_forked_child_has_its_own_worker():
     # In a process of its own: this one has threads of JAX, which do not survive a fork.
-    subprocess.run([sys.executable, "-c", FORK], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", FORK], check=True, timeout=600)
 
 
 def triples(table):

@@ -72,7 +72,7 @@ class Run:
 
     def finish(self):
         process = self.start()
-        text, _ = process.communicate(timeout=300)
+        text, _ = process.communicate(timeout=900)
         assert process.returncode == 0, text.decode()
 
     def files(self):
@@ -129,7 +129,7 @@ def kill(run, rng, in_a_save, signal_number=signal.SIGKILL):
                 break
             time.sleep(0.001)
         process.send_signal(signal_number)
-        text, _ = process.communicate(timeout=120)
+        text, _ = process.communicate(timeout=900)
         assert process.returncode in (0, -signal_number, 128 + signal_number), text.decode()
         return process.returncode
     finally:

@@ -75,7 +75,7 @@ def test_sigterm_to_one_ends_both_and_the_same_command_goes_on(settings, undistu
     processes = two_processes.start(*command(settings, output), **settings[1])
     _wait_for_step(output, 1, processes)
     processes[1].send_signal(signal.SIGTERM)
-    errors = [process.communicate(timeout=200)[1] for process in processes]
+    errors = [process.communicate(timeout=600)[1] for process in processes]
     assert [process.returncode for process in processes] == [143, 143], [e[-2000:] for e in errors]
     assert len(read_metrics(output)) < 3 and not (output / "final").exists()
     two_processes.run(*command(settings, output), **settings[1])
@@ -89,7 +89,7 @@ def test_a_process_that_dies_ends_the_other_with_a_message(settings, tmp_path):
     processes = two_processes.start(*command(settings, output, "steps=500"), **settings[1])
     _wait_for_step(output, 1, processes)
     processes[1].kill()
-    error = processes[0].communicate(timeout=100)[1]
+    error = processes[0].communicate(timeout=600)[1]
     processes[1].communicate()
     assert processes[0].returncode not in (0, None)
     assert re.search("another process has ended first|JAX distributed service|heartbeat", error)

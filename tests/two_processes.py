@@ -29,7 +29,7 @@ def start(*command: str, stderr=subprocess.PIPE, **environment: str) -> list[sub
     ]
 
 
-def run(*command: str, timeout: float = 300, **environment: str) -> list[str]:
+def run(*command: str, timeout: float = 900, **environment: str) -> list[str]:
     """Runs both to their good ends; what each printed."""
     processes = start(*command, **environment)
     found = [process.communicate(timeout=timeout) for process in processes]
