@@ -177,7 +177,7 @@ def evaluate(
     from rich.console import Console
 
     from npr_jax.config import load_config
-    from npr_jax.evaluate.results import table
+    from npr_jax.evaluate.results import tables
     from npr_jax.evaluate.run import EvalConfig
     from npr_jax.evaluate.run import evaluate as run
 
@@ -195,7 +195,7 @@ def evaluate(
     ]
     settings = load_config(EvalConfig, config, [*(overrides or ()), *changes])
     results = run(settings, tell=functools.partial(typer.echo, err=True))
-    Console().print(table(results))
+    Console().print(*tables(results))
     typer.echo(f"all figures: {output / 'results.json'}")
 
 

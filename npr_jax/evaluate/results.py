@@ -1,4 +1,4 @@
-"""results.json of an evaluation, and the table that is shown of it."""
+"""results.json of an evaluation, and the tables that are shown of it."""
 
 import importlib.metadata
 import json
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import yaml
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from npr_jax.config import dump_config
@@ -80,34 +81,51 @@ def _timing(output: Path, run: Run) -> Timing:
     return total
 
 
-def table(results: dict) -> Table:
-    """A row for each benchmark with the metrics that are looked at first."""
-    columns = {  # heading: (metric, format)
-        "avg@k [95%]": ("avg@{k}", "{:.1%}"),
-        "best@k": ("best@{k}", "{:.1%}"),
-        "maj@k": ("maj@{k}", "{:.1%}"),
-        "format": ("format_rate", "{:.1%}"),
-        "parallel": ("parallel_rate", "{:.1%}"),
-        "tokens": ("tokens", "{:.0f}"),
-        "critical": ("critical_path", "{:.0f}"),
-        "tokens/s": ("tokens_per_s", "{:.0f}"),
-        "speed-up*": (
-            ("speedup_tokens_per_s", "speedup_critical_path", "speedup_wall_clock"),
-            "{:.2f}",
-        ),
-    }
-    shown = Table(caption="* tokens/s, critical path, wall-clock (docs/metrics.md)")
-    shown.add_column("benchmark")
-    for heading in ("problems", "k", *columns):
-        shown.add_column(heading, justify="right")
+def tables(results: dict) -> list[Table]:
+    """What is looked at first, a row for each run: how good the answers are, and how fast."""
+    good = _table(
+        results,
+        "n problems, k answers to each; rates in percent",
+        {  # heading: metric
+            "avg@k [95%]": "avg@{k}",
+            "best@k": "best@{k}",
+            "maj@k": "maj@{k}",
+            "format": "format_rate",
+            "parallel": "parallel_rate",
+            "cut off": "truncated_rate",
+        },
+        100,
+        1,
+    )
+    fast = _table(
+        results,
+        "speed-ups: critical path, and against the sequential run tokens/s and wall-clock",
+        {
+            "tokens": "tokens",
+            "critical": "critical_path",
+            "tokens/s": "tokens_per_s",
+            "path x": "speedup_critical_path",
+            "tokens/s x": "speedup_tokens_per_s",
+            "clock x": "speedup_wall_clock",
+        },
+        1,
+        2,
+    )
+    return [good, fast]
+
+
+def _table(results: dict, caption: str, columns: dict, scale: float, digits: int) -> Table:
+    table = Table(caption=caption, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), caption_justify="left")
+    table.add_column("benchmark", overflow="fold")
+    for heading in ("n", "k", *columns):
+        table.add_column(heading, justify="right", no_wrap=True)
     for name, entry in results["benchmarks"].items():
-        metrics, cells = entry["metrics"], []
-        for metric, form in columns.values():
-            names = [metric.format(k=entry["samples"])] if isinstance(metric, str) else metric
-            values = [metrics.get(name) for name in names]
-            cells.append(" ".join(form.format(v["value"]) if v else "-" for v in values))
-        bounds = metrics[f"avg@{entry['samples']}"]
-        if "low" in bounds:
-            cells[0] += f" [{bounds['low']:.1%}, {bounds['high']:.1%}]".replace("%", "")
-        shown.add_row(name, str(entry["problems"]), str(entry["samples"]), *cells)
-    return shown
+        cells = [str(entry["problems"]), str(entry["samples"])]
+        for heading, metric in columns.items():
+            found = entry["metrics"].get(metric.format(k=entry["samples"]))
+            cells.append(f"{scale * found['value']:.{digits}f}" if found else "-")
+            if "[" in heading and "low" in found:
+                bounds = (scale * found[bound] for bound in ("low", "high"))
+                cells[-1] += " [{:.{digits}f}, {:.{digits}f}]".format(*bounds, digits=digits)
+        table.add_row(name.replace(".sequential", " seq"), *cells)
+    return table

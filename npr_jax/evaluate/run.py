@@ -10,7 +10,6 @@ so that it does not depend on what else is decoded, nor on where an evaluation w
 import dataclasses
 import hashlib
 import json
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -96,15 +95,15 @@ def evaluate(config: EvalConfig, tell: Callable[[str], None] = lambda line: None
     _check(model, config, tell)
     engine = Engine(model, config.engine)
     results = begin(output, config)
-    compiled = False
+    ready = False
     for source in sources:
         runs = _runs(engine, source, config)
         answers = [_resume(output, run) for run in runs]
         for run, done in zip(runs, answers, strict=True):
             todo = _missing(run, done, config.samples)
-            if todo and not compiled:
-                compile_all(engine, config.sampling, tell)
-                compiled = True
+            if todo and not ready:
+                _get_ready(engine, run, config, tell)
+                ready = True
             if todo:
                 _decode(engine, run, todo, done, config, output)
         sum_up(results, output, runs, answers, config.samples)
@@ -127,6 +126,14 @@ def _check(model: Model, config: EvalConfig, tell: Callable[[str], None]) -> Non
         )
     if config.instruction != INSTRUCTION and not model.tokenizer.chat_template:
         tell("the tokenizer has no chat template: problems are asked bare, without instruction")
+
+
+def _get_ready(engine: Engine, run: Run, config: EvalConfig, tell: Callable[[str], None]) -> None:
+    """Compiles, and decodes a little, so that no clock sees what happens once."""
+    compile_all(engine, config.sampling, tell)
+    limit = min(config.sampling.max_tokens, 2 * engine.config.steps)
+    prompt = next(iter(run.prompts.values()))
+    engine.generate([prompt], dataclasses.replace(config.sampling, max_tokens=limit))
 
 
 def _runs(engine: Engine, source: Source, config: EvalConfig) -> list[Run]:
@@ -178,8 +185,8 @@ def _decode(
 ) -> None:
     """Decodes `todo`, appends each answer to the run's file as it finishes, and adds it to `done`.
 
-    The clock runs while answers are decoded and judged; its reading goes to timing.jsonl with every
-    answer, so that a run which is cut off and gone on with adds up.
+    The clock is the engine's, which stands still while answers are judged. Its reading goes to
+    timing.jsonl with every answer, so that a run which is cut off and gone on with adds up.
     """
     name = run.source.name
     seeds = tuple(seed_of(config.sampling.seed, name, question.id, i) for question, i in todo)
@@ -196,7 +203,8 @@ def _decode(
         timing.open("a", encoding="utf-8") as times,
         Progress(run.name, len(todo) + len(done), "answer", len(done)) as progress,
     ):
-        begun, tokens, since = time.perf_counter(), 0, time.perf_counter()
+        begun, tokens = engine.stats()["seconds"], 0
+        since = begun
         for event in engine.stream(tokens=False):
             if event.kind != "finish":
                 continue
@@ -205,7 +213,7 @@ def _decode(
             file.write(trace.dumps() + "\n")
             file.flush()
             answer = done[question.id, i] = measure(trace)
-            now = time.perf_counter()
+            now = engine.stats()["seconds"]
             record = {"run": run.name, "seconds": now - since, "tokens": answer.tokens}
             times.write(json.dumps(record) + "\n")
             times.flush()
