@@ -22,6 +22,11 @@ ROWS = [
     {"problem": "A:1+2;B:3+4?", "answer": 0},
     {"id": "last", "problem": "A:1+1;B:1+1;C:2*2?", "answer": "8"},
 ]
+SMALL = (
+    "dtype=float32",
+    "engine={lanes: 4, pages: 64}",
+    "sampling={max_tokens: 24, top_p: 0.9}",
+)
 CLOCKED = ("tokens_per_s", "speedup_tokens_per_s", "speedup_wall_clock")
 
 
@@ -45,14 +50,9 @@ def config(place, output, *changes, **given):
         "samples": 2,
         "baseline": True,
     } | given
-    small = (
-        "dtype=float32",
-        "engine={lanes: 4, pages: 64}",
-        "sampling={max_tokens: 24, top_p: 0.9}",
-        f"compilation_cache={place / 'cache'}",
-    )
+    given["compilation_cache"] = str(place / "cache")
     given = [f"{key}={json.dumps(value)}" for key, value in given.items()]
-    return load_config(EvalConfig, "eval", [*small, *given, *changes])
+    return load_config(EvalConfig, "eval", [*SMALL, *given, *changes])
 
 
 @pytest.fixture(scope="module")
@@ -218,14 +218,13 @@ def test_the_command_with_an_instruction_of_ones_own(place, tmp_path):
     model.tokenizer.chat_template = "{{ messages[0]['content'] }}:"
     save(model, tmp_path / "chat")
     (tmp_path / "instruction.txt").write_text("A+B;\n", encoding="utf-8")
-    command = f"eval --model {tmp_path / 'chat'} --benchmarks mine={place / 'mine.jsonl'}"
-    command += f" --samples 1 --output {tmp_path / 'out'}"
-    command += f" --instruction {tmp_path / 'instruction.txt'} --set dtype=float32"
-    command += (
-        f" --set engine.lanes=4 --set engine.pages=16 --set compilation_cache={place / 'cache'}"
-    )
-    command += " --set engine.prefill_chunk=128 --set engine.steps=16 --set sampling.max_tokens=8"
-    done = CliRunner().invoke(app, command.split())
+    command = ["eval", "--model", tmp_path / "chat", "--output", tmp_path / "out"]
+    command += ["--benchmarks", f"mine={place / 'mine.jsonl'}", "--samples", 1]
+    command += ["--instruction", tmp_path / "instruction.txt"]
+    for change in SMALL:
+        command += ["--set", change]
+    command += ["--set", f"compilation_cache={place / 'cache'}"]
+    done = CliRunner().invoke(app, [str(word) for word in command])
     assert done.exit_code == 0, done.output
     assert "results.json" in done.output and "avg@k" in done.output
     prompts = {

@@ -115,7 +115,8 @@ def bootstrap(
     Returns the bounds low f64[M], high f64[M].
     """
     rng, num = np.random.default_rng(seed), len(top)
-    ratios, chunk = [], 500
+    # So few rows at a time that they stay in the cache, and BLAS on one thread.
+    ratios, chunk = [], max(1, 100_000 // top.size)
     for first in range(0, resamples, chunk):
         rows = min(chunk, resamples - first)
         drawn = rng.integers(num, size=(rows, num)) + num * np.arange(rows)[:, None]
