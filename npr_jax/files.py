@@ -49,7 +49,7 @@ def publish(directory: Path, write: Callable[[Path], None]) -> None:
 def cut_half_line(path: Path) -> None:
     """Cuts off the last line of a file that is there if it was not written whole."""
     with path.open("rb+") as file:
-        end = file.seek(0, os.SEEK_END)
+        size = end = file.seek(0, os.SEEK_END)
         while end:  # from the end on in pieces: the file may be large, and so may its lines
             start = max(0, end - (1 << 20))
             file.seek(start)
@@ -58,7 +58,8 @@ def cut_half_line(path: Path) -> None:
                 end = start + found + 1
                 break
             end = start
-        file.truncate(end)
+        if end < size:
+            file.truncate(end)
 
 
 @contextlib.contextmanager

@@ -208,9 +208,10 @@ def test_a_model_without_tags_decodes_sequentially_only(place, tmp_path, monkeyp
 
 def test_a_prompt_that_does_not_fit_is_named(place, tmp_path):
     write(tmp_path / "long.jsonl", [ROWS[0], {"id": "long", "problem": "A" * 2000, "answer": "1"}])
-    settings = config(place, tmp_path / "out", benchmarks=[f"mine={tmp_path / 'long.jsonl'}"])
-    with pytest.raises(ValueError, match="the prompt of mine/long needs"):
-        evaluate(settings)
+    both = [f"mine={place / 'mine.jsonl'}", f"far={tmp_path / 'long.jsonl'}"]
+    with pytest.raises(ValueError, match="the prompt of far/long needs"):
+        evaluate(config(place, tmp_path / "out", benchmarks=both))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["config.yaml"]
 
 
 def test_the_command_with_an_instruction_of_ones_own(place, tmp_path):

@@ -95,10 +95,10 @@ def evaluate(config: EvalConfig, tell: Callable[[str], None] = lambda line: None
     _check(model, config, tell)
     engine = Engine(model, config.engine)
     results = begin(output, config)
+    groups = [_runs(engine, source, config) for source in sources]
+    found = [[_resume(output, run) for run in runs] for runs in groups]
     ready = False
-    for source in sources:
-        runs = _runs(engine, source, config)
-        answers = [_resume(output, run) for run in runs]
+    for runs, answers in zip(groups, found, strict=True):
         for run, done in zip(runs, answers, strict=True):
             todo = _missing(run, done, config.samples)
             if todo and not ready:
@@ -203,8 +203,8 @@ def _decode(
         timing.open("a", encoding="utf-8") as times,
         Progress(run.name, len(todo) + len(done), "answer", len(done)) as progress,
     ):
-        begun, tokens = engine.stats()["seconds"], 0
-        since = begun
+        since = begun = engine.stats()["seconds"]
+        tokens, right = 0, sum(answer.correct for answer in done.values())
         for event in engine.stream(tokens=False):
             if event.kind != "finish":
                 continue
@@ -217,9 +217,8 @@ def _decode(
             record = {"run": run.name, "seconds": now - since, "tokens": answer.tokens}
             times.write(json.dumps(record) + "\n")
             times.flush()
-            since, tokens = now, tokens + answer.tokens
-            right = sum(answer.correct for answer in done.values()) / len(done)
-            progress.advance(1, {"right": right, "tokens/s": tokens / (now - begun)})
+            since, tokens, right = now, tokens + answer.tokens, right + answer.correct
+            progress.advance(1, {"right": right / len(done), "tokens/s": tokens / (now - begun)})
 
 
 def _judge(engine: Engine, answer: Trajectory, question: Question, **about) -> Trace:
