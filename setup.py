@@ -34,6 +34,7 @@ setup(
         "rich",
         "huggingface_hub",
         "tokenizers",
+        "pyarrow",
         "jinja2",
     ],
     extras_require={

@@ -148,6 +148,57 @@ def generate(
     typer.echo(f"{written} answers written to {target}, {bad} bad lines left out")
 
 
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Option(metavar="DIR", help="Model directory or hub id.")],
+    benchmarks: Annotated[
+        str, typer.Option(metavar="NAMES", help="aime25,amc23,... or NAME=FILE for your own.")
+    ],
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Traces and results.json.")],
+    samples: Annotated[
+        int | None, typer.Option(metavar="K", help="Answers to each problem.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Local files: NAME.jsonl.")
+    ] = None,
+    instruction: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Replaces the instruction's text.")
+    ] = None,
+    sequential: Annotated[
+        bool, typer.Option("--sequential", help="Decode so too, for the speed-ups.")
+    ] = False,
+    config: Annotated[str, typer.Option(metavar="CONFIG", help="YAML file or preset.")] = "eval",
+    overrides: Overrides = None,
+) -> None:
+    """Decode benchmarks and sum them up: accuracy, format, parallelism, speed.
+
+    Run again with the same arguments, it goes on where it stopped.
+    """
+    from rich.console import Console
+
+    from npr_jax.config import load_config
+    from npr_jax.evaluate.results import tables
+    from npr_jax.evaluate.run import EvalConfig
+    from npr_jax.evaluate.run import evaluate as run
+
+    given = {
+        "model": model,
+        "benchmarks": [name.strip() for name in benchmarks.split(",")],
+        "output": str(output),
+        "samples": samples,
+        "data": data and str(data),
+        "instruction": instruction and instruction.read_text(encoding="utf-8").strip(),
+        "baseline": sequential or None,
+    }
+    changes = [
+        f"{key}={json.dumps(x, ensure_ascii=False)}" for key, x in given.items() if x is not None
+    ]
+    settings = load_config(EvalConfig, config, [*(overrides or ()), *changes])
+    results = run(settings, tell=functools.partial(typer.echo, err=True))
+    Console().print(*tables(results))
+    typer.echo(f"all figures: {output / 'results.json'}")
+
+
 @app.command()
 def plan(
     model: Annotated[str, typer.Option(metavar="PRESET", help="Such as qwen3-4b.")],

@@ -46,6 +46,22 @@ def publish(directory: Path, write: Callable[[Path], None]) -> None:
     _sync(directory.parent)
 
 
+def cut_half_line(path: Path) -> None:
+    """Cuts off the last line of a file that is there if it was not written whole."""
+    with path.open("rb+") as file:
+        size = end = file.seek(0, os.SEEK_END)
+        while end:  # from the end on in pieces: the file may be large, and so may its lines
+            start = max(0, end - (1 << 20))
+            file.seek(start)
+            found = file.read(end - start).rfind(b"\n")
+            if found >= 0:
+                end = start + found + 1
+                break
+            end = start
+        if end < size:
+            file.truncate(end)
+
+
 @contextlib.contextmanager
 def writing(path: epath.PathLike, remedy: str = REMEDY) -> Iterator[None]:
     """An error of writing in here (disk full, no permission) names `path` and what to do."""

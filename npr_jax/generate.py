@@ -14,6 +14,7 @@ from typing import NamedTuple
 from npr_jax.answers import extract
 from npr_jax.compilation import DEFAULT_CACHE, use_cache
 from npr_jax.decode import Engine, EngineConfig, SamplingParams, Trajectory
+from npr_jax.files import cut_half_line
 from npr_jax.metrics import Progress
 from npr_jax.pretrained import load
 from npr_jax.prompts import prompt_ids
@@ -79,7 +80,7 @@ def generate(
         config.sampling, seed=tuple(config.sampling.seed + request.line for request in todo)
     )
     if todo:
-        compile_all(engine, config, tell)
+        compile_all(engine, config.sampling, tell)
     written, told = 0, time.monotonic()
     with (
         target.open("a", encoding="utf-8") as file,
@@ -108,13 +109,13 @@ def generate(
     return written, bad
 
 
-def compile_all(engine: Engine, config: GenerateConfig, tell: Callable[[str], None]) -> None:
+def compile_all(engine: Engine, sampling: SamplingParams, tell: Callable[[str], None]) -> None:
     """Compiles every shape before the first answer, and tells what that took."""
 
     def show(done: int, total: int) -> None:
         tell(f"compile: {done}/{total} programs")
 
-    found = engine.warmup(config.sampling, show)
+    found = engine.warmup(sampling, show)
     if found["compiled"]:
         what = f"{found['compiled']} compiled, {found['from_cache']} from the cache"
     else:
@@ -145,12 +146,10 @@ def resume(target: Path, rows: dict[int, dict]) -> set[tuple[int, int]]:
     """The (line, sample) that `target` holds; cuts off a last line that was not written whole."""
     if not target.exists():
         return set()
-    data = target.read_bytes()  # a text may hold other line ends, or stop within a character
-    whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        target.write_bytes(whole)
+    cut_half_line(target)
     done = set()
-    for number, line in enumerate(whole.split(b"\n")[:-1], 1):
+    # As bytes: a text may hold other line ends.
+    for number, line in enumerate(target.read_bytes().split(b"\n")[:-1], 1):
         record = json.loads(line)
         if rows.get(record["line"]) != record["input"]:
             raise ValueError(

@@ -11,6 +11,7 @@ from train_toy import tiny
 
 from npr_jax.config import load_config
 from npr_jax.decode import Engine, SamplingParams
+from npr_jax.files import cut_half_line
 from npr_jax.generate import GenerateConfig, generate
 from npr_jax.pretrained import save
 from npr_jax.prompts import prompt_ids
@@ -129,3 +130,13 @@ def test_a_second_run_compiles_nothing_and_says_so(home, tmp_path):
     assert records(tmp_path / "0.jsonl") == records(tmp_path / "1.jsonl")
     stats = records(tmp_path / "stats.jsonl")
     assert len(stats) == 2 and all(row["sampled_tokens"] > 0 for row in stats)
+
+
+@pytest.mark.parametrize("whole", [0, 1, 5, (1 << 20) - 1, 1 << 20, (1 << 20) + 1])
+@pytest.mark.parametrize("half", [0, 1, (1 << 20) - 1, 1 << 20, 3 << 20])
+def test_half_a_line_is_cut_off_wherever_it_starts(whole, half, tmp_path):
+    kept = b"x" * (whole - 1) + b"\n" if whole else b""
+    path = tmp_path / "lines"
+    path.write_bytes(kept + b"y" * half)
+    cut_half_line(path)
+    assert path.read_bytes() == kept

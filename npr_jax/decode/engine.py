@@ -187,7 +187,8 @@ class Engine:
         aborts what is unfinished. Raises what `submit` raises, at once.
         """
         self._refuse_second_stream()
-        self.submit(prompts, sampling)
+        if len(prompts):  # else the model may be one without tags, of which parallel is refused
+            self.submit(prompts, sampling)
         return self._stream(tokens)
 
     def abort(self, request: int | None = None) -> bool:

@@ -17,6 +17,7 @@ FINISH_REASONS = (
     "aborted",
     "error",
 )
+TRUNCATED = ("length", "branch_length", "pages_exhausted")  # of these, cut off by a limit
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

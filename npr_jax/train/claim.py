@@ -1,6 +1,7 @@
 """Whose directory it is: a run goes on only with the config that it was begun with."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -21,9 +22,9 @@ _FREE = (
 )
 
 
-def claim(directory: str | Path, config_text: str) -> Path:
+def claim(directory: str | Path, config_text: str, free: Sequence[str] = ()) -> Path:
     """Makes the run directory with its config.yaml; a run that is there is gone on with. Of several
-    processes the first does it, and the others wait.
+    processes the first does it, and the others wait. `free`: more keys that may change.
 
     Raises ValueError naming the keys if the directory belongs to a run of another config, OSError
     if it cannot be written. In both cases nothing has been changed.
@@ -35,24 +36,24 @@ def claim(directory: str | Path, config_text: str) -> Path:
         )
     directory = Path(directory)
     if is_main():
-        _claim(directory, config_text)
+        _claim(directory, config_text, free)
     wait(f"claimed {directory}")
     return directory
 
 
-def _claim(directory: Path, config_text: str) -> None:
+def _claim(directory: Path, config_text: str, free: Sequence[str]) -> None:
     path = directory / "config.yaml"
     with writing(directory, "set another output"):
         directory.mkdir(parents=True, exist_ok=True)
         started = any(entry != path for entry in directory.iterdir())
         if path.exists() and started:  # a run that failed at once has left its config only
-            same_config(path.read_text(encoding="utf-8"), config_text, directory)
+            same_config(path.read_text(encoding="utf-8"), config_text, directory, free)
         write_atomically(path, config_text.encode())
 
 
-def same_config(old_text: str, new_text: str, directory: object) -> None:
+def same_config(old_text: str, new_text: str, directory: object, free: Sequence[str] = ()) -> None:
     """Raises ValueError naming the keys in which two configs differ, where that matters."""
-    old, new = essence(old_text), essence(new_text)
+    old, new = essence(old_text, free), essence(new_text, free)
     changed = [
         f"{key} was {json.dumps(old.get(key))}, is {json.dumps(new.get(key))}"
         for key in sorted(old.keys() | new.keys())
@@ -65,13 +66,14 @@ def same_config(old_text: str, new_text: str, directory: object) -> None:
         )
 
 
-def essence(config_text: str) -> dict:
-    """The keys of a config, dotted, on which its numbers depend."""
+def essence(config_text: str, free: Sequence[str] = ()) -> dict:
+    """The keys of a config, dotted, on which its numbers depend; `free` are some that they do not
+    depend on."""
     values = _flat(yaml.safe_load(config_text))
     return {
         key: value
         for key, value in values.items()
-        if key.split(".")[-1] not in _FREE and not key.startswith("mesh.")
+        if key.split(".")[-1] not in (*_FREE, *free) and not key.startswith("mesh.")
     }
 
 

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from npr_jax.answers import equal_many, extract
 from npr_jax.decode import Engine, SamplingParams, Trajectory
+from npr_jax.decode.trajectory import TRUNCATED
 from npr_jax.distributed import gather_all, mine
 from npr_jax.format import Violation, check_format
 from npr_jax.mesh import decode_mesh, local_decode_mesh
@@ -20,7 +21,6 @@ from npr_jax.train.rows import Example
 from npr_jax.train.step import cast
 
 STAGES = ("zero", "beta", "papo")
-TRUNCATED = ("length", "branch_length", "pages_exhausted")  # finish reasons
 ZERO, BETA, PAPO = range(3)  # in the seed paths of orders and rollouts, after the run's seed
 
 

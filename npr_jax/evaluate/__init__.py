@@ -1,0 +1,1 @@
+"""Evaluation: benchmarks (where problems come from), metrics (pure functions), run (decoding)."""

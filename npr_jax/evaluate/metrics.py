@@ -1,0 +1,190 @@
+"""What an evaluation reports, computed from answers: pure functions on the host.
+
+    trace --measure--> Answer; answers of each problem --summarize--> {metric: value, low, high}
+
+Every metric is a sum over the problems divided by another, so that one bootstrap over problems
+serves all of them. Definitions: docs/metrics.md.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from npr_jax.answers import equal
+from npr_jax.decode.trajectory import TRUNCATED
+from npr_jax.traces import Trace
+
+RESAMPLES, LEVEL = 10_000, 0.95
+
+
+class Answer(NamedTuple):
+    """The figures of one answer. Tokens are those of the response, forced ones included."""
+
+    id: str
+    sample: int
+    prediction: str | None
+    correct: bool
+    formed: bool
+    truncated: bool
+    tokens: int
+    critical_path: int
+    parallel_tokens: int
+    blocks: int
+    branches: int
+    depth: int
+    width: int
+
+
+class Timing(NamedTuple):
+    """Wall-clock seconds of decoding, and what was decoded in them."""
+
+    seconds: float = 0.0
+    answers: int = 0
+    tokens: int = 0
+
+    def __add__(self, other: "Timing") -> "Timing":
+        return Timing(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+def measure(trace: Trace) -> Answer:
+    """The figures of a trace that has a reference."""
+    tree = trace.layout
+    in_parallel = np.zeros(len(tree), bool)  # so that a token of nested branches counts once
+    for block in trace.blocks:
+        if len(block.steps) > 1:
+            in_parallel[block.branches[0][0] : block.branches[-1][1]] = True
+    return Answer(
+        id=trace.id,
+        sample=trace.sample,
+        prediction=trace.prediction,
+        correct=bool(trace.correct),
+        formed=not trace.violations,
+        truncated=trace.finish_reason in TRUNCATED,
+        tokens=tree.total_len,
+        critical_path=tree.critical_path_len,
+        parallel_tokens=int(in_parallel.sum()),
+        blocks=sum(bool(block.steps) for block in trace.blocks),
+        branches=tree.num_branches,
+        depth=tree.depth,
+        width=tree.width,
+    )
+
+
+def pass_at_k(samples: int, correct: int, k: int) -> float:
+    """Unbiased estimate of the chance that one of k answers is right (Chen et al. 2021), from
+    `correct` right ones among `samples`. ValueError for k > samples."""
+    if not 1 <= k <= samples:
+        raise ValueError(f"k is {k}, needed is 1 to {samples} (samples)")
+    return 1 - math.comb(samples - correct, k) / math.comb(samples, k)
+
+
+def majority(
+    predictions: Sequence[str | None],
+    correct: Sequence[bool],
+    same: Callable[[str, str], bool] = equal,
+) -> float:
+    """1 if the answer given most often is right, else 0; of t answers given equally often each
+    counts 1/t. None gives no vote; without votes it is 0.
+
+    Predictions go, in order, to the first group whose first member is `same`; a group is right if
+    that member is.
+    """
+    groups: list[list] = []  # [first member, is it right, votes]
+    for prediction, right in zip(predictions, correct, strict=True):
+        if prediction is None:
+            continue
+        group = next((g for g in groups if g[0] == prediction or same(prediction, g[0])), None)
+        if group is None:
+            groups.append(group := [prediction, right, 0])
+        group[2] += 1
+    most = max((votes for _, _, votes in groups), default=0)
+    winners = [right for _, right, votes in groups if votes == most]
+    return sum(winners) / len(winners) if winners else 0.0
+
+
+def bootstrap(
+    top: np.ndarray, bottom: np.ndarray, resamples: int = RESAMPLES, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Percentile intervals (95%) of M ratios of sums over P problems, resampled together.
+
+    Args:
+      top, bottom: f64[P, M]; ratio m is top[:, m].sum() / bottom[:, m].sum().
+
+    Returns the bounds low f64[M], high f64[M].
+    """
+    rng, num = np.random.default_rng(seed), len(top)
+    # So few rows at a time that they stay in the cache, and BLAS on one thread.
+    ratios, chunk = [], max(1, 100_000 // top.size)
+    for first in range(0, resamples, chunk):
+        rows = min(chunk, resamples - first)
+        drawn = rng.integers(num, size=(rows, num)) + num * np.arange(rows)[:, None]
+        counts = np.bincount(drawn.ravel(), minlength=rows * num).reshape(rows, num)
+        counts = counts.astype(np.float64)
+        ratios.append((counts @ top) / (counts @ bottom))
+    edge = (1 - LEVEL) / 2
+    low, high = np.quantile(np.concatenate(ratios), [edge, 1 - edge], axis=0)
+    return low, high
+
+
+def summarize(problems: Sequence[Sequence[Answer]]) -> dict[str, dict[str, float]]:
+    """Every metric that needs no clock, {"value", "low", "high"} each; no bounds for one problem.
+
+    `problems` holds the answers to each problem, the same number k for all.
+    """
+    k = len(problems[0])
+    if any(len(answers) != k for answers in problems):
+        raise ValueError(
+            f"problems have {sorted(set(map(len, problems)))} answers: one number only"
+        )
+    columns: dict[str, list[tuple[float, float]]] = {}  # a pair (top, bottom) for each problem
+
+    def add(name: str, value: Callable[[Sequence[Answer]], float], per=lambda answers: 1) -> None:
+        columns[name] = [(value(answers), per(answers)) for answers in problems]
+
+    def total(field: str) -> Callable[[Sequence[Answer]], float]:
+        return lambda answers: sum(getattr(answer, field) for answer in answers)
+
+    def share(field: str) -> None:
+        add(names.get(field, field), total(field), len)
+
+    names = {"correct": f"avg@{k}", "formed": "format_rate", "truncated": "truncated_rate"}
+    right = total("correct")
+    share("correct")
+    for j in (1 << i for i in range(k.bit_length())):
+        add(f"pass@{j}", lambda answers, j=j: pass_at_k(k, right(answers), j))
+    add(f"best@{k}", lambda answers: float(right(answers) > 0))
+    add(
+        f"maj@{k}",
+        lambda answers: majority([a.prediction for a in answers], [a.correct for a in answers]),
+    )
+    share("formed")
+    add("parallel_rate", lambda answers: sum(a.parallel_tokens > 0 for a in answers), len)
+    add("parallel_token_share", total("parallel_tokens"), total("tokens"))
+    for field in ("blocks", "branches", "depth", "width", "tokens", "critical_path", "truncated"):
+        share(field)
+    add("speedup_critical_path", total("tokens"), total("critical_path"))
+
+    pairs = np.array(list(columns.values()), float)  # [M, P, 2]
+    top, bottom = pairs[..., 0].T, pairs[..., 1].T
+    values = top.sum(0) / bottom.sum(0)
+    found = {name: {"value": float(x)} for name, x in zip(columns, values, strict=True)}
+    if len(problems) > 1:
+        for bounds, low, high in zip(found.values(), *bootstrap(top, bottom), strict=True):
+            bounds |= {"low": float(low), "high": float(high)}
+    return found
+
+
+def speeds(own: Timing, sequential: Timing | None = None) -> dict[str, dict[str, float]]:
+    """The metrics that need a clock: tokens/s, and the two speed-ups against a sequential run."""
+    found = {}
+    if own.seconds:
+        found["tokens_per_s"] = own.tokens / own.seconds
+    if own.seconds and sequential and sequential.seconds:
+        rate = sequential.tokens / sequential.seconds
+        found["speedup_tokens_per_s"] = found["tokens_per_s"] / rate
+        found["speedup_wall_clock"] = (sequential.seconds / sequential.answers) / (
+            own.seconds / own.answers
+        )
+    return {name: {"value": value} for name, value in found.items()}

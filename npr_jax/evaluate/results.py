@@ -1,0 +1,131 @@
+"""results.json of an evaluation, and the tables that are shown of it."""
+
+import importlib.metadata
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from npr_jax.config import dump_config
+from npr_jax.evaluate.benchmarks import Source
+from npr_jax.evaluate.metrics import Answer, Timing, speeds, summarize
+from npr_jax.files import write_atomically
+from npr_jax.mesh import describe
+
+TIMING = "timing.jsonl"  # a line for each answer: run, seconds since the one before, tokens
+_PACKAGES = ("jax", "jaxlib", "numpy", "transformers", "math-verify")
+
+
+class Run(NamedTuple):
+    """One benchmark decoded one way; files have its `name`. `prompts` are token ids by id."""
+
+    name: str
+    source: Source
+    parallel: bool
+    prompts: dict[str, list[int]]
+
+
+def begin(output: Path, config) -> dict:
+    """The results of an evaluation with what earlier calls have summed up in `output`."""
+    path = output / "results.json"
+    earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return {
+        "settings": yaml.safe_load(dump_config(config)),
+        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "device": describe(None),
+        "benchmarks": earlier.get("benchmarks", {}),
+    }
+
+
+def sum_up(
+    results: dict,
+    output: Path,
+    runs: Sequence[Run],
+    answers: Sequence[dict[tuple[str, int], Answer]],
+    samples: int,
+) -> None:
+    """Enters a benchmark into the results, and writes them. `runs` are the benchmark and, if there
+    is one, its sequential baseline; `answers` have their answers by (id, sample)."""
+    timings = [_timing(output, run) for run in runs]
+    baseline = timings[1] if len(runs) > 1 else None
+    for run, done, timing in zip(runs, answers, timings, strict=True):
+        problems = [[done[id, i] for i in range(samples)] for id in run.prompts]
+        compared = baseline if run is runs[0] else None
+        results["benchmarks"][run.name] = {
+            "problems": len(problems),
+            "samples": samples,
+            "origin": run.source.origin,
+            "parallel": run.parallel,
+            "metrics": summarize(problems) | speeds(timing, compared),
+            "timing": timing._asdict(),
+            "by_problem": [
+                {"id": group[0].id, "correct": sum(a.correct for a in group), "samples": samples}
+                for group in problems
+            ],
+        }
+    write_atomically(output / "results.json", json.dumps(results, indent=1).encode())
+
+
+def _timing(output: Path, run: Run) -> Timing:
+    """What all processes that have decoded the run took together."""
+    total, path = Timing(), output / TIMING
+    if path.exists():
+        for line in path.read_bytes().split(b"\n")[:-1]:
+            record = json.loads(line)
+            if record["run"] == run.name:
+                total += Timing(record["seconds"], 1, record["tokens"])
+    return total
+
+
+def tables(results: dict) -> list[Table]:
+    """What is looked at first, a row for each run: how good the answers are, and how fast."""
+    good = _table(
+        results,
+        "n problems, k answers to each; rates in percent",
+        {  # heading: metric
+            "avg@k [95%]": "avg@{k}",
+            "best@k": "best@{k}",
+            "maj@k": "maj@{k}",
+            "format": "format_rate",
+            "parallel": "parallel_rate",
+            "cut off": "truncated_rate",
+        },
+        100,
+        1,
+    )
+    fast = _table(
+        results,
+        "speed-ups: critical path, and against the sequential run tokens/s and wall-clock",
+        {
+            "tokens": "tokens",
+            "critical": "critical_path",
+            "tokens/s": "tokens_per_s",
+            "path x": "speedup_critical_path",
+            "tokens/s x": "speedup_tokens_per_s",
+            "clock x": "speedup_wall_clock",
+        },
+        1,
+        2,
+    )
+    return [good, fast]
+
+
+def _table(results: dict, caption: str, columns: dict, scale: float, digits: int) -> Table:
+    table = Table(caption=caption, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), caption_justify="left")
+    table.add_column("benchmark", overflow="fold")
+    for heading in ("n", "k", *columns):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, entry in results["benchmarks"].items():
+        cells = [str(entry["problems"]), str(entry["samples"])]
+        for heading, metric in columns.items():
+            found = entry["metrics"].get(metric.format(k=entry["samples"]))
+            cells.append(f"{scale * found['value']:.{digits}f}" if found else "-")
+            if "[" in heading and "low" in found:
+                bounds = (scale * found[bound] for bound in ("low", "high"))
+                cells[-1] += " [{:.{digits}f}, {:.{digits}f}]".format(*bounds, digits=digits)
+        table.add_row(name.replace(".sequential", " seq"), *cells)
+    return table

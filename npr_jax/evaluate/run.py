@@ -1,0 +1,243 @@
+"""`npr-jax eval`: decodes benchmarks into files of traces, and sums these up.
+
+    questions x samples --engine--> OUT/traces/RUN.jsonl, OUT/timing.jsonl --> OUT/results.json
+
+A run is a benchmark decoded one way: RUN is the benchmark's name, or NAME.sequential for the
+baseline. Every answer has a seed of its own, of the setting's seed, benchmark, problem and sample,
+so that it does not depend on what else is decoded, nor on where an evaluation was cut off.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from npr_jax.answers import equal, extract
+from npr_jax.compilation import DEFAULT_CACHE, use_cache
+from npr_jax.config import dump_config
+from npr_jax.decode import Engine, EngineConfig, SamplingParams, Trajectory
+from npr_jax.evaluate.benchmarks import Question, Source, read_benchmark, split
+from npr_jax.evaluate.metrics import Answer, measure
+from npr_jax.evaluate.results import TIMING, Run, begin, sum_up
+from npr_jax.files import cut_half_line
+from npr_jax.format import check_format
+from npr_jax.generate import compile_all
+from npr_jax.metrics import Progress
+from npr_jax.pretrained import Model, load
+from npr_jax.prompts import INSTRUCTION, prompt_ids
+from npr_jax.traces import Trace, make_trace, read_traces
+from npr_jax.train.claim import claim
+
+# What may change from call to call: every answer that is there stays what it would be.
+_FREE = ("benchmarks", "samples", "data", "baseline", "compilation_cache")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """What to evaluate, and how.
+
+    Attributes:
+      model: directory, hub id or preset.
+      benchmarks: names of the registry, or NAME=FILE (npr_jax/evaluate/benchmarks.py).
+      output: the directory that gets everything.
+      samples: answers to each problem.
+      data: a directory of local files, which come before the hub; or null.
+      baseline: decode the same problems sequentially too, for the speed-ups.
+      instruction: what is asked of a model with a chat template, after the problem.
+      dtype: of weights and cache, "float32" or "bfloat16".
+      engine, sampling: see EngineConfig and SamplingParams.
+      compilation_cache: where compiled programs are kept for the next run; null keeps none.
+    """
+
+    model: str
+    benchmarks: tuple[str, ...]
+    output: str
+    samples: int = 8
+    data: str | None = None
+    baseline: bool = False
+    instruction: str = INSTRUCTION
+    dtype: str = "float32"
+    engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
+    sampling: SamplingParams = dataclasses.field(default_factory=SamplingParams)
+    compilation_cache: str | None = str(DEFAULT_CACHE)
+
+    def __post_init__(self):
+        names = [split(text)[0] for text in self.benchmarks]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"benchmarks is {list(self.benchmarks)}, needed are different ones")
+        if self.samples < 1:
+            raise ValueError(f"samples is {self.samples}, needed is 1 or more")
+        if self.sampling.n != 1:
+            raise ValueError(f"sampling.n is {self.sampling.n}, needed is 1: set samples instead")
+        if not isinstance(self.sampling.seed, int):
+            raise ValueError(f"sampling.seed is {self.sampling.seed}, needed is one integer")
+        if self.baseline and not self.sampling.parallel:
+            raise ValueError(
+                "baseline is true and sampling.parallel false: the baseline decodes sequentially, "
+                "so there would be nothing to compare it with"
+            )
+
+
+def evaluate(config: EvalConfig, tell: Callable[[str], None] = lambda line: None) -> dict:
+    """Decodes what is missing, and returns what it writes to results.json (docs/benchmarks.md).
+
+    Raises:
+      ValueError: the output belongs to another setting or to other problems, a row of a benchmark
+        is bad, a prompt does not fit, or the model cannot be decoded so.
+      FileNotFoundError: a benchmark or the model is not to be had.
+    """
+    sources = [read_benchmark(text, config.data) for text in config.benchmarks]
+    output = claim(config.output, dump_config(config), _FREE)
+    if config.compilation_cache:
+        use_cache(config.compilation_cache)
+    model = load(config.model, dtype=config.dtype)
+    _check(model, config, tell)
+    engine = Engine(model, config.engine)
+    results = begin(output, config)
+    groups = [_runs(engine, source, config) for source in sources]
+    found = [[_resume(output, run) for run in runs] for runs in groups]
+    ready = False
+    for runs, answers in zip(groups, found, strict=True):
+        for run, done in zip(runs, answers, strict=True):
+            todo = _missing(run, done, config.samples)
+            if todo and not ready:
+                _get_ready(engine, run, config, tell)
+                ready = True
+            if todo:
+                _decode(engine, run, todo, done, config, output)
+        sum_up(results, output, runs, answers, config.samples)
+    return results
+
+
+def seed_of(seed: int, benchmark: str, question: str, sample: int) -> int:
+    """The seed of one answer, below 2**32."""
+    text = json.dumps([seed, benchmark, question, sample])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
+
+
+def _check(model: Model, config: EvalConfig, tell: Callable[[str], None]) -> None:
+    if model.tokenizer is None:
+        raise ValueError(f"{config.model} has no tokenizer, and evaluation needs one")
+    if model.tags is None and config.sampling.parallel:
+        raise ValueError(
+            f"the tokenizer of {config.model} has no tags, so it can be decoded sequentially only: "
+            "set sampling.parallel=false"
+        )
+    if config.instruction != INSTRUCTION and not model.tokenizer.chat_template:
+        tell("the tokenizer has no chat template: problems are asked bare, without instruction")
+
+
+def _get_ready(engine: Engine, run: Run, config: EvalConfig, tell: Callable[[str], None]) -> None:
+    """Compiles, and decodes a little, so that no clock sees what happens once."""
+    compile_all(engine, config.sampling, tell)
+    limit = min(config.sampling.max_tokens, 2 * engine.config.steps)
+    prompt = next(iter(run.prompts.values()))
+    engine.generate([prompt], dataclasses.replace(config.sampling, max_tokens=limit))
+
+
+def _runs(engine: Engine, source: Source, config: EvalConfig) -> list[Run]:
+    prompts = {}
+    for question in source.questions:
+        prompt = prompt_ids(engine.tokenizer, question.problem, config.instruction)
+        name = f"the prompt of {source.name}/{question.id}"
+        prompts[question.id] = engine.check(prompt, config.sampling, name)
+    runs = [Run(source.name, source, config.sampling.parallel, prompts)]
+    if config.baseline:
+        runs.append(Run(f"{source.name}.sequential", source, False, prompts))
+    return runs
+
+
+def _path(output: Path, run: Run) -> Path:
+    return output / "traces" / f"{run.name}.jsonl"
+
+
+def _resume(output: Path, run: Run) -> dict[tuple[str, int], Answer]:
+    """The answers of a run that are there; a last one that was not written whole is cut off."""
+    path = _path(output, run)
+    if not path.exists():
+        return {}
+    cut_half_line(path)
+    questions, done = {question.id: question for question in run.source.questions}, {}
+    for number, trace in enumerate(read_traces(path), 1):
+        question = questions.get(trace.id)
+        if question is None or question[1:] != (trace.problem, trace.reference):
+            raise ValueError(
+                f"{path}:{number} answers problem {trace.id!r}, which {run.source.origin} does "
+                "not have, or not so: set another output"
+            )
+        done[trace.id, trace.sample] = measure(trace)
+    return done
+
+
+def _missing(run: Run, done: dict, samples: int) -> list[tuple[Question, int]]:
+    asked = ((question, i) for question in run.source.questions for i in range(samples))
+    return [(question, i) for question, i in asked if (question.id, i) not in done]
+
+
+def _decode(
+    engine: Engine,
+    run: Run,
+    todo: Sequence[tuple[Question, int]],
+    done: dict[tuple[str, int], Answer],
+    config: EvalConfig,
+    output: Path,
+) -> None:
+    """Decodes `todo`, appends each answer to the run's file as it finishes, and adds it to `done`.
+
+    The clock is the engine's, which stands still while answers are judged. Its reading goes to
+    timing.jsonl with every answer, so that a run which is cut off and gone on with adds up.
+    """
+    name = run.source.name
+    seeds = tuple(seed_of(config.sampling.seed, name, question.id, i) for question, i in todo)
+    sampling = dataclasses.replace(config.sampling, parallel=run.parallel, seed=seeds)
+    engine.drop_prefix_cache()  # or the second run of a benchmark would find prompts computed
+    requests = engine.submit([run.prompts[question.id] for question, _ in todo], sampling)
+    of_request = dict(zip(requests, todo, strict=True))
+    path, timing = _path(output, run), output / TIMING
+    path.parent.mkdir(exist_ok=True)
+    if timing.exists():
+        cut_half_line(timing)
+    with (
+        path.open("a", encoding="utf-8") as file,
+        timing.open("a", encoding="utf-8") as times,
+        Progress(run.name, len(todo) + len(done), "answer", len(done)) as progress,
+    ):
+        since = begun = engine.stats()["seconds"]
+        tokens, right = 0, sum(answer.correct for answer in done.values())
+        for event in engine.stream(tokens=False):
+            if event.kind != "finish":
+                continue
+            question, i = of_request[event.request]
+            trace = _judge(engine, event.trajectory, question, benchmark=name, sample=i)
+            file.write(trace.dumps() + "\n")
+            file.flush()
+            answer = done[question.id, i] = measure(trace)
+            now = engine.stats()["seconds"]
+            record = {"run": run.name, "seconds": now - since, "tokens": answer.tokens}
+            times.write(json.dumps(record) + "\n")
+            times.flush()
+            since, tokens, right = now, tokens + answer.tokens, right + answer.correct
+            progress.advance(1, {"right": right / len(done), "tokens/s": tokens / (now - begun)})
+
+
+def _judge(engine: Engine, answer: Trajectory, question: Question, **about) -> Trace:
+    prediction = extract(answer.text or "")
+    if engine.tags is None:
+        violations = ["the tokenizer has no tags"]
+    else:
+        found = check_format(
+            answer.token_ids, answer.prompt_len, engine.tags, engine.config.max_branches
+        )
+        violations = [violation.reason for violation in found]
+    return make_trace(
+        answer,
+        engine.tokenizer,
+        problem=question.problem,
+        reference=question.answer,
+        prediction=prediction,
+        correct=equal(prediction, question.answer),
+        violations=violations,
+        id=question.id,
+        **about,
+    )
