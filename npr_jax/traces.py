@@ -94,7 +94,7 @@ def read_trace(line: str | bytes) -> Trace:
         values = json.loads(line)
         values["blocks"] = tuple(_block(*block) for block in values["blocks"])
         return Trace(**values)
-    except (TypeError, KeyError) as error:
+    except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"this is no trace: {error}") from error
 
 

@@ -121,7 +121,9 @@ def answer_charts(facts: Mapping[str, Sequence[Fact]]) -> str:
             continue
         everything = [fact for group in found.values() for fact in group]
         lengths = np.linspace(0, max(max(f.tokens for f in everything), 1), 2 * _BINS + 1)
-        widths = np.arange(max(f.width for f in everything) + 1) + 0.5
+        widest = max(f.width for f in everything)
+        widths = np.arange(widest + 1) + 0.5
+        ticks = range(1, widest + 1) if widest <= 16 else (1, widest)
         charts = [
             chart(
                 "accuracy of answers by their length",
@@ -129,9 +131,20 @@ def answer_charts(facts: Mapping[str, Sequence[Fact]]) -> str:
                 (0, 1),
                 "tokens",
             ),
-            histogram("tokens", _each(found, "tokens"), lengths, "tokens"),
-            histogram("critical path", _each(found, "critical_path"), lengths, "tokens"),
-            histogram("width: branches at one time", _each(found, "width"), widths, "width"),
+            histogram("share of answers by tokens", _each(found, "tokens"), lengths, "tokens"),
+            histogram(
+                "share of answers by critical path",
+                _each(found, "critical_path"),
+                lengths,
+                "tokens",
+            ),
+            histogram(
+                "share of answers by branches at one time",
+                _each(found, "width"),
+                widths,
+                "width",
+                ticks,
+            ),
         ]
         parts.append(
             f"<details{' open' if number < 3 else ''}><summary>{escape(name)}, "

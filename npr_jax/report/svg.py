@@ -51,9 +51,14 @@ def chart(
 
 
 def histogram(
-    title: str, values: Mapping[str, Sequence[float]], edges: Sequence[float], x_name: str
+    title: str,
+    values: Mapping[str, Sequence[float]],
+    edges: Sequence[float],
+    x_name: str,
+    ticks: Sequence[float] | None = None,
 ) -> str:
-    """An SVG of the shares of `values` between neighbouring `edges`, a row of bars per label."""
+    """An SVG of the shares of `values` between neighbouring `edges`, bars side by side per label;
+    `ticks` of the x axis are by default its ends."""
     edges = np.asarray(edges, float)
     shares = {
         label: np.histogram(numbers, edges)[0] / max(len(numbers), 1)
@@ -72,7 +77,8 @@ def histogram(
                     f'<rect x="{left:.1f}" y="{top:.1f}" width="{right - left:.1f}" '
                     f'height="{bottom - top:.1f}" fill="{COLORS[i % len(COLORS)]}"/>'
                 )
-    return _frame(title, span_x, span_y, x_name, list(values) if len(values) > 1 else [], drawn)
+    labels = list(values) if len(values) > 1 else []
+    return _frame(title, span_x, span_y, x_name, labels, drawn, ticks)
 
 
 def _place(x: float, y: float, span_x, span_y) -> tuple[float, float]:
@@ -86,7 +92,13 @@ def _place(x: float, y: float, span_x, span_y) -> tuple[float, float]:
 
 
 def _frame(
-    title: str, span_x, span_y, x_name: str, labels: Sequence[str], drawn: Sequence[str] = ()
+    title: str,
+    span_x,
+    span_y,
+    x_name: str,
+    labels: Sequence[str],
+    drawn: Sequence[str] = (),
+    ticks: Sequence[float] | None = None,
 ) -> str:
     """The SVG of a chart: title, axes, what is drawn, and a legend of two columns below."""
     height = _HEIGHT + 12 * max(0, (len(labels) + 1) // 2 - 2)
@@ -104,13 +116,14 @@ def _frame(
             f'stroke-opacity="0.3"/><text x="{_LEFT - 4}" y="{y:.1f}" text-anchor="end" '
             f'dominant-baseline="middle">{value:.3g}</text>'
         )
-    for x, anchor, word in (
-        ((span_x[0], "start", f"{x_name} "), (span_x[1], "end", "")) if drawn else ()
-    ):
+    ticks = ticks or sorted(set(span_x))
+    for i, x in enumerate(ticks if drawn else ()):
         px, _ = _place(x, span_y[0], span_x, span_y)
+        anchor = "middle" if span_x[0] < x < span_x[1] else "end" if i else "start"
+        word = "" if i else f"{html.escape(x_name)} "
         parts.append(
             f'<text x="{px:.1f}" y="{_HEIGHT - _BOTTOM + 14}" text-anchor="{anchor}">'
-            f"{html.escape(word)}{x:g}</text>"
+            f"{word}{x:g}</text>"
         )
     parts += drawn
     for i, label in enumerate(labels):

@@ -1,20 +1,79 @@
 """One answer in the terminal: branches as columns, tokens coloured by their log-prob."""
 
 import math
+from pathlib import Path
 
 from rich.box import SQUARE
-from rich.console import Group
+from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from npr_jax.files import writing
 from npr_jax.report.lines import Span, sections, visible
-from npr_jax.traces import Trace
+from npr_jax.report.svg import tree_svg
+from npr_jax.report.visibility import visibility_svg
+from npr_jax.traces import Trace, read_traces
 from npr_jax.tree import TreeLayout
 
 # Least probability, and how tokens of it are shown; the pages of a report have the same steps.
 LEVELS = ((0.9, ""), (0.5, "green"), (0.2, "yellow"), (0.05, "red"), (0.0, "bold white on red"))
 FORCED, PROMPT = "dim italic", "dim"
-_NARROW = 14  # characters; where columns would be narrower, branches stand below each other
+_NARROW = 12  # characters; where columns would be narrower, branches stand below each other
+
+
+def view(
+    path: Path,
+    number: int | None = None,
+    name: str | None = None,
+    sample: int = 0,
+    svg: Path | None = None,
+    visibility: Path | None = None,
+    console: Console | None = None,
+) -> list[Path]:
+    """Prints one trace of a file, and writes its pictures; returns the paths of these.
+
+    Args:
+      number: which trace, from 1; or name and sample: the id of its problem, and which answer.
+      svg: where the tree is drawn; visibility: where it is drawn what sees what.
+
+    Raises ValueError for a file without such a trace, and for one that has none.
+    """
+    trace = find(path, number, name, sample)
+    console = console or Console()
+    console.print(draw(trace, console.width), highlight=False, markup=False, emoji=False)
+    pictures = []
+    for target, make in ((svg, tree_picture), (visibility, visibility_picture)):
+        if target is not None:
+            with writing(target, "give another file"):
+                target.write_text(make(trace), encoding="utf-8")
+            pictures.append(target)
+    return pictures
+
+
+def tree_picture(trace: Trace) -> str:
+    """The tree as SVG."""
+    return tree_svg(trace.pieces, trace.layout)
+
+
+def visibility_picture(trace: Trace) -> str:
+    """What attends to what as SVG."""
+    return visibility_svg(trace.layout)
+
+
+def find(path: Path, number: int | None, name: str | None, sample: int) -> Trace:
+    """The trace of a file that is asked for; ValueError where there is none."""
+    if number is not None and name is not None:
+        raise ValueError("give --number or --id, not both")
+    if name is None:
+        number = 1 if number is None else number
+        if number < 1:
+            raise ValueError(f"--number is {number}, needed is 1 or more")
+    count = 0
+    for count, trace in enumerate(read_traces(path), 1):
+        if count == number or (name is not None and (trace.id, trace.sample) == (name, sample)):
+            return trace
+    wanted = f"number {number}" if name is None else f"id {name!r}, sample {sample}"
+    raise ValueError(f"{path} has {count} traces, none of them {wanted}")
 
 
 def draw(trace: Trace, width: int) -> Group:
@@ -57,8 +116,8 @@ def style_of(logp: float) -> str:
 def _legend() -> Text:
     text = Text("probability: ", PROMPT)
     for least, style in LEVELS:
-        text.append(f"{least:g}+", style)
-        text.append(" ")
+        text.append(f"≥{least:g}" if least else "less", style)
+        text.append("  ")
     return text.append("written by the engine", FORCED)
 
 

@@ -4,6 +4,8 @@ No [T, T] array is made. The keys are cut into runs of equal `hidden` intervals;
 triangle or rectangle for each stretch of queries that see it.
 """
 
+import itertools
+
 from npr_jax.report.svg import COLORS
 from npr_jax.tree import TreeLayout
 
@@ -18,7 +20,7 @@ def rectangles(tree: TreeLayout) -> list[Rect]:
     total, found = len(tree), []
     cuts = {0, total, *(int(x) for x in _starts(tree))}
     edges = sorted(cuts)
-    for k0, k1 in zip(edges[:-1], edges[1:], strict=True):
+    for k0, k1 in itertools.pairwise(edges):
         query = k0
         for start, end in sorted((int(s), int(e)) for s, e in tree.hidden[k0] if s < e):
             if query < start:
