@@ -3,6 +3,7 @@
 Screenshots go to the folder NPR_ARTIFACTS, or to pytest's own.
 """
 
+import itertools
 import os
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from npr_jax.report import html
 
 pytestmark = pytest.mark.slow
 OPEN = "const d = document.querySelector('.detail'); return d.dataset.open === String(arguments[0])"
+FOCUS = "const a = document.activeElement; return a.className || a.tagName"
+RIGHT = "return document.querySelector('.now').getBoundingClientRect().right"
 INSPECTOR = "return document.querySelector('.inspector').innerText"
 NOW = "return document.querySelector('.now')?.textContent"
 
@@ -67,7 +70,7 @@ def test_branches_stand_side_by_side_and_join_again(opened, tmp_path):
     assert [len(fork) for fork in forks] == [3, 2, 2]
     for fork in forks:
         assert len({round(top) for _, top, _ in fork}) == 1
-        assert all(a[2] < b[0] for a, b in zip(fork, fork[1:], strict=False))
+        assert all(a[2] < b[0] for a, b in itertools.pairwise(fork))
     assert opened.run("return document.querySelectorAll('.branch .branch').length") == 2
     text = opened.run("return document.querySelector('.tree').textContent")
     assert text.endswith("\\boxed{42}") and text.count("<step>") == 7
@@ -101,7 +104,7 @@ def test_clicks_go_through_the_tree(opened):
         f"id {trace.token_ids[number]}",
         f"position {trace.layout.positions[number]}",
         f"step {trace.step[number]}",
-        f"log-prob {trace.logp[number]:.2f}"[:-1],
+        f"log-prob {round(100 * trace.logp[number]) / 100:.2f}",
     ):
         assert fact in told
     assert opened.run(NOW) == trace.pieces[number]
@@ -136,7 +139,7 @@ def test_keys_lead_everywhere(opened):
     opened.press("/")
     assert opened.run("return document.activeElement.type") == "search"
     opened.press(*"number 7")
-    opened.until("return document.querySelector('.count').innerText === '2 of 42'")
+    opened.until("return document.querySelector('.count').innerText === '4 of 42'")
     opened.press("j")  # in the search it is a letter
     opened.until("return document.querySelector('.count').innerText === '0 of 42'")
     opened.run("viewer.search.value = ''; viewer.filter()")
@@ -161,9 +164,7 @@ def test_keys_lead_everywhere(opened):
     reached = []
     for _ in range(12):
         opened.press("Tab")
-        reached.append(
-            opened.run("const a = document.activeElement; return a.className || a.tagName")
-        )
+        reached.append(opened.run(FOCUS))
     for part in ("SUMMARY", "timeline", "tree", "name"):
         assert part in reached, reached
     opened.run("document.querySelector('.tree').focus()")
@@ -171,7 +172,7 @@ def test_keys_lead_everywhere(opened):
     opened.press("Right", "Right")
     assert opened.run("return viewer.view.now") == start + 2
     assert (
-        opened.run("return getComputedStyle(document.querySelector('.now')).outlineStyle")
+        opened.run("return getComputedStyle(viewer.view.span(viewer.view.now)).outlineStyle")
         == "solid"
     )
     # Down: the next line, at the same step.
@@ -215,7 +216,8 @@ def test_nothing_overflows_a_narrow_window(opened, tmp_path):
                if (document.documentElement.scrollWidth > limit) out.push('page');
                for (const e of document.querySelectorAll('#viewer *')) {
                  if (e.closest('.fork, dialog, option')) continue;
-                 if (e.getBoundingClientRect().right > limit + 1) out.push(e.className || e.tagName);
+                 const {right} = e.getBoundingClientRect();
+                 if (right > limit + 1) out.push(e.className || e.tagName);
                } return out"""
         )
         assert wide == []
@@ -225,9 +227,7 @@ def test_nothing_overflows_a_narrow_window(opened, tmp_path):
         "const f = document.querySelector('.fork'); return f.scrollWidth > f.clientWidth"
     )
     opened.click(".branch:nth-child(3) > .name")  # which lies outside until it is scrolled to
-    box = opened.run(
-        "const r = document.querySelector('.now').getBoundingClientRect(); return r.right"
-    )
+    box = opened.run(RIGHT)
     assert box <= 360
     picture(opened, tmp_path, "viewer-narrow.png")
 

@@ -71,6 +71,8 @@ class Browser:
 
     def click(self, selector: str) -> None:
         found = self._send("POST", "/element", {"using": "css selector", "value": selector})
+        centre = "arguments[0].scrollIntoView({block: 'center', inline: 'center'})"
+        self.run(centre, found)  # the driver's own scrolling may leave it under a sticky bar
         self._send("POST", f"/element/{found[_ELEMENT]}/click", {})
 
     def press(self, *keys: str) -> None:

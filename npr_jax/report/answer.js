@@ -360,7 +360,8 @@ class AnswerView {
         ["log-prob", logp[i] === null ? "none" : `${(logp[i] / 100).toFixed(2)}${p}`]);
     }
     this.inspector.replaceChildren(make("code", {dir: "auto"}, visible(JSON.stringify(pieces[i]))),
-      ...facts.map(([name, value]) => make("span", {}, name ? make("b", {}, name) : "", `${value}`)));
+      ...facts.map(([name, value]) => 
+        make("span", {}, ...(name ? [make("b", {}, name), " "] : []), `${value}`)));
     if (this.cursor) {
       this.cursor.hidden = steps[i] < 0;
       this.cursor.style.left = `${100 * (steps[i] + 0.5) / numSteps}%`;
