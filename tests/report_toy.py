@@ -11,7 +11,15 @@ from npr_jax.tree import TAG_NAMES, TagIds, parse
 
 # What no page may take for anything but text.
 NASTY = "</script><img src=x onerror=alert(1)> \x00\u2028\u2029 \ud800 \u202e אבג & <b>\"'\x1b[31m"
+_OUTSIDE = re.compile(
+    r"""(?:src|href|action)\s*=\s*["']?+(?!#)|@import|url\(|https?://(?!www\.w3)"""
+)
 _WORD = re.compile(r"</?(?:guideline|plan|step|takeaway)>|\n|[^\S\n]?[^\s<]+|[^\S\n]|<")
+
+
+def fetches(page: str) -> bool:
+    """Whether a page names anything outside itself; packed answers name nothing."""
+    return bool(_OUTSIDE.search(re.sub(r'<script type="text/plain".*?</script>', "", page)))
 
 
 class Words:

@@ -39,8 +39,8 @@ def write_page(path: Path, text: str) -> Path:
 def page(content: Content, sections: Mapping[str, str] | None = None) -> str:
     """The page; `sections` are further ones by their titles, as HTML, before all others."""
     found = dict(sections or {})
-    if content.results:
-        found["Summary"] = summary_table(content.results.get("benchmarks", {}))
+    if content.results and "benchmarks" in content.results:
+        found["Summary"] = summary_table(content.results["benchmarks"])
     elif content.facts and not content.curves:
         found["Summary"] = (
             "<p>There is no results.json yet: this is what the answers so far tell.</p>"

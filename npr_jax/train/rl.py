@@ -20,6 +20,7 @@ from npr_jax.mesh import MeshConfig, local_decode_mesh, make_mesh
 from npr_jax.metrics import Scalar
 from npr_jax.pretrained import Model, load, publish_model
 from npr_jax.report.html import write as write_report
+from npr_jax.traces import write_traces
 from npr_jax.train import preempt
 from npr_jax.train.checkpoint import Checkpoints
 from npr_jax.train.claim import claim
@@ -27,7 +28,7 @@ from npr_jax.train.data import Problem, read_problems, shuffled
 from npr_jax.train.log import Report, RunLog
 from npr_jax.train.nonfinite import NonfiniteGuard
 from npr_jax.train.pending import Pending, fingerprint
-from npr_jax.train.rollout import STAGES, Rollout, encode_problems, engine_params, write_traces
+from npr_jax.train.rollout import STAGES, Rollout, encode_problems, engine_params, trace_of
 from npr_jax.train.rows import Example, empty_row, make_rows
 from npr_jax.train.step import (
     Objective,
@@ -244,7 +245,11 @@ def _sample(
         first = feed.problem(feed.position)
         collected = collect(engine, feed, step)
     if traces and is_main():
-        write_traces(traces, collected.shown, engine.tokenizer, first)
+        kept = [
+            trace_of(rollout, engine.tokenizer, first, id=traces.stem, sample=sample)
+            for sample, rollout in enumerate(collected.shown)
+        ]
+        write_traces(traces, kept)
     position = {"problem": feed.position, "places": collected.places}
     pending.save(step, version, collected.groups, collected.metrics, position)
     return collected

@@ -3,7 +3,6 @@
 import dataclasses
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from jax.sharding import Mesh
@@ -11,13 +10,12 @@ from jax.sharding import Mesh
 from npr_jax.answers import equal_many, extract
 from npr_jax.decode import Engine, SamplingParams, Trajectory
 from npr_jax.distributed import gather_all, mine
-from npr_jax.files import write_atomically, writing
 from npr_jax.format import Violation, check_format
 from npr_jax.mesh import decode_mesh, local_decode_mesh
 from npr_jax.model import ModelConfig
 from npr_jax.model.sharding import to_decode
 from npr_jax.prompts import prompt_ids
-from npr_jax.traces import make_trace
+from npr_jax.traces import Trace, make_trace
 from npr_jax.train.data import Problem, derive_seeds
 from npr_jax.train.rows import Example
 from npr_jax.train.step import cast
@@ -102,25 +100,18 @@ def sampled_example(trajectory: Trajectory, advantage: float) -> Example:
     return Example(trajectory.token_ids, trajectory.layout, mask, float(advantage), trajectory.logp)
 
 
-def write_traces(path: Path, rollouts: Sequence[Rollout], tokenizer, problem: Problem) -> None:
-    """Writes answers to one problem as a file of traces, as a whole."""
-    lines = [
-        make_trace(
-            rollout.trajectory,
-            tokenizer,
-            problem=problem.problem,
-            reference=problem.answer,
-            prediction=extract(rollout.trajectory.text),
-            correct=rollout.correct,
-            violations=[violation.reason for violation in rollout.violations],
-            id=path.stem,
-            sample=sample,
-        ).dumps()
-        for sample, rollout in enumerate(rollouts)
-    ]
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, "".join(f"{line}\n" for line in lines).encode())
+def trace_of(rollout: Rollout, tokenizer, problem: Problem, **about) -> Trace:
+    """A rollout as a trace; `about`: its benchmark, id and sample."""
+    return make_trace(
+        rollout.trajectory,
+        tokenizer,
+        problem=problem.problem,
+        reference=problem.answer,
+        prediction=extract(rollout.trajectory.text),
+        correct=rollout.correct,
+        violations=[violation.reason for violation in rollout.violations],
+        **about,
+    )
 
 
 def summary(rollouts: Sequence[Rollout]) -> dict[str, float]:
