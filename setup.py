@@ -15,7 +15,10 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["npr_jax", "npr_jax.*"]), "npr_jax.configs"],
     package_dir={"npr_jax.configs": "configs"},
-    package_data={"npr_jax.configs": ["*.yaml", "**/*.yaml"]},
+    package_data={
+        "npr_jax.configs": ["*.yaml", "**/*.yaml"],
+        "npr_jax.report": ["*.js", "*.css"],
+    },
     install_requires=[
         "jax>=0.10.2,<0.11",
         "flax",
@@ -40,7 +43,8 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
-        "dev": ["pytest", "pytest-xdist", "hypothesis", "chex", "ruff"],
+        "wandb": ["wandb"],
+        "dev": ["pytest", "hypothesis", "chex", "ruff"],
     },
     entry_points={"console_scripts": ["npr-jax=npr_jax.cli:main"]},
 )

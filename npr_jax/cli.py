@@ -200,6 +200,45 @@ def evaluate(
 
 
 @app.command()
+def view(
+    trace: Annotated[Path, typer.Argument(metavar="TRACE", help="JSONL of traces.")],
+    number: Annotated[
+        int | None, typer.Option(help="Which one, from 1; by default the first.")
+    ] = None,
+    name: Annotated[str | None, typer.Option("--id", help="Or by the id of its problem.")] = None,
+    sample: Annotated[int, typer.Option(help="With --id: which answer to it, from 0.")] = 0,
+    svg: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the tree as SVG.")] = None,
+    visibility: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw what sees what as SVG.")
+    ] = None,
+) -> None:
+    """Draw one answer: its branches side by side, its tokens by their log-probs.
+
+    Traces are in the directories of evaluations and training runs.
+    """
+    from npr_jax.report.terminal import view as run
+
+    for path in run(trace, number, name, sample, svg, visibility):
+        typer.echo(f"written: {path}")
+
+
+@app.command()
+def report(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Of an evaluation or a run.")],
+    answers: Annotated[int, typer.Option(metavar="N", help="In the viewer, at most.")] = 1000,
+) -> None:
+    """Write DIR/index.html: tables, curves, settings, and a viewer of answers.
+
+    Also of a run that is not over yet; it reads what is there.
+    """
+    from npr_jax.report.html import write
+
+    if answers < 0:
+        raise ValueError(f"--answers is {answers}, needed is 0 or more")
+    typer.echo(f"Report: {write(directory, answers)}")
+
+
+@app.command()
 def plan(
     model: Annotated[str, typer.Option(metavar="PRESET", help="Such as qwen3-4b.")],
     stage: Annotated[str, typer.Option(help="zero, beta or papo.")],

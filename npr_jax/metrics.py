@@ -1,4 +1,5 @@
-"""Where numbers of a run go: `metrics.jsonl` and TensorBoard for later, a progress line for now.
+"""Where numbers of a run go: `metrics.jsonl` and TensorBoard for later, a progress line for now,
+and Weights & Biases if the environment asks for it.
 
 One line of `metrics.jsonl` is one flat JSON object with an integer `step`. A resumed run first
 calls `truncate` with the checkpoint's step, so that the file reads as if nothing had happened.
@@ -7,9 +8,11 @@ calls `truncate` with the checkpoint's step, so that the file reads as if nothin
 import json
 import os
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import yaml
 from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn
 from rich.progress import Progress as RichProgress
@@ -18,6 +21,7 @@ from tensorboardX import SummaryWriter
 from npr_jax.files import write_atomically
 
 Scalar = float | int | str
+WANDB = "NPR_WANDB"  # the variable that names a project of Weights & Biases to send metrics to
 
 
 class MetricsWriter:
@@ -83,6 +87,45 @@ class MetricsWriter:
 
     def __exit__(self, *exc_info) -> None:
         self.close()
+
+
+class WandbWriter:
+    """Sends metrics to a Weights & Biases project; a resumed run goes on with the same W&B run.
+
+    `directory/wandb.id` says which that is, and `directory/config.yaml`, if there is one, is its
+    config. Where and whether it is sent is up to W&B's own variables (WANDB_MODE, WANDB_ENTITY...).
+    """
+
+    def __init__(self, directory: str | Path, project: str, name: str):
+        try:
+            import wandb
+        except ImportError as error:
+            raise ValueError(
+                f"{WANDB}={project} asks for Weights & Biases, which is not installed: "
+                "pip install 'npr-jax[wandb]', or unset the variable"
+            ) from error
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        known, config = directory / "wandb.id", directory / "config.yaml"
+        if not known.exists():
+            write_atomically(known, uuid.uuid4().hex.encode())
+        self._run = wandb.init(
+            project=project,
+            name=name,
+            id=known.read_text(encoding="utf-8"),
+            resume="allow",
+            dir=str(directory),
+            config=yaml.safe_load(config.read_text(encoding="utf-8")) if config.exists() else None,
+        )
+
+    def write(self, values: Mapping[str, Scalar]) -> None:
+        """Sends one line; W&B leaves out steps that it has, which a resumed run writes again."""
+        numbers = {k: v for k, v in values.items() if k != "step" and not isinstance(v, str)}
+        self._run.log(numbers, step=values["step"])
+
+    def close(self) -> None:
+        """Ends the W&B run."""
+        self._run.finish()
 
 
 def read_metrics(directory: str | Path) -> list[dict[str, Scalar]]:

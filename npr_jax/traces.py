@@ -6,13 +6,14 @@ token has its text beside its id, and the spans of the blocks give the layout ba
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from npr_jax.decode import Trajectory
 from npr_jax.decode.events import TextPieces
+from npr_jax.files import write_atomically, writing
 from npr_jax.tree import Block, TreeLayout, layout
 
 
@@ -94,7 +95,7 @@ def read_trace(line: str | bytes) -> Trace:
         values = json.loads(line)
         values["blocks"] = tuple(_block(*block) for block in values["blocks"])
         return Trace(**values)
-    except (TypeError, KeyError) as error:
+    except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"this is no trace: {error}") from error
 
 
@@ -106,6 +107,14 @@ def read_traces(path: str | Path) -> Iterator[Trace]:
                 yield read_trace(line)
             except ValueError as error:
                 raise ValueError(f"{path}:{number}: {error}") from error
+
+
+def write_traces(path: str | Path, traces: Iterable[Trace]) -> None:
+    """Writes a file of traces as a whole; OSError names it where it cannot be written."""
+    path, lines = Path(path), "".join(trace.dumps() + "\n" for trace in traces)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lines.encode())
 
 
 def _block(start, guideline_close, plans, steps, join, takeaway, end, depth) -> Block:

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from npr_jax.cli import app
 
-VERBS = ("zero", "beta", "papo", "generate", "eval", "plan", "data", "demo")
+VERBS = ("zero", "beta", "papo", "generate", "eval", "view", "report", "plan", "data", "demo")
 COMMANDS = (*VERBS, "data prepare")
 
 

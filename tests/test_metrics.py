@@ -2,6 +2,7 @@
 
 import io
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
 from npr_jax.metrics import MetricsWriter, Progress, read_metrics
+from npr_jax.train.log import RunLog
 
 
 def write_steps(writer, steps, tag=""):
@@ -124,3 +126,49 @@ def test_lines_are_flat_json(tmp_path):
         writer.write({"step": 0, "loss": float("nan"), "note": 'a "quoted"\nline'})
     (line,) = writer.path.read_text().splitlines()
     assert json.loads(line)["note"] == 'a "quoted"\nline'
+
+
+class FakeWandb:
+    """Keeps what W&B would be told."""
+
+    def __init__(self):
+        self.begun, self.logged, self.finished = [], [], 0
+
+    def init(self, **settings):
+        self.begun.append(settings)
+        return self
+
+    def log(self, values, step):
+        self.logged.append((step, values))
+
+    def finish(self):
+        self.finished += 1
+
+
+def test_wandb_gets_what_the_file_gets_and_goes_on_with_the_same_run(tmp_path, monkeypatch):
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    run = tmp_path / "papo"
+    run.mkdir()
+    (run / "config.yaml").write_text("seed: 3\n")
+    with RunLog("papo", run, 2, report=print) as log:  # not asked for
+        log.write({"step": 1, "reward": 0.5})
+    assert not fake.begun and not (run / "wandb.id").exists()
+    monkeypatch.setenv("NPR_WANDB", "trees")
+    for start in (0, 1):
+        with RunLog("papo", run, 2, start, report=print) as log:
+            log.write({"step": start + 1, "reward": 0.5, "note": "text"})
+    first, second = fake.begun
+    assert first["project"] == "trees" and first["config"] == {"seed": 3}
+    assert first["resume"] == "allow" and first["id"] == second["id"] != ""
+    assert fake.logged == [(1, {"reward": 0.5}), (2, {"reward": 0.5})]
+    assert fake.finished == 2
+    assert [line["step"] for line in read_metrics(run)] == [1, 2]
+
+
+def test_wandb_that_is_not_installed_is_an_error_with_a_remedy(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not there
+    monkeypatch.setenv("NPR_WANDB", "trees")
+    with pytest.raises(ValueError, match=r"NPR_WANDB=trees .*pip install 'npr-jax\[wandb\]'"):
+        RunLog("papo", tmp_path / "run", 2)
+    assert not (tmp_path / "run").exists()

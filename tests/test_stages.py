@@ -16,6 +16,7 @@ from npr_jax.decode import Engine, SamplingParams
 from npr_jax.format import check_format
 from npr_jax.metrics import read_metrics
 from npr_jax.pretrained import load
+from npr_jax.traces import read_traces
 from npr_jax.train import beta, papo, zero
 from npr_jax.train.rollout import Rollout
 from npr_jax.tree import parse
@@ -95,6 +96,18 @@ def test_a_cut_off_run_ends_as_if_nothing_had_happened(home, tmp_path, monkeypat
     assert weights(resumed) == weights(whole)
     lines = without_times(tmp_path / "whole")
     assert without_times(tmp_path / "cut") == lines
+    # The answers that are kept to look at, and the report on them.
+    kept = sorted((tmp_path / "whole" / "traces").iterdir())
+    assert [path.name for path in kept] == [f"step-00000{i}.jsonl" for i in (1, 2, 3)]
+    for path in kept:
+        assert path.read_bytes() == (tmp_path / "cut" / "traces" / path.name).read_bytes()
+        traces = list(read_traces(path))
+        assert len(traces) == 4 and len({trace.problem for trace in traces}) == 1
+        for trace in traces:
+            found = trace.prediction is not None and equal(trace.prediction, trace.reference)
+            assert trace.correct == found
+    page = (tmp_path / "cut" / "index.html").read_text(encoding="utf-8")
+    assert "12 answers." in page and "entropy" in page and "checkpoint_every" in page
     assert [line["step"] for line in lines] == [1, 2, 3]
     # The trainer sees what the engine saw.
     assert max(line["logp_gap_max"] for line in lines if not line["skipped"]) < 1e-4

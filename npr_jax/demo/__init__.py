@@ -22,14 +22,17 @@ from npr_jax.demo.task import Teacher, make_tasks
 from npr_jax.pretrained import Model, load, save
 from npr_jax.prompts import prompt_ids
 from npr_jax.report.svg import draw_tree
+from npr_jax.traces import Trace, read_traces, write_traces
 from npr_jax.train import beta, fit, papo, zero
 from npr_jax.train.claim import claim
 from npr_jax.train.data import Problem
+from npr_jax.train.rollout import trace_of
 from npr_jax.train.rows import Example
 from npr_jax.train.step import OptimizerConfig, TrainConfig
 from npr_jax.tree import layout
 
 TRAIN_PROBLEMS, EVAL_PROBLEMS = 4096, 512
+SHOWN = 48  # answers of each row of the table that the report's viewer has
 SEED_STEPS, SEED_BATCH = 700, 32
 SEED_FIT = fit.FitConfig(
     train=TrainConfig(
@@ -73,23 +76,25 @@ def run(seed: int, output: Path, check: bool = False) -> int:
             results.seconds[stage] = time.monotonic() - start
         for mode in MODES:
             name = f"{stage} {mode}"
-            if name not in results.rows:
+            traces = output / f"traces/{stage}.{mode}.jsonl"
+            if name not in results.rows or not traces.exists():
                 model = load(output / stage / "final")
-                results.add(name, *measure(model, mode, problems, configs["zero"], seed))
+                row, shown = measure(model, mode, problems, configs["zero"], seed)
+                write_traces(traces, shown)
+                results.add(name, row)
             row = results.rows[name]
             console.print(
                 f"  {name}: format {row['format']:.2f}, accuracy {row['accuracy']:.2f}, "
                 f"tokens {row['tokens']:.0f}, critical path {row['critical_path']:.0f}"
             )
 
-    tags = load(output / "papo" / "final").tags
-    shown = results.shown["papo parallel"]
+    shown = next(read_traces(output / "traces/papo.parallel.jsonl"))
     settings = {"seed model": dump_config(SEED_FIT)} | {
         stage: dump_config(config) for stage, config in configs.items()
     }
-    write_report(output, results.rows, shown, tags, settings, results.seconds)
+    write_report(output, results.rows, shown, settings, results.seconds)
     console.print(_table(results.rows))
-    tree = draw_tree(shown["ids"], shown["prompt_len"], tags)
+    tree = draw_tree(shown.pieces, shown.layout)
     console.print(tree, highlight=False, markup=False, emoji=False)
     missing = shortfalls(results.rows)
     console.print(f"\n{(time.monotonic() - begun) / 60:.1f} minutes. Report: {output}/index.html")
@@ -115,14 +120,17 @@ def make_problems(seed: int, output: Path) -> list[Problem]:
 
 def measure(
     model: Model, mode: str, problems: list[Problem], config: zero.ZeroConfig, seed: int
-) -> tuple[dict[str, float], dict]:
-    """A row of the table, and the answer that is worth showing most: {"ids", "prompt_len"}."""
+) -> tuple[dict[str, float], list[Trace]]:
+    """A row of the table, and answers to look at, the one that is worth showing most first."""
     prompts = [prompt_ids(model.tokenizer, problem.problem) for problem in problems]
     engine = Engine(model, config.engine)
     parallel = mode == "parallel"
     row, rollouts = evaluate(engine, problems, prompts, parallel, config.max_tokens, seed)
-    best = max(rollouts, key=_worth_showing).trajectory
-    return row, {"ids": best.token_ids.tolist(), "prompt_len": best.prompt_len}
+    best = max(range(len(rollouts)), key=lambda i: _worth_showing(rollouts[i]))
+    chosen = [best, *(i for i in range(min(SHOWN, len(rollouts))) if i != best)]
+    return row, [
+        trace_of(rollouts[i], model.tokenizer, problems[i], id=f"problem {i}") for i in chosen
+    ]
 
 
 def make_seed(seed: int, output: Path, held_out: set[str]) -> None:
@@ -159,18 +167,17 @@ def _worth_showing(rollout) -> tuple:
 
 
 class _Results:
-    """Rows, examples and times that are kept from run to run in one JSON file."""
+    """Rows and times that are kept from run to run in one JSON file."""
 
     def __init__(self, path: Path):
         kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         self.path = path
         self.rows: dict[str, dict] = kept.get("rows", {})
-        self.shown: dict[str, dict] = kept.get("shown", {})
         self.seconds: dict[str, float] = kept.get("seconds", {})
 
-    def add(self, name: str, row: dict, shown: dict) -> None:
-        self.rows[name], self.shown[name] = row, shown
-        content = {"rows": self.rows, "shown": self.shown, "seconds": self.seconds}
+    def add(self, name: str, row: dict) -> None:
+        self.rows[name] = row
+        content = {"rows": self.rows, "seconds": self.seconds}
         self.path.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 

@@ -19,6 +19,7 @@ from npr_jax.distributed import gather, gather_all, is_main, mine
 from npr_jax.files import write_atomically, writing
 from npr_jax.mesh import MeshConfig, local_decode_mesh, make_mesh
 from npr_jax.pretrained import Model, load, publish_model
+from npr_jax.report.html import write as write_report
 from npr_jax.train import preempt
 from npr_jax.train.canonical import canonical
 from npr_jax.train.claim import claim
@@ -101,7 +102,10 @@ def run(config: BetaConfig, report: Report | None = None) -> Path:
     if gather(final.exists())[0]:
         return final
     with preempt.watched():
-        publish_model(_train(config, output, report), final)
+        model = _train(config, output, report)
+        if is_main():
+            write_report(output)
+        publish_model(model, final)
     return final
 
 

@@ -1,11 +1,12 @@
 """What a run tells while it runs: metric files, and a progress line or the caller's own display."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from npr_jax.distributed import is_main
 from npr_jax.files import writing
-from npr_jax.metrics import MetricsWriter, Progress, Scalar
+from npr_jax.metrics import WANDB, MetricsWriter, Progress, Scalar, WandbWriter
 
 Report = Callable[[Mapping[str, Scalar]], None]
 
@@ -15,7 +16,8 @@ class RunLog:
     several processes the first tells.
 
     `report(metrics)`, if given, is called at every step in place of the progress line, which shows
-    the metrics named in `shown`.
+    the metrics named in `shown`. NPR_WANDB=PROJECT in the environment sends them to Weights &
+    Biases too; ValueError if it is not installed.
     """
 
     def __init__(
@@ -32,6 +34,10 @@ class RunLog:
         self._progress = None
         if not self._on:
             return
+        self._wandb = None
+        if project := os.environ.get(WANDB):
+            run = Path(directory).resolve()
+            self._wandb = WandbWriter(run, project, f"{name} {run.parent.name}/{run.name}")
         with writing(directory):
             self._writer = MetricsWriter(directory)
             self._writer.truncate(start + 1)
@@ -44,6 +50,8 @@ class RunLog:
             return
         with writing(self._writer.path):
             self._writer.write(metrics)
+        if self._wandb:
+            self._wandb.write(metrics)
         if self._report:
             self._report(metrics)
         else:
@@ -59,5 +67,7 @@ class RunLog:
             self._progress.__exit__(*exc_info)
         if not self._on:
             return
+        if self._wandb:
+            self._wandb.close()
         with writing(self._writer.directory):
             self._writer.close()

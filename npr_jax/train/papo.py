@@ -103,6 +103,7 @@ def collect_groups(engine: Engine, feed: rl.Feed, step: int, config: PapoConfig)
     rollouts = roll_out(engine, prompts, answers, sampling, seeds)
     numbers = mine(range(len(prompts)))
     everything = [rollout for group in rollouts for rollout in group]
+    first = everything[: config.samples]
     kept = [
         (number, rollout, reward)
         for number, group in zip(numbers, rollouts, strict=False)
@@ -122,7 +123,7 @@ def collect_groups(engine: Engine, feed: rl.Feed, step: int, config: PapoConfig)
         ),
     }
     if len(set(rewards)) < 2:
-        return rl.Collected([], [], metrics)
+        return rl.Collected([], [], metrics, first)
     advantages = {
         entry[:2]: advantage
         for entry, advantage in zip(
@@ -133,7 +134,7 @@ def collect_groups(engine: Engine, feed: rl.Feed, step: int, config: PapoConfig)
     for i, (number, rollout, _) in enumerate(kept):
         example = example_of(rollout.trajectory, advantages[number, i], engine.tags, config)
         groups.setdefault(number, []).append(example)
-    return rl.Collected(list(groups.values()), rl.places(list(groups)), metrics)
+    return rl.Collected(list(groups.values()), rl.places(list(groups)), metrics, first)
 
 
 def example_of(

@@ -15,10 +15,12 @@ from jax.sharding import Mesh
 
 from npr_jax.config import dump_config
 from npr_jax.decode import Engine, EngineConfig
-from npr_jax.distributed import gather, gather_all
+from npr_jax.distributed import gather, gather_all, is_main
 from npr_jax.mesh import MeshConfig, local_decode_mesh, make_mesh
 from npr_jax.metrics import Scalar
 from npr_jax.pretrained import Model, load, publish_model
+from npr_jax.report.html import write as write_report
+from npr_jax.traces import write_traces
 from npr_jax.train import preempt
 from npr_jax.train.checkpoint import Checkpoints
 from npr_jax.train.claim import claim
@@ -26,7 +28,7 @@ from npr_jax.train.data import Problem, read_problems, shuffled
 from npr_jax.train.log import Report, RunLog
 from npr_jax.train.nonfinite import NonfiniteGuard
 from npr_jax.train.pending import Pending, fingerprint
-from npr_jax.train.rollout import STAGES, encode_problems, engine_params
+from npr_jax.train.rollout import STAGES, Rollout, encode_problems, engine_params, trace_of
 from npr_jax.train.rows import Example, empty_row, make_rows
 from npr_jax.train.step import (
     Objective,
@@ -96,6 +98,10 @@ class Feed:
         self._order = shuffled(len(problems), *path)
         self.position = 0
 
+    def problem(self, position: int) -> Problem:
+        """The problem that stands there."""
+        return self._problems[int(self._order[position])]
+
     def take(self, num: int) -> tuple[list[list[int]], list[str]]:
         """The next `num` prompts and their answers."""
         chosen = [int(self._order[self.position + i]) for i in range(num)]
@@ -105,11 +111,13 @@ class Feed:
 
 class Collected(NamedTuple):
     """A rollout batch: this process's groups to train on (where no process has any, the step is
-    skipped), the place of each among those of all processes, and metrics of all of it."""
+    skipped), the place of each among those of all processes, metrics of all of it, and the answers
+    to its first problem, for people to look at."""
 
     groups: Groups
     places: list[int]
     metrics: dict[str, Scalar]
+    shown: Sequence[Rollout] = ()
 
 
 def places(keys: Sequence[Any]) -> list[int]:
@@ -174,7 +182,9 @@ def train(
                         )
                         engine.set_params(params)
                         version = fingerprint(state.params)
-                        collected = _sample(engine, feed, step, collect, pending, version)
+                        keep = step % settings.checkpoint_every == 0 or step == config.steps
+                        traces = output / f"traces/step-{step:06d}.jsonl" if keep else None
+                        collected = _sample(engine, feed, step, collect, pending, version, traces)
                         if preempt.wanted():
                             raise preempt.Preempted
                     except preempt.Preempted:
@@ -209,21 +219,37 @@ def train(
                     if ending:
                         raise preempt.Preempted
         pending.drop(config.steps)
+        if is_main():
+            write_report(output)
         publish_model(dataclasses.replace(model, params=state.params), final)
     return final
 
 
 def _sample(
-    engine: Engine, feed: Feed, step: int, collect: Collect, pending: Pending, version: int
+    engine: Engine,
+    feed: Feed,
+    step: int,
+    collect: Collect,
+    pending: Pending,
+    version: int,
+    traces: Path | None,
 ) -> Collected:
-    """The groups of `step`: pending ones, or new ones, which are pending from then on."""
+    """The groups of `step`: pending ones, or new ones, which are pending from then on. Of new ones
+    the answers to the first problem go to the file `traces`, if one is given."""
     with preempt.interruptible():
         found = pending.load(step, version)
         if all(gather(found is not None)):
             groups, metrics, position = found
             feed.position = position["problem"]
             return Collected(groups, position["places"], metrics)
+        first = feed.problem(feed.position)
         collected = collect(engine, feed, step)
+    if traces and is_main():
+        kept = [
+            trace_of(rollout, engine.tokenizer, first, id=traces.stem, sample=sample)
+            for sample, rollout in enumerate(collected.shown)
+        ]
+        write_traces(traces, kept)
     position = {"problem": feed.position, "places": collected.places}
     pending.save(step, version, collected.groups, collected.metrics, position)
     return collected

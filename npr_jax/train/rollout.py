@@ -16,6 +16,7 @@ from npr_jax.mesh import decode_mesh, local_decode_mesh
 from npr_jax.model import ModelConfig
 from npr_jax.model.sharding import to_decode
 from npr_jax.prompts import prompt_ids
+from npr_jax.traces import Trace, make_trace
 from npr_jax.train.data import Problem, derive_seeds
 from npr_jax.train.rows import Example
 from npr_jax.train.step import cast
@@ -97,6 +98,20 @@ def sampled_example(trajectory: Trajectory, advantage: float) -> Example:
     mask = ~trajectory.forced
     mask[: trajectory.prompt_len] = False
     return Example(trajectory.token_ids, trajectory.layout, mask, float(advantage), trajectory.logp)
+
+
+def trace_of(rollout: Rollout, tokenizer, problem: Problem, **about) -> Trace:
+    """A rollout as a trace; `about`: its benchmark, id and sample."""
+    return make_trace(
+        rollout.trajectory,
+        tokenizer,
+        problem=problem.problem,
+        reference=problem.answer,
+        prediction=extract(rollout.trajectory.text),
+        correct=rollout.correct,
+        violations=[violation.reason for violation in rollout.violations],
+        **about,
+    )
 
 
 def summary(rollouts: Sequence[Rollout]) -> dict[str, float]:

@@ -99,7 +99,7 @@ def collect_groups(engine: Engine, feed: rl.Feed, step: int, config: ZeroConfig)
         "groups_dropped": taken - found,
         "rounds": rounds,
     }
-    return rl.Collected(groups, rl.places(keys), metrics)
+    return rl.Collected(groups, rl.places(keys), metrics, everything[: config.samples])
 
 
 def reward_parts(rollouts: list[Rollout], rewards: list[float], rule: str) -> dict[str, float]:

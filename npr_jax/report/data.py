@@ -1,0 +1,203 @@
+"""What a report shows, read from the directory of an evaluation or of a training run.
+
+    results.json             figures per benchmark      (an evaluation)
+    traces/NAME.jsonl        answers, a `Trace` a line  (both)
+    [*/[*/]]metrics.jsonl    learning curves            (a training run)
+    config.yaml              settings                   (both)
+
+All of them may still be growing: whole lines count. Answers are read one at a time; what a chart
+needs is kept of all, the tokens of at most `most` of them.
+"""
+
+import base64
+import dataclasses
+import gzip
+import json
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from npr_jax.metrics import Scalar, read_metrics
+from npr_jax.traces import Trace, read_trace
+
+
+class Fact(NamedTuple):
+    """What the charts and the list of answers need of one answer."""
+
+    tokens: int
+    critical_path: int
+    width: int
+    branches: int
+    depth: int
+    correct: bool | None
+
+
+class Shown(NamedTuple):
+    """An answer in the viewer: its row of the list, and all of it, packed."""
+
+    row: dict
+    packed: str
+
+
+@dataclasses.dataclass
+class Content:
+    """What is in a directory.
+
+    Attributes:
+      title: of the page.
+      results: results.json of an evaluation.
+      curves: lines of metrics by run directory, "" for the directory itself.
+      facts: of every answer, by file of traces; shown: the answers in the viewer.
+      settings: YAML texts by name.
+    """
+
+    title: str
+    results: dict | None = None
+    curves: dict[str, list[dict[str, Scalar]]] = dataclasses.field(default_factory=dict)
+    facts: dict[str, list[Fact]] = dataclasses.field(default_factory=dict)
+    shown: list[Shown] = dataclasses.field(default_factory=list)
+    settings: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def num_answers(self) -> int:
+        """Of all that there are, shown or not."""
+        return sum(map(len, self.facts.values()))
+
+
+def read(directory: str | Path, most: int = 1000) -> Content:
+    """The content of a directory; `most` answers get into the viewer.
+
+    Raises ValueError where there is nothing to report, or a file is not what it should be.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise ValueError(f"{directory} is no directory: needed is that of an evaluation or a run")
+    content = Content(directory.resolve().name)
+    for path in sorted(directory.glob("config.yaml")):
+        content.settings[path.name] = path.read_text(encoding="utf-8")
+    results = directory / "results.json"
+    if results.exists():
+        try:
+            content.results = json.loads(results.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{results} is not valid JSON: {error}") from error
+    for pattern in ("", "*/", "*/*/"):
+        for path in sorted(directory.glob(f"{pattern}metrics.jsonl")):
+            name = path.parent.relative_to(directory).as_posix()
+            content.curves["" if name == "." else name] = read_metrics(path.parent)
+    add_traces(content, sorted(directory.glob("traces/*.jsonl")), most)
+    if not (content.results or content.curves or content.facts):
+        raise ValueError(
+            f"{directory} has neither results.json nor metrics.jsonl nor traces/*.jsonl: needed is "
+            "the directory of `npr-jax eval` or of a training run"
+        )
+    return content
+
+
+def add_traces(content: Content, paths: list[Path], most: int) -> None:
+    """Reads files of traces; each shows its share of `most`, spread over the whole file."""
+    sizes = [_num_lines(path) for path in paths]
+    for path, size, share in zip(paths, sizes, shares(sizes, most), strict=True):
+        facts = content.facts[path.stem] = []
+        for number, trace in enumerate(_whole_traces(path, size)):
+            facts.append(fact_of(trace))
+            if (number + 1) * share // size > number * share // size:
+                content.shown.append(shown(trace, path.stem, facts[-1]))
+
+
+def shares(sizes: list[int], most: int) -> list[int]:
+    """How many of each size are taken, together at most `most`: as equal as the sizes allow."""
+    taken = [0] * len(sizes)
+    left = min(most, sum(sizes))
+    for rank, i in enumerate(sorted(range(len(sizes)), key=lambda i: sizes[i])):
+        taken[i] = min(sizes[i], left // (len(sizes) - rank))
+        left -= taken[i]
+    return taken
+
+
+def fact_of(trace: Trace) -> Fact:
+    """The figures of one answer."""
+    tree = trace.layout
+    return Fact(
+        tree.total_len,
+        tree.critical_path_len,
+        tree.width,
+        tree.num_branches,
+        tree.depth,
+        trace.correct,
+    )
+
+
+def shown(trace: Trace, name: str, fact: Fact) -> Shown:
+    """An answer for the viewer; `name` is that of its file."""
+    row = {
+        "group": name,
+        "id": trace.id,
+        "sample": trace.sample,
+        "problem": trace.problem[:300],
+        "prediction": (trace.prediction or "")[:100],
+        "correct": trace.correct,
+        "broken": len(trace.violations),
+        "finish": trace.finish_reason,
+        "tokens": fact.tokens,
+        "critical": fact.critical_path,
+        "width": fact.width,
+        "branches": fact.branches,
+        "depth": fact.depth,
+    }
+    return Shown(row, pack(trace))
+
+
+def pack(trace: Trace) -> str:
+    """A trace for the page: JSON, gzip, base64. Numbers are made small before: log-probs in
+    hundredths, steps as differences from one step per token, positions and flags as runs."""
+    tree = trace.layout
+    steps = np.array(trace.step, np.int64)
+    begins = np.flatnonzero(np.diff(tree.positions, prepend=-2) != 1)
+    edges = np.flatnonzero(np.diff(np.array(trace.forced, np.int8), prepend=0, append=0))
+    values = {
+        "problem": trace.problem,
+        "reference": trace.reference,
+        "prediction": trace.prediction,
+        "correct": trace.correct,
+        "violations": trace.violations,
+        "finish": trace.finish_reason,
+        "detail": trace.detail,
+        "promptLen": trace.prompt_len,
+        "ids": trace.token_ids,
+        "pieces": trace.pieces,
+        "logp": [round(100 * x) if math.isfinite(x) else None for x in trace.logp],
+        "steps": np.diff(steps - np.arange(len(steps)), prepend=0).tolist(),
+        "positions": [[int(i), int(tree.positions[i])] for i in begins],
+        "forced": edges.reshape(-1, 2).tolist(),
+        "blocks": [
+            {
+                "start": block.start,
+                "fork": block.guideline_close + 1,
+                "branches": block.branches,
+                "join": block.join,
+                "depth": block.depth,
+            }
+            for block in trace.blocks
+            if block.branches
+        ],
+    }
+    data = json.dumps(values, separators=(",", ":")).encode()  # ASCII, whatever the texts hold
+    return base64.b64encode(gzip.compress(data, mtime=0)).decode()
+
+
+def _num_lines(path: Path) -> int:
+    with path.open("rb") as file:
+        return sum(line.endswith(b"\n") for line in file)
+
+
+def _whole_traces(path: Path, size: int):
+    """The first `size` traces; ValueError names a line that is none."""
+    with path.open("rb") as file:
+        for number in range(1, size + 1):
+            try:
+                yield read_trace(file.readline())
+            except ValueError as error:
+                raise ValueError(f"{path}:{number}: {error}") from error
