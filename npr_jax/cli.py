@@ -180,6 +180,7 @@ def evaluate(
     from npr_jax.evaluate.results import tables
     from npr_jax.evaluate.run import EvalConfig
     from npr_jax.evaluate.run import evaluate as run
+    from npr_jax.report.html import write as write_report
 
     given = {
         "model": model,
@@ -196,7 +197,7 @@ def evaluate(
     settings = load_config(EvalConfig, config, [*(overrides or ()), *changes])
     results = run(settings, tell=functools.partial(typer.echo, err=True))
     Console().print(*tables(results))
-    typer.echo(f"all figures: {output / 'results.json'}")
+    typer.echo(f"all figures: {output / 'results.json'}; report: {write_report(output)}")
 
 
 @app.command()
