@@ -35,9 +35,9 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_runtest_setup(item):
-    """NPR_TEST_MINUTES: slow tests that would begin later than that are skipped, and listed."""
+    """NPR_TEST_MINUTES: tests that would begin later than that are skipped, and listed."""
     minutes = float(os.environ.get("NPR_TEST_MINUTES", "inf"))
-    if item.get_closest_marker("slow") and time.monotonic() - BEGUN > 60 * minutes:
+    if time.monotonic() - BEGUN > 60 * minutes:
         pytest.skip(f"NPR_TEST_MINUTES={minutes:g} are over")
 
 
