@@ -203,12 +203,13 @@ def viewer(content: Content) -> str:
         f'<script type="text/plain" id="answer-{i}">{answer.packed}</script>'
         for i, answer in enumerate(content.shown)
     )
+    program = "".join(map(_asset, ("trace.js", "answer.js", "viewer.js")))
     rows = _json([answer.row for answer in content.shown])
     return (
         f'<p>{told} Press <kbd>?</kbd> for the keys.</p><div id="viewer"></div>'
         "<noscript><p>The viewer needs JavaScript.</p></noscript>"
         f'<script type="application/json" id="rows">{rows}</script>{packed}'
-        f'<script type="module">{_asset("answer.js")}{_asset("viewer.js")}</script>'
+        f'<script type="module">{program}</script>'
     )
 
 
