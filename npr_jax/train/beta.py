@@ -103,9 +103,9 @@ def run(config: BetaConfig, report: Report | None = None) -> Path:
         return final
     with preempt.watched():
         model = _train(config, output, report)
+        publish_model(model, final)
         if is_main():
             write_report(output)
-        publish_model(model, final)
     return final
 
 

@@ -219,9 +219,9 @@ def train(
                     if ending:
                         raise preempt.Preempted
         pending.drop(config.steps)
+        publish_model(dataclasses.replace(model, params=state.params), final)
         if is_main():
             write_report(output)
-        publish_model(dataclasses.replace(model, params=state.params), final)
     return final
 
 
