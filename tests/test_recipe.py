@@ -52,3 +52,44 @@ def test_figures_take_shared_stages_from_the_base(recipe, tmp_path, monkeypatch)
     assert found["clip"]["papo"]["both"] == [1.0, 0.75]
     assert found["clip"]["beta"] == found["base"]["beta"] == {"both": [0.25, 0.5]}
     assert recipe.spread([0.25, 0.5]) == "0.38 ± 0.18"
+
+
+def test_stages_are_trained_once_and_what_is_measured_is_kept(recipe, tmp_path, monkeypatch):
+    trained, measured = [], []
+
+    def train(config):
+        final = Path(config.output) / "final"
+        if not final.exists():
+            assert Path(config.model).exists(), "its model is trained before"
+            trained.append((final.parent.parent.name, final.parent.name))
+            final.mkdir(parents=True)
+
+    def make_seed(seed, home, held_out):
+        (home / "seed" / "final").mkdir(parents=True)
+        (home / "seed" / "final" / "config.json").touch()
+
+    def measure(model, mode, problems, config, seed):
+        measured.append(mode)
+        return {"both": 0.5, "seconds": 1.23456}, []
+
+    for name, fake in (
+        ("RESULTS", tmp_path / "results"),
+        ("RUN", dict.fromkeys(recipe.STAGES, train)),
+        ("use_cache", lambda path: None),
+        ("make_problems", lambda seed, home: []),
+        ("make_seed", make_seed),
+        ("measure", measure),
+        ("load", lambda path: path),
+    ):
+        monkeypatch.setattr(recipe, name, fake)
+    command = ["recipe.py", "run", "--runs", str(tmp_path / "runs"), "--seeds", "3", "--arms"]
+    monkeypatch.setattr("sys.argv", [*command, "base", "causal_sft", "clip"])
+    recipe.main()
+    stages = ("zero", "beta", "papo")
+    assert trained[:3] == [("base", stage) for stage in stages]
+    assert trained[3:] == [("causal_sft", "beta"), ("causal_sft", "papo"), ("clip", "papo")]
+    assert measured == ["sequential", "parallel", "parallel"] + ["parallel"] * 3
+    kept = json.loads((tmp_path / "results" / "3.json").read_text())["arms"]
+    assert kept["clip"]["rows"] == {"papo": {"both": 0.5, "seconds": 1.2346}}
+    recipe.main()  # all is there
+    assert len(trained) == len(measured) == 6
