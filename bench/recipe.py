@@ -174,7 +174,8 @@ def table(args) -> None:
         )
     head = ["", "seeds", "Zero: format", "Beta: right", "PAPO: format", "PAPO: right"]
     head += ["PAPO: parallel", "tokens", "critical path"]
-    replace_between(DOCS, BEGIN, END, "\n".join(markdown(head, rows)))
+    lines = [*markdown(head, rows), "", f"![A dot per seed]({PLOT.relative_to(DOCS.parent)})"]
+    replace_between(DOCS, BEGIN, END, "\n".join(lines))
     points = {
         ARMS[arm].title.replace("`", ""): found[arm]["papo"]["both"] for arm in ARMS if arm in found
     }
