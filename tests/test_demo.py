@@ -6,15 +6,17 @@ import xml.etree.ElementTree as xml
 
 import numpy as np
 import pytest
-from report_toy import fetches
+import report_toy
 
 from npr_jax import demo, load
 from npr_jax.answers import equal, extract
 from npr_jax.config import load_config
 from npr_jax.demo import task
 from npr_jax.demo.evaluate import CHECKS, RATES, shortfalls
+from npr_jax.demo.report import write_report
 from npr_jax.demo.task import DEFECTS, Teacher, ideal, make_tasks, true_value, write
 from npr_jax.format import check_format
+from npr_jax.metrics import MetricsWriter
 from npr_jax.model.tokenizer import demo_tokenizer
 from npr_jax.prompts import prompt_ids
 from npr_jax.report.svg import draw_tree, tree_svg
@@ -129,6 +131,25 @@ def test_a_tree_is_drawn_with_its_branches_side_by_side():
     assert "|" not in draw_tree(pieces, layout(len(ids), prompt_len=prompt_len))
 
 
+def test_the_report_has_the_table_the_curves_and_the_answers(tmp_path):
+    values = {"format_rate": 0.5, "accuracy": 0.25, "response_tokens": 80, "critical_path": 60}
+    for stage in ("zero", "papo"):
+        with MetricsWriter(tmp_path / stage) as writer:
+            writer.write({"step": 1, **values})
+    shown = report_toy.nested()
+    report_toy.write_traces(tmp_path / "traces" / "papo.parallel.jsonl", [shown] * 3)
+    row = {"format": 1.0, "accuracy": 0.94, "tokens": 85.0}
+    rows = {"papo parallel": row}
+    write_report(tmp_path, rows, shown, {"zero": "seed: <3>"}, {"zero": 61.2})
+    page = (tmp_path / "index.html").read_text(encoding="utf-8")
+    for part in ("<td>0.94</td>", "papo parallel", "Stages: zero 61 s", "seed: &lt;3&gt;"):
+        assert part in page
+    for part in ("3 answers.", "tokens of an answer", "One answer as a tree", 'id="viewer"'):
+        assert part in page
+    assert not report_toy.fetches(page)
+    xml.parse(tmp_path / "tree.svg"), xml.parse(tmp_path / "curves.svg")
+
+
 @pytest.mark.slow
 def test_a_small_demo_runs_reports_and_goes_on(tmp_path, monkeypatch, capsys):
     """The whole chain at sizes that learn nothing: --check must say so."""
@@ -160,7 +181,7 @@ def test_a_small_demo_runs_reports_and_goes_on(tmp_path, monkeypatch, capsys):
     for name in ("index.html", "curves.svg", "tree.svg"):
         text = (tmp_path / name).read_text(encoding="utf-8")
         assert "<svg" in text
-        assert not fetches(text)
+        assert not report_toy.fetches(text)
     xml.parse(tmp_path / "tree.svg"), xml.parse(tmp_path / "curves.svg")
     page = (tmp_path / "index.html").read_text(encoding="utf-8")
     for stage in ("seed", "zero", "beta", "papo"):
