@@ -10,6 +10,7 @@ should run on the machine meanwhile.
 
 import argparse
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -22,8 +23,9 @@ CASES = [("tiny", 1), ("tiny", 16), ("tiny", 64), ("mid", 1), ("mid", 16), ("mid
 
 
 def last_line(command: list[str], cwd: Path) -> dict:
-    """The JSON that a script prints last; it runs on core 0 where the system can say so."""
-    pin = ["taskset", "-c", "0"] if shutil.which("taskset") else []
+    """The JSON that a script prints last; it runs on the first core that this process may use,
+    where the system can say so."""
+    pin = ["taskset", "-c", str(min(os.sched_getaffinity(0)))] if shutil.which("taskset") else []
     done = subprocess.run([*pin, *command], cwd=cwd, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")

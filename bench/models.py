@@ -42,5 +42,5 @@ def make_model(name: str, dtype: str = "float32", max_position: int = 32768) -> 
         max_position_embeddings=max_position,
         eos_token_ids=(),
     )
-    params = init_params(config, jax.random.key(0), dtype)
+    params = jax.jit(lambda key: init_params(config, key, dtype))(jax.random.key(0))
     return Model(config, params, None, TAGS)

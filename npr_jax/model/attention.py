@@ -179,20 +179,25 @@ def _flash_backward(saved, d_out):
         j, k_j, v_j, hidden_j = inputs
 
         def block(i, carry):
+            d_q, *sums = carry
             first = offset + i * size
 
-            def see(carry):
-                d_q, d_k, d_v = carry
+            def see(d_k, d_v):
                 p = jnp.exp(_scores(q[i], k_j, hidden_j, first, j) - norm[i][..., None])
                 d_p = product("bngqd,bnkd->bngqk", d_out[i], v_j)
                 d_s = (p * (d_p - delta[i][..., None]) * dim**-0.5).astype(q.dtype)
                 return (
-                    d_q.at[i].add(product("bngqk,bnkd->bngqd", d_s, k_j)),
+                    product("bngqk,bnkd->bngqd", d_s, k_j),
                     d_k + product("bngqk,bngqd->bnkd", d_s, q[i]),
                     d_v + product("bngqk,bngqd->bnkd", p.astype(q.dtype), d_out[i]),
                 )
 
-            return jax.lax.cond(_skip(hidden_j, first, size), lambda carry: carry, see, carry)
+            def skip(d_k, d_v):
+                return jnp.zeros(d_q.shape[1:], d_q.dtype), d_k, d_v
+
+            # Not d_q itself: XLA on a CPU copies all that goes through a branch, for every block.
+            part, *sums = jax.lax.cond(_skip(hidden_j, first, size), skip, see, *sums)
+            return d_q.at[i].add(part), *sums
 
         zero = jnp.zeros(k_j.shape, jnp.float32)
         start = jnp.clip((j * size - offset) // size, 0, num)  # the block before it sees no key
