@@ -17,6 +17,7 @@ and of attention only over the keys that a token sees.
 """
 
 import argparse
+import dataclasses
 import datetime
 import json
 import os
@@ -36,6 +37,7 @@ from against import last_line
 from models import SHAPES, make_model
 
 from npr_jax import tree
+from npr_jax.model.config import REMAT
 from npr_jax.train.rows import Example, Row, count_loss_tokens, make_rows, stack
 from npr_jax.train.step import Objective, OptimizerConfig, compiled_step, new_state
 
@@ -98,7 +100,9 @@ def step(args) -> dict:
     operands = (batch, np.int32(used), np.float32(count), np.float32(RATE))
     begun = time.perf_counter()
     compiled = (
-        compiled_step(model.config, OPTIMIZER, SFT, "float32", None)
+        compiled_step(
+            dataclasses.replace(model.config, remat=args.remat), OPTIMIZER, SFT, "float32", None
+        )
         .lower(state, *operands)
         .compile()
     )
@@ -129,6 +133,7 @@ def step(args) -> dict:
         "rows": len(rows),
         "row_len": rows[0]["tokens"].size,
         "micro_rows": micro_rows,
+        "remat": args.remat,
         "tokens": tokens,
         "loss_tokens": count,
         "run_s": {
@@ -283,6 +288,7 @@ def main() -> None:
     one.add_argument("--documents", type=int, default=1, help="in a row")
     one.add_argument("--group", action="store_true", help="responses behind their prompt")
     one.add_argument("--unshared", action="store_true", help="a row per response, with the prompt")
+    one.add_argument("--remat", choices=REMAT, default="none", help="what is computed again")
     one.add_argument("--repeats", type=int, default=3, help="timed steps")
     one.add_argument("--gradient", type=Path, help="npz file for a multiple of the first gradient")
     one.add_argument("--peak", type=float, help="GFLOP/s of the machine; default: measured here")

@@ -269,7 +269,7 @@ def train_flops(config: ModelConfig, rows: int, row_len: int) -> float:
     layers = num_params(c) - table * (1 if c.tie_word_embeddings else 2)
     matrices = 2 * layers * tokens
     attention = 2 * c.num_layers * c.num_heads * c.head_dim * tokens * row_len  # causal: half
-    again = 0 if c.remat == "none" else 1
+    again = 1 if c.remat == "full" else 0  # "dots" keeps what costs
     return (3 + again) * (matrices + attention) + 4 * 2 * table * tokens  # logits: always again
 
 

@@ -168,6 +168,15 @@ def test_rematerialisation_and_chunks_change_nothing(remat):
         np.testing.assert_allclose(a, b, atol=2e-4)
 
 
+def test_dots_keep_what_attention_needs():
+    def loops(remat):
+        config = dataclasses.replace(TINY, remat=remat, attention_block=8)
+        grad = jax.grad(lambda p: jnp.sum(token_logp(config, p, **ROW)))
+        return jax.jit(grad).lower(params()).as_text().count("stablehlo.while")
+
+    assert loops("dots") == loops("none") < loops("full")
+
+
 def test_no_logits_of_a_whole_batch_exist():
     config = dataclasses.replace(
         TINY, vocab_size=5000, padded_vocab_size=5000, logp_chunk=64, attention_block=64

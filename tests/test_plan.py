@@ -13,6 +13,7 @@ from npr_jax.cli import app
 from npr_jax.hlo import collective_bytes
 from npr_jax.mesh import parse_mesh
 from npr_jax.model import PRESETS, abstract_params
+from npr_jax.model.config import REMAT
 from npr_jax.plan import CHIPS, GIB, plan, report, stage_run, train_flops
 from npr_jax.train.rows import empty_row
 from npr_jax.train.step import Objective, loss_sums
@@ -85,7 +86,7 @@ def test_loops_are_read_as_the_tpu_compiler_writes_them():
     assert collective_bytes(dynamic) == 2 * 4096 * 3 / 4
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("remat", REMAT)
 def test_flops_are_those_of_the_program(remat):
     config = dataclasses.replace(
         PRESETS["tiny"], num_layers=1, hidden_size=256, intermediate_size=512, remat=remat

@@ -13,10 +13,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from npr_jax.mesh import BATCH, activations
+from npr_jax.model.blocks import SAVED
 from npr_jax.model.config import ModelConfig
 
 _NEGATIVE = -1e30  # finite, so that a row that has seen nothing yet stays finite
@@ -165,6 +167,7 @@ def _flash_forward(q, k, v, hidden, offset):
         return None, ((acc / total[..., None]).astype(q.dtype), norm)
 
     _, (out, norm) = jax.lax.scan(row, None, (jnp.arange(q.shape[0]), q))
+    out, norm = checkpoint_name(out, SAVED), checkpoint_name(norm, SAVED)
     return out, (q, k, v, hidden, offset, out, norm)
 
 

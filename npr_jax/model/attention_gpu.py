@@ -12,10 +12,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from npr_jax.model.blocks import ALL, EMPTY, dot, pad_keys, pad_queries, pair_kinds
+from npr_jax.model.blocks import ALL, EMPTY, SAVED, dot, pad_keys, pad_queries, pair_kinds
 
 DIMS = (16, 32, 64, 128, 256)  # powers of two; Triton multiplies nothing narrower than 16
 # What a program holds, so that it fits into the registers and shared memory of GPUs from Ampere on.
@@ -75,6 +76,7 @@ def _flash_forward(interpret, q, k, v, hidden, kinds, square, offset):
         inputs={"query": [q], "keys": [k, v]},
         outputs=["query", "norm"],
     )
+    out, norm = checkpoint_name(out, SAVED), checkpoint_name(norm, SAVED)
     return out, (q, k, v, hidden, square, offset, out, norm)
 
 

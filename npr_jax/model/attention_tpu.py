@@ -13,10 +13,21 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from npr_jax.model.blocks import ALL, EMPTY, NONE, SOME, dot, pad_keys, pad_queries, pair_kinds
+from npr_jax.model.blocks import (
+    ALL,
+    EMPTY,
+    NONE,
+    SAVED,
+    SOME,
+    dot,
+    pad_keys,
+    pad_queries,
+    pair_kinds,
+)
 
 _LANES = 128
 _BLOCK = 512  # queries, and keys
@@ -84,6 +95,7 @@ def _flash_forward(static, q, k, v, hidden, kinds, offset):
     out, norm = call(
         _forward_kernel, {"queries": [q], "keys": [k, v]}, ["queries", "norms"], _query_scratch
     )
+    out, norm = checkpoint_name(out, SAVED), checkpoint_name(norm, SAVED)
     return out, (q, k, v, hidden, kinds, offset, out, norm)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 NONE, SOME, ALL = 0, 1, 2  # of the pairs of two blocks that are visible
 EMPTY = -1e30  # score of what is not seen; finite, so that a row that sees nothing stays finite
+SAVED = "attention"  # name of what the backward pass needs of attention, for `jax.checkpoint`
 _NEVER, _ALWAYS = np.iinfo(np.int32).min, np.iinfo(np.int32).max
 
 

@@ -24,7 +24,8 @@ class ModelConfig:
       eos_token_ids: end an answer.
       attention: "blockwise", "pallas" (kernels for TPU and GPU), "dense" (the oracle) or "" (what
         suits the platform); attention_block: queries and keys per block of "blockwise".
-      remat: "none", "full" (a layer keeps its input) or "dots" (and its matrix products).
+      remat: "none", "full" (a layer keeps its input) or "dots" (and its matrix products and what
+        attention needs).
       logp_chunk: tokens whose logits exist at one time.
       init_*: standard deviations and gains of a random initialisation.
     """

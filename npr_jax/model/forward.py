@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from npr_jax.mesh import activations
+from npr_jax.model.blocks import SAVED
 from npr_jax.model.config import ModelConfig
 
 
@@ -94,9 +95,11 @@ def forward(
     if c.remat == "full":
         layer = jax.checkpoint(layer)
     elif c.remat == "dots":
-        layer = jax.checkpoint(
-            layer, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        policies = jax.checkpoint_policies
+        kept = policies.save_from_both_policies(
+            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(SAVED)
         )
+        layer = jax.checkpoint(layer, policy=kept)
     layers = params["layers"]
     if isinstance(layers, tuple):
         for number, weights in enumerate(layers):

@@ -144,9 +144,6 @@ def new_state(params: dict, config: OptimizerConfig, shardings: TrainState | Non
 
     On a mesh `shardings` (`state_shardings`) are those of the result; the parameters have theirs.
     """
-    if shardings is None:
-        params = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), params)
-        return _state(config, params)
     return jax.jit(functools.partial(_state, config), out_shardings=shardings)(params)
 
 
@@ -177,7 +174,8 @@ def state_shardings(model_config: ModelConfig, config: OptimizerConfig, mesh: Me
 
 
 def _state(config: OptimizerConfig, params: dict) -> TrainState:
-    params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+    # The copy is asked for: jit returns an argument as it is where a cast has nothing to do.
+    params = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), params)
     return TrainState(params, _optimizer(config).init(params), jnp.zeros((), jnp.int32))
 
 
