@@ -21,6 +21,7 @@ from npr_jax.model import (
     token_logp_entropy,
 )
 from npr_jax.model.config import REMAT
+from npr_jax.model.forward import swiglu
 from npr_jax.tree import TagIds, layout, pack, parse
 
 NAMES = ("a_tied_h4kv2", "b_untied_h8kv2", "c_tied_h8kv2", "d_untied_h4kv2")
@@ -175,6 +176,22 @@ def test_dots_keep_what_attention_needs():
         return jax.jit(grad).lower(params()).as_text().count("stablehlo.while")
 
     assert loops("dots") == loops("none") < loops("full")
+
+
+def test_swiglu_keeps_its_operands_alone():
+    gate, up = jnp.linspace(-3, 3, 12), jnp.linspace(1, 2, 12)
+    out, back = jax.vjp(swiglu, gate, up)
+    np.testing.assert_allclose(out, jax.nn.silu(gate) * up, rtol=1e-6)
+    assert len(jax.tree.leaves(back)) == 2
+
+
+def test_gradients_of_weights_transpose_no_activations():
+    wide = dataclasses.replace(TINY, intermediate_size=192)  # a size that nothing else has
+    grad = jax.grad(lambda p: jnp.sum(token_logp(wide, p, **ROW)))
+    text = jax.jit(grad).lower(init_params(wide, jax.random.key(0))).compile().as_text()
+    tokens = ROW["tokens"].size
+    assert f"[{tokens},192]" in text
+    assert f"[192,{tokens}]" not in text
 
 
 def test_no_logits_of_a_whole_batch_exist():

@@ -8,6 +8,7 @@ attends over a table of them. Norms, rotary angles and softmax are float32, the 
 parameters' dtype.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -35,6 +36,12 @@ def rope(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
     sin, cos = jnp.sin(angle), jnp.cos(angle)
     a, b = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False)
+def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """silu(gate) * up; the backward pass keeps these two, and nothing in between."""
+    return jax.nn.silu(gate) * up
 
 
 def forward(
@@ -68,13 +75,18 @@ def forward(
         """Says where activations live, so that XLA gathers weights and never activations."""
         return x if mesh is None else _constrain(x, mesh, activations(mesh))
 
+    def flat(y):
+        """One axis of tokens, or XLA on a CPU transposes them for a weight's gradient. Not on a
+        mesh, where rows and tokens are split apart."""
+        return y if mesh is not None else y.reshape(-1, y.shape[-1])
+
     x = settle(table[tokens])
 
     def layer(carry, inputs):
         x, state = carry
         number, w = inputs
         with jax.named_scope("attention"):
-            y = rms_norm(x, w["attn_norm"], c.rms_norm_eps)
+            y = flat(rms_norm(x, w["attn_norm"], c.rms_norm_eps))
             q, k, v = y @ w["wq"], y @ w["wk"], y @ w["wv"]
             if c.attention_bias:
                 q, k, v = q + w["bq"], k + w["bk"], v + w["bv"]
@@ -86,10 +98,12 @@ def forward(
                 k = rms_norm(k, w["k_norm"], c.rms_norm_eps)
             q, k = rope(q, positions, c.rope_theta), rope(k, positions, c.rope_theta)
             out, state = attend(q, k, v, number, state)
-            x = settle(x + out.reshape(batch, length, -1) @ w["wo"])
+            out = flat(out.reshape(batch, length, -1)) @ w["wo"]
+            x = settle(x + out.reshape(x.shape))
         with jax.named_scope("mlp"):
-            y = rms_norm(x, w["mlp_norm"], c.rms_norm_eps)
-            x = settle(x + (jax.nn.silu(y @ w["w_gate"]) * (y @ w["w_up"])) @ w["w_down"])
+            y = flat(rms_norm(x, w["mlp_norm"], c.rms_norm_eps))
+            y = swiglu(y @ w["w_gate"], y @ w["w_up"]) @ w["w_down"]
+            x = settle(x + y.reshape(x.shape))
         return (x, state), None
 
     if c.remat == "full":
