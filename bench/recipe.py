@@ -115,6 +115,10 @@ def run_arm(seed: int, name: str, home: Path, problems: list) -> dict:
     return {"rows": rows, "seconds": seconds}
 
 
+def recorded(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"arms": {}}
+
+
 def run(args) -> None:
     use_cache(args.runs / "compiled")
     RESULTS.mkdir(parents=True, exist_ok=True)
@@ -123,15 +127,16 @@ def run(args) -> None:
             if number >= ARMS[arm].seeds:
                 continue
             path = RESULTS / f"{seed}.json"
-            record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"arms": {}}
-            if arm in record["arms"]:
+            if arm in recorded(path)["arms"]:
                 continue
             home = args.runs / str(seed)
             home.mkdir(parents=True, exist_ok=True)
             problems = make_problems(seed, home)
             if not (home / "seed" / "final" / "config.json").exists():
                 make_seed(seed, home, {problem.problem for problem in problems})
-            record["arms"][arm] = run_arm(seed, arm, home, problems)
+            result = run_arm(seed, arm, home, problems)
+            record = recorded(path)  # anew: another process may have added an arm
+            record["arms"][arm] = result
             record["platform"] = platform.platform()
             record["versions"] = {name: version(name) for name in ("jax", "optax", "numpy")}
             path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
