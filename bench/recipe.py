@@ -7,7 +7,7 @@ An arm is the demo's recipe with a few settings changed. Stages that an arm does
 trained once per seed and shared. Every arm is measured on the same 512 fresh problems of its seed,
 one answer each at temperature 1. What is measured goes to bench/results/recipe/SEED.json at once;
 runs and measurements that are there are not made again. Several processes may work on different
-seeds.
+seeds. The acceleration reward has a start of its own: acceleration.py.
 """
 
 import argparse
@@ -46,7 +46,6 @@ class Arm:
     zero: tuple[str, ...] = ()
     beta: tuple[str, ...] = ()
     papo: tuple[str, ...] = ()
-    seeds: int = 5  # the first so many of those asked for
 
 
 ARMS = {
@@ -68,9 +67,6 @@ ARMS = {
     "clip": Arm(
         "PAPO with 4 optimizer steps a batch, clipped",
         papo=("minibatches=4", "objective=dapo"),
-    ),
-    "acceleration": Arm(
-        "PAPO with the acceleration reward", papo=("acceleration=0.5", "acceleration_cap=0.5")
     ),
 }
 # What is measured: (stage, how it is decoded), for the stages that an arm changes.
@@ -123,9 +119,7 @@ def run(args) -> None:
     use_cache(args.runs / "compiled")
     RESULTS.mkdir(parents=True, exist_ok=True)
     for arm in args.arms:  # arm by arm: a study that is cut off is balanced
-        for number, seed in enumerate(args.seeds):
-            if number >= ARMS[arm].seeds:
-                continue
+        for seed in args.seeds:
             path = RESULTS / f"{seed}.json"
             if arm in recorded(path)["arms"]:
                 continue

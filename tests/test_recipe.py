@@ -3,9 +3,11 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from npr_jax.config import load_config
+from npr_jax.demo.task import ideal, make_tasks
 
 ROOT = Path(__file__).parents[1]
 
@@ -93,3 +95,15 @@ def test_stages_are_trained_once_and_what_is_measured_is_kept(recipe, tmp_path, 
     assert kept["clip"]["rows"] == {"papo": {"both": 0.5, "seconds": 1.2346}}
     recipe.main()  # all is there
     assert len(trained) == len(measured) == 6
+
+
+def test_half_of_the_longer_answers_are_in_two_blocks(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import acceleration
+
+    rng = np.random.default_rng(0)
+    tasks = acceleration.two_blocks(make_tasks(400, rng), rng)
+    longer = [task for task in tasks if len(task.groups) > 2]
+    blocks = [ideal(task).count("<guideline>") for task in longer]
+    assert set(blocks) == {1, 2} and 0.4 < blocks.count(2) / len(longer) < 0.6
+    assert all(ideal(task).count("<guideline>") == 1 for task in tasks if len(task.groups) == 2)
