@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 COLORS = ("#2a78d6", "#e07b39", "#3a9d5d", "#a259c4")  # told apart in light and dark
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 640, 360, 64, 44, 36, 150
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 680, 360, 64, 44, 36, 190
 
 
 def log_chart(
@@ -45,11 +45,15 @@ def log_chart(
         parts.append(text(LEFT - 8, y + 4, f"{10.0**power:g}", "end"))
     for x in sorted({x for x, _ in points}):
         parts.append(text(place(x, 10.0**y0)[0], HEIGHT - BOTTOM + 18, f"{x:g}"))
-    for (name, line), color in zip(lines.items(), COLORS, strict=False):
+    below = 0.0  # where the name before ends: from top to bottom, names keep apart
+    for (name, line), color in sorted(
+        zip(lines.items(), COLORS, strict=False), key=lambda entry: -entry[0][1][-1][1]
+    ):
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in line))
         parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"/>')
         x, y = place(*line[-1])
-        parts.append(text(x + 8, y + 4, name, "start", f' style="fill:{color}"'))
+        below = max(y + 4, below + 14)
+        parts.append(text(x + 8, below, name, "start", f' style="fill:{color}"'))
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 

@@ -99,8 +99,8 @@ def steps(found: dict) -> list[str]:
         [
             f"{name} {side['version']}" if name != "npr_jax" else name,
             f"{side['tokens_per_s']:,}",
-            side["step_s"],
-            side["compile_s"],
+            f"{side['step_s']:.1f}",
+            f"{side['compile_s']:.1f}" if side["compile_s"] else "none",
             f"{side['peak_rss_mb'] / 1024:.1f}",
             f"{100 * side['share_of_peak']:.0f}%",
         ]
