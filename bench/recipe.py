@@ -16,6 +16,7 @@ import json
 import platform
 import statistics
 import time
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -136,8 +137,8 @@ def run(args) -> None:
             path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
-def figures() -> dict[str, dict[str, dict[str, list[float]]]]:
-    """{arm: {stage: {column: [a value per seed]}}}; stages that an arm shares are the base's."""
+def figures() -> dict[str, dict[str, dict[str, dict[str, float]]]]:
+    """{arm: {stage: {column: {seed: value}}}}; stages that an arm shares are the base's."""
     found: dict = {}
     for path in sorted(RESULTS.glob("*.json")):
         arms = json.loads(path.read_text(encoding="utf-8"))["arms"]
@@ -146,37 +147,49 @@ def figures() -> dict[str, dict[str, dict[str, list[float]]]]:
                 row = result["rows"].get(stage) or arms["base"]["rows"][stage]
                 for column, value in row.items():
                     columns = found.setdefault(arm, {}).setdefault(stage, {})
-                    columns.setdefault(column, []).append(value)
+                    columns.setdefault(column, {})[path.stem] = value
     return found
 
 
-def spread(values: list[float], digits: int = 2) -> str:
+def differences(found: dict, arm: str) -> list[float]:
+    """What PAPO's share of right answers differs by from the recipe's, seed by seed."""
+    ours, base = (found[name]["papo"]["both"] for name in (arm, "base"))
+    return [value - base[seed] for seed, value in ours.items()]
+
+
+def spread(values: Iterable[float], digits: int = 2, sign: str = "") -> str:
     """Mean and, of several seeds, sample standard deviation."""
-    mean = f"{statistics.mean(values):.{digits}f}"
+    values = list(values)
+    mean = f"{statistics.mean(values):{sign}.{digits}f}"
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
 def table(args) -> None:
     found, rows = figures(), []
     for arm in (arm for arm in ARMS if arm in found):
-        stages = found[arm]
+        zero, beta, papo = (found[arm][stage] for stage in STAGES)
+        change = "" if arm == "base" else spread(differences(found, arm), sign="+")
         rows.append(
             [
                 ARMS[arm].title,
-                len(stages["papo"]["accuracy"]),
-                spread(stages["zero"]["format"]),
-                spread(stages["beta"]["both"]),
-                *(spread(stages["papo"][name]) for name in ("format", "both", "parallel")),
-                spread(stages["papo"]["tokens"], 0),
-                spread(stages["papo"]["critical_path"], 1),
+                len(papo["both"]),
+                spread(zero["format"].values()),
+                spread(beta["both"].values()),
+                *(spread(papo[name].values()) for name in ("format", "both")),
+                change,
+                spread(papo["parallel"].values()),
+                spread(papo["tokens"].values(), 0),
+                spread(papo["critical_path"].values(), 1),
             ]
         )
     head = ["", "seeds", "Zero: format", "Beta: right", "PAPO: format", "PAPO: right"]
-    head += ["PAPO: parallel", "tokens", "critical path"]
+    head += ["against the recipe", "PAPO: parallel", "tokens", "critical path"]
     lines = [*markdown(head, rows), "", f"![A dot per seed]({PLOT.relative_to(DOCS.parent)})"]
     replace_between(DOCS, BEGIN, END, "\n".join(lines))
     points = {
-        ARMS[arm].title.replace("`", ""): found[arm]["papo"]["both"] for arm in ARMS if arm in found
+        ARMS[arm].title.replace("`", ""): list(found[arm]["papo"]["both"].values())
+        for arm in ARMS
+        if arm in found
     }
     title = "Right and well-formed after PAPO, a dot per seed"
     PLOT.write_text(dot_chart(title, points), encoding="utf-8")

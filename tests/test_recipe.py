@@ -51,8 +51,9 @@ def test_figures_take_shared_stages_from_the_base(recipe, tmp_path, monkeypatch)
         (tmp_path / f"{seed}.json").write_text(json.dumps({"arms": arms}))
     monkeypatch.setattr(recipe, "RESULTS", tmp_path)
     found = recipe.figures()
-    assert found["clip"]["papo"]["both"] == [1.0, 0.75]
-    assert found["clip"]["beta"] == found["base"]["beta"] == {"both": [0.25, 0.5]}
+    assert found["clip"]["papo"]["both"] == {"0": 1.0, "1": 0.75}
+    assert found["clip"]["beta"] == found["base"]["beta"] == {"both": {"0": 0.25, "1": 0.5}}
+    assert recipe.differences(found, "clip") == [0.5, 0.0]
     assert recipe.spread([0.25, 0.5]) == "0.38 ± 0.18"
 
 
