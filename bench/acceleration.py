@@ -29,7 +29,7 @@ from npr_jax.pretrained import load, save
 from npr_jax.prompts import prompt_ids
 from npr_jax.train import papo
 from npr_jax.train.beta import make_examples
-from npr_jax.train.data import Problem
+from npr_jax.train.data import Problem, read_problems
 from npr_jax.train.fit import fit
 
 RESULTS = ROOT / "bench" / "results" / "acceleration.json"
@@ -77,7 +77,8 @@ def make_start(home: Path, model_dir: Path, seed: int, held_out: set[str]) -> No
 def run_seed(seed: int, runs: Path) -> dict[str, dict[str, float]]:
     """A row for the model that both arms start from, and for each arm."""
     home, source = runs / str(seed) / "acceleration_study", runs / str(seed)
-    tasks = make_tasks(PROBLEMS, np.random.default_rng((seed, 4)), read(source / "problems.jsonl"))
+    trained_on = {problem.problem for problem in read_problems(source / "problems.jsonl")}
+    tasks = make_tasks(PROBLEMS, np.random.default_rng((seed, 4)), trained_on)
     problems = [Problem(task.problem, task.answer) for task in tasks]
     if not (home / "start" / "final" / "config.json").exists():
         held_out = {problem.problem for problem in problems}
@@ -101,11 +102,6 @@ def run_seed(seed: int, runs: Path) -> dict[str, dict[str, float]]:
     return rows
 
 
-def read(path: Path) -> set[str]:
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return {json.loads(line)["problem"] for line in lines}
-
-
 def run(args) -> None:
     use_cache(args.runs / "compiled")
     for seed in args.seeds:
@@ -116,10 +112,12 @@ def run(args) -> None:
 
 
 def results() -> dict:
+    """{seed: {start, off or on: {column: value}}} of what was measured so far."""
     return json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
 
 
 def table(args) -> None:
+    """Writes the table, and how the arms differ seed by seed, into docs/recipe.md."""
     found = list(results().values())
     titles = {"start": "before PAPO", "off": "PAPO", "on": "PAPO with the acceleration reward"}
     rows = []

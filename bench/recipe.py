@@ -113,6 +113,7 @@ def run_arm(seed: int, name: str, home: Path, problems: list) -> dict:
 
 
 def recorded(path: Path) -> dict:
+    """What was measured of a seed so far: {"arms": {arm: what `run_arm` gives}} and more."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"arms": {}}
 
 

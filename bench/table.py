@@ -85,12 +85,9 @@ def parallel() -> list[str]:
 def training() -> list[str]:
     """What bench/train.py has measured; a part that it has not is left out."""
     found = load("train") if TRAINING.exists() else {}
-    return [
-        line
-        for part, show in (("peers", steps), ("groups", sharing), ("lengths", row_lengths))
-        if part in found
-        for line in show(found[part])
-    ]
+    parts = (("peers", steps), ("groups", sharing), ("lengths", row_lengths))
+    lines = [line for part, show in parts if part in found for line in ["", *show(found[part])]]
+    return lines[1:]
 
 
 def steps(found: dict) -> list[str]:
@@ -114,7 +111,6 @@ def steps(found: dict) -> list[str]:
         f"{found['date']}{ratio}:",
         "",
         *markdown(head, rows),
-        "",
     ]
 
 
@@ -125,7 +121,6 @@ def sharing(found: dict) -> list[str]:
         f"{seconds['group']:.1f} s with the prompt once, {seconds['unshared']:.1f} s with a prompt "
         f"for each, {found['time_ratio']} of the time for {found['token_ratio']} of the tokens; "
         f"the gradients differ by {found['gradients']['difference']:.1e} of their largest entry.",
-        "",
     ]
 
 
@@ -153,7 +148,6 @@ def row_lengths(found: dict) -> list[str]:
         *markdown(["tokens", *LAYOUTS.values(), "MiB"], rows),
         "",
         f"![Step time by row length]({PLOT.relative_to(ROOT)})",
-        "",
     ]
 
 

@@ -98,13 +98,38 @@ def test_stages_are_trained_once_and_what_is_measured_is_kept(recipe, tmp_path, 
     assert len(trained) == len(measured) == 6
 
 
-def test_half_of_the_longer_answers_are_in_two_blocks(monkeypatch):
+@pytest.fixture
+def acceleration(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
     import acceleration
 
+    return acceleration
+
+
+def test_half_of_the_longer_answers_are_in_two_blocks(acceleration):
     rng = np.random.default_rng(0)
     tasks = acceleration.two_blocks(make_tasks(400, rng), rng)
     longer = [task for task in tasks if len(task.groups) > 2]
     blocks = [ideal(task).count("<guideline>") for task in longer]
     assert set(blocks) == {1, 2} and 0.4 < blocks.count(2) / len(longer) < 0.6
     assert all(ideal(task).count("<guideline>") == 1 for task in tasks if len(task.groups) == 2)
+
+
+def test_the_acceleration_table_compares_seed_by_seed(acceleration, tmp_path, monkeypatch):
+    def row(right, path):
+        return {"both": right, "tokens": 80.0, "critical_path": path}
+
+    found = {
+        "0": {"start": row(0.9, 60), "off": row(0.9, 60.0), "on": row(0.91, 54.0)},
+        "1": {"start": row(0.9, 60), "off": row(0.8, 50.0), "on": row(0.78, 40.0)},
+    }
+    results, docs = tmp_path / "acceleration.json", tmp_path / "recipe.md"
+    results.write_text(json.dumps(found))
+    docs.write_text(f"before\n{acceleration.BEGIN}\n{acceleration.END}\nafter\n")
+    monkeypatch.setattr(acceleration, "RESULTS", results)
+    monkeypatch.setattr(acceleration, "DOCS", docs)
+    acceleration.table(None)
+    text = docs.read_text()
+    assert "15.0% shorter" in text and "(mean of 2 seeds)" in text and "-0.5 points" in text
+    assert "| PAPO with the acceleration reward | 0.845 ± 0.092 | 80.0 ± 0.0 | 47.0 ± 9.9 |" in text
+    assert text.startswith("before\n") and text.endswith("after\n")
