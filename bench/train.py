@@ -11,9 +11,9 @@ bench/results/train.json as it goes. DIR holds bench_hf_sft_step.py and bench_tu
 which print one JSON line for the same model, batch and row length; PYTHON is the interpreter of the
 library's own environment. Nothing else should run on the machine meanwhile.
 
-A step is supervised, in float32, with AdamW and without rematerialisation; all tokens count in the
-loss, or all of the responses. Its FLOPs are those of the products, three times the forward pass,
-and of attention only over the keys that a token sees.
+A step is supervised, in float32, with AdamW, and keeps its products (remat "dots"); all tokens
+count in the loss, or all of the responses. Its FLOPs are those of the products, three times the
+forward pass, and of attention only over the keys that a token sees.
 """
 
 import argparse
@@ -288,7 +288,7 @@ def main() -> None:
     one.add_argument("--documents", type=int, default=1, help="in a row")
     one.add_argument("--group", action="store_true", help="responses behind their prompt")
     one.add_argument("--unshared", action="store_true", help="a row per response, with the prompt")
-    one.add_argument("--remat", choices=REMAT, default="none", help="what is computed again")
+    one.add_argument("--remat", choices=REMAT, default="dots", help="what is computed again")
     one.add_argument("--repeats", type=int, default=3, help="timed steps")
     one.add_argument("--gradient", type=Path, help="npz file for a multiple of the first gradient")
     one.add_argument("--peak", type=float, help="GFLOP/s of the machine; default: measured here")

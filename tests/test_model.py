@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,9 +20,9 @@ from npr_jax.model import (
     num_params,
     token_logp,
     token_logp_entropy,
+    token_loss,
 )
 from npr_jax.model.config import REMAT
-from npr_jax.model.forward import swiglu
 from npr_jax.tree import TagIds, layout, pack, parse
 
 NAMES = ("a_tied_h4kv2", "b_untied_h8kv2", "c_tied_h8kv2", "d_untied_h4kv2")
@@ -112,17 +113,20 @@ def test_loss_and_gradient_norm_are_those_of_transformers(name):
     case = next(c for c in info["cases"] if c["variant"] == "strict")
     key = case["key"]
     tree = parse(arrays[f"{key}_input_ids"], case["prompt_len"], tags)
-    ids = arrays[f"{key}_input_ids"][None]
-    shift = np.arange(-1, ids.shape[1] - 1, dtype=np.int32)[None]  # the golden targets are flat
+    ids = arrays[f"{key}_input_ids"]
     mask = arrays[f"{key}_loss_mask"].astype(bool)
-    if len(mask) == ids.shape[1] and mask[0]:
+    if len(mask) == len(ids) and mask[0]:
         mask = np.r_[False, mask[:-1]]
+    shift = np.arange(-1, len(ids) - 1, dtype=np.int32)  # the golden targets are flat
+    row = dict(tokens=ids, positions=tree.positions, hidden=tree.hidden, pred=shift, mask=mask)
+    row = {name: value[None] for name, value in row.items()}
+    config = dataclasses.replace(model.config, logp_chunk=50)
 
-    def loss(params):
-        logp = token_logp(model.config, params, ids, tree.positions[None], tree.hidden[None], shift)
-        return -jnp.sum(jnp.where(mask, logp[0], 0)) / mask.sum()
+    def measure(logp, entropy, columns):
+        return -jnp.sum(jnp.where(columns["mask"], logp, 0)) / mask.sum(), ({}, {})
 
-    value, grads = jax.jit(jax.value_and_grad(loss))(model.params)
+    loss = jax.value_and_grad(lambda params: token_loss(config, params, row, measure)[0])
+    value, grads = jax.jit(loss)(model.params)
     np.testing.assert_allclose(value, case["loss_float64"], rtol=1e-5)
     norm = np.sqrt(sum(float(jnp.sum(g * g)) for g in jax.tree.leaves(grads)))
     np.testing.assert_allclose(norm, case["grad_norm_float64"], rtol=1e-4)
@@ -178,11 +182,17 @@ def test_dots_keep_what_attention_needs():
     assert loops("dots") == loops("none") < loops("full")
 
 
-def test_swiglu_keeps_its_operands_alone():
-    gate, up = jnp.linspace(-3, 3, 12), jnp.linspace(1, 2, 12)
-    out, back = jax.vjp(swiglu, gate, up)
-    np.testing.assert_allclose(out, jax.nn.silu(gate) * up, rtol=1e-6)
-    assert len(jax.tree.leaves(back)) == 2
+def test_dots_keep_two_arrays_of_the_mlp_per_layer():
+    wide = dataclasses.replace(TINY, intermediate_size=160)  # a size that nothing else has
+
+    def kept(remat):
+        config = dataclasses.replace(wide, remat=remat)
+        grad = jax.grad(lambda p: jnp.sum(token_logp(config, p, **ROW)))
+        eqns = jax.make_jaxpr(grad)(init_params(wide, jax.random.key(0))).eqns
+        layers = next(eqn for eqn in eqns if eqn.primitive.name == "scan")
+        return sum(x.aval.shape[-1:] == (160,) for x in layers.outvars)
+
+    assert kept("full") == 0 and kept("dots") == 2 < kept("none")
 
 
 def test_gradients_of_weights_transpose_no_activations():
@@ -200,11 +210,67 @@ def test_no_logits_of_a_whole_batch_exist():
     )
     shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     row = {k: np.zeros((2, 256, *v.shape[2:]), np.int32) for k, v in ROW.items()}
-    grad = jax.jit(jax.grad(lambda p: jnp.sum(token_logp(config, p, **row))))
-    text = grad.lower(shapes).compile().as_text()
-    assert "64,5000" in text
-    for rows in ("512,5000", "256,5000", "8,64,5000"):
-        assert rows not in text
+    losses = (
+        lambda p: jnp.sum(token_logp(config, p, **row)),
+        lambda p: token_loss(config, p, row, lambda logp, *_: (jnp.sum(logp), ({}, {})))[0],
+    )
+    for loss in losses:
+        text = jax.jit(jax.grad(loss)).lower(shapes).compile().as_text()
+        assert "64,5000" in text
+        for rows in ("512,5000", "256,5000", "8,64,5000"):
+            assert rows not in text
+
+
+def figures(logp, entropy, columns):
+    """A loss that is no linear function of log-probs, with a column that takes part."""
+    kept = columns["pred"] >= 0
+    loss = jnp.sum(jnp.where(kept, columns["scale"] * jnp.exp(0.1 * logp), 0.0))
+    return loss, ({"entropy": entropy.sum(), "kept": kept.sum()}, {"scale": columns["scale"].max()})
+
+
+def scaled_row():
+    scale = np.random.default_rng(1).normal(size=ROW["tokens"].shape).astype(np.float32)
+    row = ROW | {"pred": ROW["pred"].copy(), "scale": scale}
+    row["pred"][0, 9], row["pred"][1, 5] = 3, -1
+    return row
+
+
+def test_token_loss_is_that_of_all_tokens_at_once():
+    row = scaled_row()
+    layout = {name: row[name] for name in ROW}
+
+    def at_once(p):
+        return figures(*token_logp_entropy(TINY, p, **layout), row)
+
+    def by_chunks(p):
+        return token_loss(TINY, p, row, figures)
+
+    expected, expected_grads = jax.value_and_grad(at_once, has_aux=True)(params())
+    assert row["tokens"].size % TINY.logp_chunk  # the last chunk is filled up
+    for found in (by_chunks(params()), jax.value_and_grad(by_chunks, has_aux=True)(params())[0]):
+        assert found[1][0]["kept"] == 45  # of 48 two start a row, and one has no predictor
+        chex.assert_trees_all_close(found, expected, rtol=1e-5)
+    # Twice the loss has twice the gradient.
+    grads = jax.grad(lambda p: 2 * by_chunks(p)[0])(params())
+    expected_grads = jax.tree.map(lambda g: 2 * g, expected_grads)
+    chex.assert_trees_all_close(grads, expected_grads, rtol=1e-4, atol=1e-5)
+
+
+def test_token_loss_multiplies_with_the_vocabulary_three_times():
+    """Logits, and the gradients of weights and rows; logits again would be a fourth."""
+    config = dataclasses.replace(TINY, vocab_size=5000, padded_vocab_size=5000)
+    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+
+    def products(function):
+        lines = jax.jit(function).lower(shapes).as_text().splitlines()
+        return sum("dot_general" in line and "x5000x" in line for line in lines)
+
+    def loss(p):
+        return token_loss(config, p, scaled_row(), figures)[0]
+
+    assert products(loss) == 1
+    assert products(jax.value_and_grad(loss)) == 3
+    assert products(jax.value_and_grad(lambda p: jnp.sum(token_logp(config, p, **ROW)))) == 4
 
 
 def test_padding_rows_are_never_likely():

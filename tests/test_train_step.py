@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import random
+import re
 
 import chex
 import jax
@@ -169,6 +170,20 @@ def test_a_step_that_is_not_finite_changes_nothing(model, groups):
     assert numbers == [0, 1, 1, 0]
     assert state.step == 2
     chex.assert_trees_all_equal(state, once)
+
+
+def test_a_step_does_not_copy_its_state(model, groups):
+    """Moments are as large as the parameters, and the step has them to itself."""
+    batch = stack(make_rows(groups[:1], 256, 3), 2, 1)
+    state = new_state(model.params, config().optimizer)
+    step = compiled_step(model.config, config().optimizer, DAPO, "float32", None)
+    numbers = np.int32(1), np.float32(1), np.float32(1e-3)
+    text = step.lower(state, batch, *numbers).compile().as_text()
+    shape = ",".join(map(str, model.params["layers"]["w_gate"].shape))
+    moments = re.findall(rf"(%state_opt_state\S*w_gate\S*) = f32\[{shape}\]\S* parameter", text)
+    assert len(moments) == 2
+    for name in moments:
+        assert f"copy({name})" not in text
 
 
 def test_overfits_a_tiny_batch_and_compiles_once(model):

@@ -3,7 +3,7 @@
 from npr_jax.model.config import PRESETS, ModelConfig
 from npr_jax.model.forward import forward, head, unembed
 from npr_jax.model.params import abstract_params, init_params, logical_axes, num_params
-from npr_jax.model.score import logits, token_logp, token_logp_entropy
+from npr_jax.model.score import logits, token_logp, token_logp_entropy, token_loss
 
 __all__ = [
     "PRESETS",
@@ -17,5 +17,6 @@ __all__ = [
     "num_params",
     "token_logp",
     "token_logp_entropy",
+    "token_loss",
     "unembed",
 ]

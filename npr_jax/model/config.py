@@ -47,7 +47,7 @@ class ModelConfig:
     max_position_embeddings: int
     eos_token_ids: tuple[int, ...]
     attention: str = ""
-    attention_block: int = 256
+    attention_block: int = 128
     remat: str = "none"
     logp_chunk: int = 1024
     init_embed_std: float = 0.02

@@ -8,7 +8,6 @@ attends over a table of them. Norms, rotary angles and softmax are float32, the 
 parameters' dtype.
 """
 
-import functools
 from collections.abc import Callable
 
 import jax
@@ -36,12 +35,6 @@ def rope(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
     sin, cos = jnp.sin(angle), jnp.cos(angle)
     a, b = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
-
-
-@functools.partial(jax.checkpoint, prevent_cse=False)
-def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """silu(gate) * up; the backward pass keeps these two, and nothing in between."""
-    return jax.nn.silu(gate) * up
 
 
 def forward(
@@ -102,18 +95,18 @@ def forward(
             x = settle(x + out.reshape(x.shape))
         with jax.named_scope("mlp"):
             y = flat(rms_norm(x, w["mlp_norm"], c.rms_norm_eps))
-            y = swiglu(y @ w["w_gate"], y @ w["w_up"]) @ w["w_down"]
+            y = (jax.nn.silu(y @ w["w_gate"]) * (y @ w["w_up"])) @ w["w_down"]
             x = settle(x + y.reshape(x.shape))
         return (x, state), None
 
     if c.remat == "full":
-        layer = jax.checkpoint(layer)
+        layer = jax.checkpoint(layer, prevent_cse=False)
     elif c.remat == "dots":
         policies = jax.checkpoint_policies
         kept = policies.save_from_both_policies(
             policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(SAVED)
         )
-        layer = jax.checkpoint(layer, policy=kept)
+        layer = jax.checkpoint(layer, prevent_cse=False, policy=kept)
     layers = params["layers"]
     if isinstance(layers, tuple):
         for number, weights in enumerate(layers):

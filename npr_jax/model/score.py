@@ -1,6 +1,6 @@
-"""Logits and token log-probs of laid-out rows: what SFT, RL, rejection and the tests all use."""
+"""Logits, token log-probs and losses of laid-out rows."""
 
-import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +12,13 @@ from npr_jax.model.attention import tree_attend
 from npr_jax.model.config import ModelConfig
 from npr_jax.model.forward import forward, head, unembed
 
+Figures = tuple[dict[str, jax.Array], dict[str, jax.Array]]  # sums, largest values: f32[] each
+
 
 def logits(config: ModelConfig, params: dict, tokens, positions, hidden) -> jax.Array:
     """Logits f32[B, T, vocab_size] of tokens i32[B, T] under `hidden` i32[B, T, D, 2].
 
-    Materialises all of them: for tests and small inputs; training uses `token_logp`.
+    Materialises all of them: for tests and small inputs.
     """
     x, _ = forward(config, params, tokens, positions, tree_attend(config, hidden), None)
     return unembed(config, head(config, params), x)[..., : config.vocab_size]
@@ -28,63 +30,123 @@ def token_logp(config: ModelConfig, params: dict, tokens, positions, hidden, pre
 
 
 def token_logp_entropy(
-    config: ModelConfig,
-    params: dict,
-    tokens,
-    positions,
-    hidden,
-    pred,
-    mesh: Mesh | None = None,
+    config: ModelConfig, params: dict, tokens, positions, hidden, pred
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probs f32[B, T] of the tokens, and entropies f32[B, T] of their distributions.
 
     The entropies carry no gradient; both are 0 where `pred` i32[B, T] is -1. Logits exist for
-    `logp_chunk` tokens at a time, forward and backward. On a training mesh every device scores its
-    own tokens; the vocabulary stays split over `tensor`.
+    `logp_chunk` tokens at a time, forward and backward; `token_loss` computes them only once.
     """
+    rows = _predictors(config, params, tokens, positions, hidden, pred)
+    weights, columns = head(config, params), {"tokens": tokens, "pred": pred}
+    score = jax.checkpoint(lambda chunk: _score(config, weights, *chunk))
+    scores = jax.lax.map(score, _chunks(config, rows, columns))
+    return tuple(y.reshape(-1)[: tokens.size].reshape(tokens.shape) for y in scores)
+
+
+def token_loss(
+    config: ModelConfig,
+    params: dict,
+    rows: dict,
+    measure: Callable[[jax.Array, jax.Array, dict], tuple[jax.Array, Figures]],
+    mesh: Mesh | None = None,
+) -> tuple[jax.Array, Figures]:
+    """A loss f32[] that is a sum over tokens, and figures of the same tokens.
+
+    `measure` gives them for N of the tokens, of log-probs f32[N] and entropies f32[N] (both 0 where
+    `pred` is -1) and the columns {name: [N]} of `rows`; sums are added up, and of the largest
+    values the largest stays. It is asked for `logp_chunk` tokens at a time (the last of them may be
+    none: zeros with a `pred` of -1), and the gradient of their logits is formed then and there, so
+    that logits neither stay nor are computed again (as in Liger-Kernel, arXiv 2410.10989). Only the
+    loss has a gradient.
+
+    Args:
+      rows: i32[B, T] tokens, positions and pred, i32[B, T, D, 2] hidden; more columns [B, T].
+      mesh: of training, on which every device scores its own tokens; the vocabulary stays split
+        over `tensor`.
+    """
+    layout = ("tokens", "positions", "hidden", "pred")
+    x = _predictors(config, params, *(rows[name] for name in layout), mesh)
+    columns = {name: value for name, value in rows.items() if name not in ("positions", "hidden")}
+    add_up = _chunked_loss(config, measure)
+    if mesh is None:
+        return add_up(head(config, params), x, columns)
+    split = activations(mesh)
+    parts = jax.shard_map(
+        lambda *args: jax.tree.map(lambda y: y[None], add_up(*args)),
+        mesh=mesh,
+        in_specs=(P(), split, split),
+        out_specs=P((*BATCH, "sequence")),
+        axis_names={*BATCH, "sequence"},
+        check_vma=False,
+    )
+    return _fold(parts(head(config, params), x, columns))
+
+
+def _predictors(config, params, tokens, positions, hidden, pred, mesh=None) -> jax.Array:
+    """The model's output [B, T, D] at the row that predicts each token."""
     attend = tree_attend(config, hidden, mesh)
     x, _ = forward(config, params, tokens, positions, attend, None, mesh)
-    rows = jnp.take_along_axis(x, jnp.maximum(pred, 0)[..., None], axis=1)
-    score = functools.partial(_score, config)
-    if mesh is not None:
-        split = activations(mesh)
-        score = jax.shard_map(
-            score,
-            mesh=mesh,
-            in_specs=(P(), split, split),
-            out_specs=(split, split),
-            axis_names={*BATCH, "sequence"},
-            check_vma=False,
-        )
-    logp, entropy = score(head(config, params), rows, tokens)
-    keep = pred >= 0
-    return jnp.where(keep, logp, 0.0), jnp.where(keep, entropy, 0.0)
+    return jnp.take_along_axis(x, jnp.maximum(pred, 0)[..., None], axis=1)
 
 
-def _score(config: ModelConfig, weights, rows, tokens) -> tuple[jax.Array, jax.Array]:
-    """Log-probs f32[B, T] of `tokens` and entropies, under the logits of `rows` [B, T, D]."""
-    batch, length, dim = rows.shape
-    total = batch * length
-    chunk = min(config.logp_chunk, total)
-    pad = -total % chunk
-    rows = jnp.pad(rows.reshape(total, dim), ((0, pad), (0, 0))).reshape(-1, chunk, dim)
-    targets = jnp.pad(tokens.reshape(total), (0, pad)).reshape(-1, chunk)
+def _chunks(config: ModelConfig, x, columns: dict) -> tuple[jax.Array, dict]:
+    """x [B, T, D] and columns [B, T] as [B * T / N, N, ...], N = `logp_chunk`; what fills the last
+    chunk up has no predictor."""
+    size = min(config.logp_chunk, x.shape[0] * x.shape[1])
 
-    @jax.checkpoint  # or the backward pass would keep every chunk's logits
-    def score(chunk_of):
-        x, target = chunk_of
-        z = unembed(config, weights, x)
-        norm = jax.nn.logsumexp(z, axis=-1)
-        # A sum and no lookup: with a vocabulary in parts, every part adds what it has.
-        here = jnp.arange(z.shape[-1]) == target[:, None]
-        logp = jnp.sum(jnp.where(here, z, 0.0), axis=-1) - norm
-        p = jax.lax.stop_gradient(jnp.exp(z - norm[:, None]))
-        entropy = norm - jnp.sum(jnp.where(p > 0, p * z, 0.0), axis=-1)
-        return logp, jax.lax.stop_gradient(entropy)
+    def cut(x, fill=0):
+        x = x.reshape(-1, *x.shape[2:])
+        pads = ((0, -len(x) % size), *((0, 0),) * (x.ndim - 1))
+        return jnp.pad(x, pads, constant_values=fill).reshape(-1, size, *x.shape[1:])
 
-    logp, entropy = jax.lax.map(score, (rows, targets))
+    return cut(x), {name: cut(y, -1 if name == "pred" else 0) for name, y in columns.items()}
 
-    def back(y):
-        return y.reshape(-1)[:total].reshape(batch, length)
 
-    return back(logp), back(entropy)
+def _score(config: ModelConfig, weights, x, columns: dict) -> tuple[jax.Array, jax.Array]:
+    """Log-probs f32[N] of a chunk's tokens and entropies, under the logits of x [N, D]."""
+    z = unembed(config, weights, x)
+    norm = jax.nn.logsumexp(z, axis=-1)
+    # A sum and no lookup: with a vocabulary in parts, every part adds what it has.
+    here = jnp.arange(z.shape[-1]) == columns["tokens"][:, None]
+    logp = jnp.sum(jnp.where(here, z, 0.0), axis=-1) - norm
+    p = jax.lax.stop_gradient(jnp.exp(z - norm[:, None]))
+    entropy = jax.lax.stop_gradient(norm - jnp.sum(jnp.where(p > 0, p * z, 0.0), axis=-1))
+    predicted = columns["pred"] >= 0
+    return jnp.where(predicted, logp, 0.0), jnp.where(predicted, entropy, 0.0)
+
+
+def _chunked_loss(config: ModelConfig, measure: Callable) -> Callable:
+    """loss(weights [D, V], x [B, T, D], columns {name: [B, T]}) of `token_loss`, on one device."""
+
+    def loss(weights, x, columns):
+        return measure(*_score(config, weights, x, columns), columns)
+
+    @jax.custom_vjp
+    def total(weights, x, columns):
+        chunks = _chunks(config, x, columns)
+        return _fold(jax.lax.map(lambda chunk: loss(weights, *chunk), chunks))
+
+    def forward_(weights, x, columns):
+        def add(d_weights, chunk):
+            value, (d_w, d_x) = jax.value_and_grad(loss, (0, 1), has_aux=True)(weights, *chunk)
+            return d_weights + d_w, (value, d_x)
+
+        zeros = jnp.zeros(weights.shape, jnp.float32)  # of many chunks, so not in bfloat16
+        d_weights, (values, d_x) = jax.lax.scan(add, zeros, _chunks(config, x, columns))
+        d_x = d_x.reshape(-1, x.shape[-1])[: x.shape[0] * x.shape[1]].reshape(x.shape)
+        return _fold(values), (d_weights.astype(weights.dtype), d_x)
+
+    def backward(gradients, cotangent):
+        scale, _ = cotangent
+        return *((scale * g).astype(g.dtype) for g in gradients), None
+
+    total.defvjp(forward_, backward)
+    return total
+
+
+def _fold(parts: tuple[jax.Array, Figures]) -> tuple[jax.Array, Figures]:
+    """Loss and figures [N] of N parts as those of the whole."""
+    loss, (sums, largest) = parts
+    add, top = (lambda x: x.sum(axis=0)), (lambda x: x.max(axis=0))
+    return add(loss), (jax.tree.map(add, sums), jax.tree.map(top, largest))

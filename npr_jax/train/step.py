@@ -21,7 +21,8 @@ from jax.sharding import PartitionSpec as P
 
 from npr_jax.distributed import gather
 from npr_jax.mesh import BATCH, batch_shards
-from npr_jax.model import ModelConfig, abstract_params, token_logp_entropy
+from npr_jax.model import ModelConfig, abstract_params, token_loss
+from npr_jax.model.score import Figures
 from npr_jax.model.sharding import train_shardings
 from npr_jax.train import losses
 from npr_jax.train.rows import Row, count_loss_tokens, stack
@@ -74,7 +75,7 @@ class TrainConfig:
         (mesh.data x mesh.fsdp parts).
       compute_dtype: of the forward and backward pass and of the engine; parameters and optimizer
         state are float32.
-      remat: the model's rematerialisation policy.
+      remat: the model's rematerialisation policy. "dots" is the fastest where its memory suffices.
       gap_warn, gap_stop: of the mean gap between the sampler's log-probs and the trainer's, at the
         first optimizer step of a batch, a warning is given above the first and the run stops above
         the second: then what is trained is not what was sampled.
@@ -87,7 +88,7 @@ class TrainConfig:
     row_len: int = 512
     micro_rows: int = 4
     compute_dtype: str = "float32"
-    remat: str = "none"
+    remat: str = "dots"
     gap_warn: float = 0.05
     gap_stop: float = 0.5
     checkpoint_every: int = 10
@@ -268,23 +269,20 @@ def loss_sums(
     objective: Objective,
     compute_dtype: str,
     mesh: Mesh | None = None,
-) -> tuple[jax.Array, tuple[dict, dict]]:
+) -> tuple[jax.Array, Figures]:
     """Loss of rows [B, T] as a sum over their loss tokens; more sums; and largest values."""
-    logp, entropy = token_logp_entropy(
-        model_config,
-        cast(params, compute_dtype),
-        rows["tokens"],
-        rows["positions"],
-        rows["hidden"],
-        rows["pred"],
-        mesh,
-    )
-    mask = rows["loss_mask"]
-    loss, _, metrics = _loss(objective, logp, rows)
+    measure = functools.partial(_measure, objective)
+    return token_loss(model_config, cast(params, compute_dtype), rows, measure, mesh)
+
+
+def _measure(objective: Objective, logp, entropy, row: dict) -> tuple[jax.Array, Figures]:
+    """Loss and figures of tokens with these log-probs and entropies."""
+    mask = row["loss_mask"]
+    loss, _, metrics = _loss(objective, logp, row)
     sums = {"loss": loss, "entropy": jnp.where(mask, entropy, 0.0).sum(), **metrics}
     largest = {}
     if objective.name != "sft":
-        gap = jnp.where(mask, jnp.abs(logp - rows["old_logp"]), 0.0)
+        gap = jnp.where(mask, jnp.abs(logp - row["old_logp"]), 0.0)
         sums["logp_gap"], largest["logp_gap_max"] = gap.sum(), gap.max()
     return loss, (sums, largest)
 
@@ -308,6 +306,11 @@ def compiled_step(
     gradient f32 before its clip.
     """
     shardings = None if mesh is None else state_shardings(model_config, config, mesh)
+
+    def update(state, grads, rate):
+        updates, opt_state = _optimizer(config).update(grads, state.opt_state, state.params)
+        params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
+        return TrainState(params, opt_state, state.step + 1)
 
     def step(state, batch, used, count, rate):
         def gradient(i):
@@ -333,12 +336,10 @@ def compiled_step(
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, 0))
         grads, (sums, largest) = jax.lax.fori_loop(0, used, add, zeros)
         grads = jax.tree.map(lambda g: g / count, grads)
-        updates, opt_state = _optimizer(config).update(grads, state.opt_state, state.params)
-        params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
-        new = TrainState(params, opt_state, state.step + 1)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(sums["loss"])
-        new = jax.tree.map(lambda x, old: jnp.where(finite, x, old), new, state)
+        # A branch, since choosing between new and old moments would copy the old ones first.
+        new = jax.lax.cond(finite, update, lambda state, *_: state, state, grads, rate)
         return new, sums, largest, norm
 
     if mesh is None:
