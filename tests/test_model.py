@@ -23,6 +23,7 @@ from npr_jax.model import (
     token_loss,
 )
 from npr_jax.model.config import REMAT
+from npr_jax.model.score import _chunked_loss
 from npr_jax.tree import TagIds, layout, pack, parse
 
 NAMES = ("a_tied_h4kv2", "b_untied_h8kv2", "c_tied_h8kv2", "d_untied_h4kv2")
@@ -254,6 +255,24 @@ def test_token_loss_is_that_of_all_tokens_at_once():
     grads = jax.grad(lambda p: 2 * by_chunks(p)[0])(params())
     expected_grads = jax.tree.map(lambda g: 2 * g, expected_grads)
     chex.assert_trees_all_close(grads, expected_grads, rtol=1e-4, atol=1e-5)
+
+
+def test_the_head_s_gradient_is_added_up_in_float32():
+    config = dataclasses.replace(TINY, vocab_size=64, padded_vocab_size=64, logp_chunk=16)
+    keys = jax.random.split(jax.random.key(0), 3)
+    weights = jax.random.normal(keys[0], (32, 64)).astype("bfloat16")
+    x = jax.random.normal(keys[1], (1, 4096, 32)).astype("bfloat16")
+    tokens = jax.random.randint(keys[2], (1, 4096), 0, 64)
+    columns = {"tokens": tokens, "pred": jnp.zeros_like(tokens)}
+
+    def gradient(config, weights, x):
+        loss = _chunked_loss(config, lambda logp, *_: (-logp.sum(), ({}, {})), None)
+        return jax.grad(lambda w: loss(w, x, columns)[0])(weights).astype("float32")
+
+    whole = dataclasses.replace(config, logp_chunk=4096)
+    exact = gradient(whole, weights.astype("float32"), x.astype("float32"))
+    error = jnp.linalg.norm(gradient(config, weights, x) - exact) / jnp.linalg.norm(exact)
+    assert error < 5e-3  # 2e-2 with a sum of 256 chunks in bfloat16
 
 
 def test_token_loss_multiplies_with_the_vocabulary_three_times():

@@ -79,7 +79,8 @@ def train(objective: str, mesh):
     for groups in batches():
         rows = make_rows(mine(groups), CONFIG.row_len, DEPTH) or [empty_row(CONFIG.row_len, DEPTH)]
         state, metrics = optimize(state, rows, toy.config, CONFIG, Objective(objective), 1e-3, mesh)
-        losses.append([metrics["loss"], metrics["grad_norm"], metrics["entropy"]])
+        figures = ("loss", "grad_norm", "entropy", "logp_gap_max")
+        losses.append([metrics[name] for name in figures if name in metrics])
     return np.array(losses), state
 
 
@@ -110,6 +111,31 @@ def test_a_mesh_trains_as_one_device(name, objective):
     assert {s.data.shape for s in wq.addressable_shards} == {
         tuple(size // part for size, part in zip(wq.shape, parts, strict=True))
     }
+
+
+def test_bfloat16_on_a_mesh_and_a_step_that_is_not_finite():
+    toy, mesh = model(), make_mesh(MESHES["all-but-data"])
+    config = dataclasses.replace(CONFIG, compute_dtype="bfloat16")
+    good = make_rows(batches()[0], CONFIG.row_len, DEPTH)
+    bad = [row | {"advantages": np.full_like(row["advantages"], np.nan)} for row in good]
+
+    def train(mesh, config, *steps):
+        params, shardings = toy.params, None
+        if mesh is not None:
+            params = place_params(params, train_shardings(toy.config, mesh))
+            shardings = state_shardings(toy.config, config.optimizer, mesh)
+        state, found = new_state(params, config.optimizer, shardings), []
+        for rows in steps:
+            state, metrics = optimize(state, rows, toy.config, config, Objective("papo"), 0.1, mesh)
+            found.append(metrics)
+        return state, found
+
+    _, (exact, _) = train(None, CONFIG, good, good)
+    once, _ = train(mesh, config, good, good)
+    state, (first, skipped, second) = train(mesh, config, good, bad, good)
+    assert [m["nonfinite"] for m in (first, skipped, second)] == [0, 1, 0]
+    np.testing.assert_allclose(first["grad_norm"], exact["grad_norm"], rtol=0.05)
+    chex.assert_trees_all_equal(state, once)
 
 
 def test_two_processes_train_as_one_device(tmp_path):

@@ -88,7 +88,7 @@ def dense(q: jax.Array, k: jax.Array, v: jax.Array, hidden: jax.Array, offset=0)
 
 
 def blockwise(
-    q: jax.Array, k: jax.Array, v: jax.Array, hidden: jax.Array, block: int = 256, offset=0
+    q: jax.Array, k: jax.Array, v: jax.Array, hidden: jax.Array, block: int, offset=0
 ) -> jax.Array:
     """Like `dense`, without any [T, S] array, in blocks of `block` queries and keys."""
     batch, length, heads, dim = q.shape

@@ -12,7 +12,7 @@ from npr_jax.model.attention import tree_attend
 from npr_jax.model.config import ModelConfig
 from npr_jax.model.forward import forward, head, unembed
 
-Figures = tuple[dict[str, jax.Array], dict[str, jax.Array]]  # sums, largest values: f32[] each
+Figures = tuple[dict[str, jax.Array], dict[str, jax.Array]]  # sums, largest values: scalars
 
 
 def logits(config: ModelConfig, params: dict, tokens, positions, hidden) -> jax.Array:
@@ -58,7 +58,7 @@ def token_loss(
     values the largest stays. It is asked for `logp_chunk` tokens at a time (the last of them may be
     none: zeros with a `pred` of -1), and the gradient of their logits is formed then and there, so
     that logits neither stay nor are computed again (as in Liger-Kernel, arXiv 2410.10989). Only the
-    loss has a gradient.
+    loss has a gradient, and only in the parameters.
 
     Args:
       rows: i32[B, T] tokens, positions and pred, i32[B, T, D, 2] hidden; more columns [B, T].
@@ -68,19 +68,7 @@ def token_loss(
     layout = ("tokens", "positions", "hidden", "pred")
     x = _predictors(config, params, *(rows[name] for name in layout), mesh)
     columns = {name: value for name, value in rows.items() if name not in ("positions", "hidden")}
-    add_up = _chunked_loss(config, measure)
-    if mesh is None:
-        return add_up(head(config, params), x, columns)
-    split = activations(mesh)
-    parts = jax.shard_map(
-        lambda *args: jax.tree.map(lambda y: y[None], add_up(*args)),
-        mesh=mesh,
-        in_specs=(P(), split, split),
-        out_specs=P((*BATCH, "sequence")),
-        axis_names={*BATCH, "sequence"},
-        check_vma=False,
-    )
-    return _fold(parts(head(config, params), x, columns))
+    return _chunked_loss(config, measure, mesh)(head(config, params), x, columns)
 
 
 def _predictors(config, params, tokens, positions, hidden, pred, mesh=None) -> jax.Array:
@@ -116,26 +104,47 @@ def _score(config: ModelConfig, weights, x, columns: dict) -> tuple[jax.Array, j
     return jnp.where(predicted, logp, 0.0), jnp.where(predicted, entropy, 0.0)
 
 
-def _chunked_loss(config: ModelConfig, measure: Callable) -> Callable:
-    """loss(weights [D, V], x [B, T, D], columns {name: [B, T]}) of `token_loss`, on one device."""
+def _chunked_loss(config: ModelConfig, measure: Callable, mesh: Mesh | None) -> Callable:
+    """f(weights [D, V], x [B, T, D], columns {name: [B, T]}) -> what `token_loss` returns."""
+    axes, split = ((), None) if mesh is None else ((*BATCH, "sequence"), activations(mesh))
 
     def loss(weights, x, columns):
         return measure(*_score(config, weights, x, columns), columns)
 
-    @jax.custom_vjp
-    def total(weights, x, columns):
-        chunks = _chunks(config, x, columns)
-        return _fold(jax.lax.map(lambda chunk: loss(weights, *chunk), chunks))
+    def values(weights, x, columns):
+        return jax.lax.map(lambda chunk: loss(weights, *chunk), _chunks(config, x, columns))
 
-    def forward_(weights, x, columns):
+    def values_and_gradients(weights, x, columns):
         def add(d_weights, chunk):
             value, (d_w, d_x) = jax.value_and_grad(loss, (0, 1), has_aux=True)(weights, *chunk)
             return d_weights + d_w, (value, d_x)
 
         zeros = jnp.zeros(weights.shape, jnp.float32)  # of many chunks, so not in bfloat16
-        d_weights, (values, d_x) = jax.lax.scan(add, zeros, _chunks(config, x, columns))
+        d_weights, (found, d_x) = jax.lax.scan(add, zeros, _chunks(config, x, columns))
+        d_weights = jax.lax.psum(d_weights, axes).astype(weights.dtype)
         d_x = d_x.reshape(-1, x.shape[-1])[: x.shape[0] * x.shape[1]].reshape(x.shape)
-        return _fold(values), (d_weights.astype(weights.dtype), d_x)
+        return found, d_weights, d_x
+
+    def on_own_tokens(function, out_specs):
+        if mesh is None:
+            return function
+        return jax.shard_map(
+            function,
+            mesh=mesh,
+            in_specs=(P(), split, split),
+            out_specs=out_specs,
+            axis_names=set(axes),
+            check_vma=False,
+        )
+
+    @jax.custom_vjp
+    def total(weights, x, columns):
+        return _fold(on_own_tokens(values, P(axes))(weights, x, columns))
+
+    def forward_(weights, x, columns):
+        both = on_own_tokens(values_and_gradients, (P(axes), P(), split))
+        found, *gradients = both(weights, x, columns)
+        return _fold(found), gradients
 
     def backward(gradients, cotangent):
         scale, _ = cotangent

@@ -4,8 +4,8 @@ Each loss returns `(sum, count, metrics)`: the loss summed over the masked token
 are, and more sums over the same tokens. Sums of micro-batches and devices are added, and divided
 once by the whole optimizer step's count; a mean of means would weigh tokens by their neighbours.
 
-Shapes: `logp`, `old_logp`, `advantages` f32[B, T], the log-prob (natural log) of each token and
-the advantage of its response; `mask` bool[B, T], the tokens that count. Entry t is about token t
+Shapes: `logp`, `old_logp`, `advantages` f32[...], the log-prob (natural log) of each token and the
+advantage of its response; `mask` bool[...], the tokens that count. Entry t is about token t
 itself, not about the next one. What is not masked in may hold anything, NaN too: it reaches
 neither the sums nor the gradients.
 """

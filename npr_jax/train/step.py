@@ -75,7 +75,7 @@ class TrainConfig:
         (mesh.data x mesh.fsdp parts).
       compute_dtype: of the forward and backward pass and of the engine; parameters and optimizer
         state are float32.
-      remat: the model's rematerialisation policy. "dots" is the fastest where its memory suffices.
+      remat: the model's rematerialisation policy. "dots" is the fastest on a CPU.
       gap_warn, gap_stop: of the mean gap between the sampler's log-probs and the trainer's, at the
         first optimizer step of a batch, a warning is given above the first and the run stops above
         the second: then what is trained is not what was sampled.
