@@ -106,8 +106,8 @@ def forward(
         kept = policies.save_from_both_policies(
             policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(SAVED)
         )
-        # A loop over layers needs no barrier against CSE; XLA on a CPU is faster without. With "full"
-        # the TPU compiler is the better for it: it moves and holds less.
+        # A loop over layers needs no barrier against CSE, and XLA on a CPU is faster without; with
+        # "full" the TPU compiler holds and moves less where there is one.
         layer = jax.checkpoint(layer, prevent_cse=False, policy=kept)
     layers = params["layers"]
     if isinstance(layers, tuple):
