@@ -53,6 +53,14 @@ def shared_path(name: str) -> Path:
     return path
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Compiled programs hold memory maps, and a process that has 65,530 of them (Linux' usual
+    limit) is aborted at the next; what is needed again comes from the cache on disk."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def patience():
     """By how much this machine, as busy as it is now, is slower than a usual one; 1 at least. Time
