@@ -66,16 +66,17 @@ def batches():
     return made
 
 
-def train(objective: str, mesh):
-    """Ten steps, each process with its share of the groups: the losses, and the last state."""
-    toy = model()
-    params = toy.params
-    shardings = None
+def new_state_on(mesh):
+    toy, params, shardings = model(), model().params, None
     if mesh is not None:
         params = place_params(params, train_shardings(toy.config, mesh))
         shardings = state_shardings(toy.config, CONFIG.optimizer, mesh)
-    state = new_state(params, CONFIG.optimizer, shardings)
-    losses = []
+    return new_state(params, CONFIG.optimizer, shardings)
+
+
+def train(objective: str, mesh):
+    """Ten steps, each process with its share of the groups: the losses, and the last state."""
+    toy, state, losses = model(), new_state_on(mesh), []
     for groups in batches():
         rows = make_rows(mine(groups), CONFIG.row_len, DEPTH) or [empty_row(CONFIG.row_len, DEPTH)]
         state, metrics = optimize(state, rows, toy.config, CONFIG, Objective(objective), 1e-3, mesh)
@@ -120,11 +121,7 @@ def test_bfloat16_on_a_mesh_and_a_step_that_is_not_finite():
     bad = [row | {"advantages": np.full_like(row["advantages"], np.nan)} for row in good]
 
     def train(mesh, config, *steps):
-        params, shardings = toy.params, None
-        if mesh is not None:
-            params = place_params(params, train_shardings(toy.config, mesh))
-            shardings = state_shardings(toy.config, config.optimizer, mesh)
-        state, found = new_state(params, config.optimizer, shardings), []
+        state, found = new_state_on(mesh), []
         for rows in steps:
             state, metrics = optimize(state, rows, toy.config, config, Objective("papo"), 0.1, mesh)
             found.append(metrics)
