@@ -56,7 +56,7 @@ def shared_path(name: str) -> Path:
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs():
     """Compiled programs hold memory maps, and a process that has 65,530 of them (Linux' usual
-    limit) is aborted at the next; what is needed again comes from the cache on disk."""
+    limit) dies of the next; what is needed again comes from the cache on disk."""
     yield
     jax.clear_caches()
 
