@@ -21,15 +21,15 @@ import numpy as np
 from recipe import DOCS, ROOT, spread
 from table import markdown, replace_between
 
-from npr_jax.compilation import use_cache
-from npr_jax.config import load_config
+from npr_jax.base.compile_cache import use_cache
+from npr_jax.base.config import load_config
+from npr_jax.data.problems import Problem, read_problems
+from npr_jax.data.prompts import prompt_ids
 from npr_jax.demo import SEED_FIT, measure
 from npr_jax.demo.task import Task, ideal, make_tasks
-from npr_jax.pretrained import load, save
-from npr_jax.prompts import prompt_ids
+from npr_jax.model.pretrained import load, save
 from npr_jax.train import papo
 from npr_jax.train.beta import make_examples
-from npr_jax.train.data import Problem, read_problems
 from npr_jax.train.fit import fit
 
 RESULTS = ROOT / "bench" / "results" / "acceleration.json"

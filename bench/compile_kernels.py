@@ -18,9 +18,9 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh, SingleDeviceSharding, use_abstract_mesh
 
-from npr_jax.decode.attention_tpu import paged_attention, plain_attention
+from npr_jax.kernels.paged_tpu import paged_attention, plain_attention
+from npr_jax.kernels.tree_tpu import flash
 from npr_jax.model import PRESETS
-from npr_jax.model.attention_tpu import flash
 
 MODEL = "qwen3-4b"
 CONTEXT, POOL = 16384, 65536  # tokens of a row's table, of the pool

@@ -24,9 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from npr_jax.decode.attention import gather
-from npr_jax.decode.attention_gpu import paged_attention
+from npr_jax.kernels.paged_gpu import paged_attention
+from npr_jax.kernels.tree_gpu import flash
 from npr_jax.model import PRESETS, attention
-from npr_jax.model.attention_gpu import flash
 
 MODEL = "qwen3-4b"
 CONTEXTS, BATCHES, PAGE_SIZES = (1024, 4096, 16384), (1, 16, 64), (16, 64)

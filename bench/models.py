@@ -3,7 +3,7 @@
 import jax
 
 from npr_jax.model import ModelConfig, init_params
-from npr_jax.pretrained import Model
+from npr_jax.model.pretrained import Model
 from npr_jax.tree import TagIds
 
 SHAPES = {

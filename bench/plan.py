@@ -12,9 +12,9 @@ import json
 from importlib.metadata import version
 from pathlib import Path
 
-from npr_jax.mesh import parse_mesh
+from npr_jax.base.mesh import parse_mesh
 from npr_jax.model import PRESETS
-from npr_jax.plan import GIB, plan, stage_run
+from npr_jax.plan.plan import GIB, plan, stage_run
 
 RESULTS = Path(__file__).parent / "results" / "plan.json"
 PAGE = Path(__file__).parents[1] / "docs" / "plan.md"

@@ -23,10 +23,10 @@ from pathlib import Path
 from plot import dot_chart
 from table import markdown, replace_between
 
-from npr_jax.compilation import use_cache
-from npr_jax.config import load_config
+from npr_jax.base.compile_cache import use_cache
+from npr_jax.base.config import load_config
 from npr_jax.demo import make_problems, make_seed, measure
-from npr_jax.pretrained import load
+from npr_jax.model.pretrained import load
 from npr_jax.train import beta, papo, zero
 
 ROOT = Path(__file__).parents[1]

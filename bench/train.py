@@ -38,7 +38,7 @@ from models import SHAPES, make_model
 
 from npr_jax import tree
 from npr_jax.model.config import REMAT
-from npr_jax.train.rows import Example, Row, count_loss_tokens, make_rows, stack
+from npr_jax.train.packing import Example, Row, count_loss_tokens, make_rows, stack
 from npr_jax.train.step import Objective, OptimizerConfig, compiled_step, new_state
 
 HERE = Path(__file__).parent

@@ -7,8 +7,8 @@ The names that a user needs, imported when they are first asked for:
 import importlib
 
 _HOMES = {
-    "load": "npr_jax.pretrained",
-    "Model": "npr_jax.pretrained",
+    "load": "npr_jax.model.pretrained",
+    "Model": "npr_jax.model.pretrained",
     "Engine": "npr_jax.decode",
     "EngineConfig": "npr_jax.decode",
     "SamplingParams": "npr_jax.decode",

@@ -138,9 +138,9 @@ def generate(
 
     Example: --set sampling.temperature=0.6 --set sampling.max_tokens=4096 --set engine.lanes=64
     """
-    from npr_jax.config import load_config
-    from npr_jax.generate import GenerateConfig
-    from npr_jax.generate import generate as run
+    from npr_jax.base.config import load_config
+    from npr_jax.evaluate.generate import GenerateConfig
+    from npr_jax.evaluate.generate import generate as run
 
     settings = load_config(GenerateConfig, config, overrides or ())
     tell = functools.partial(typer.echo, err=True)
@@ -176,7 +176,7 @@ def evaluate(
     """
     from rich.console import Console
 
-    from npr_jax.config import load_config
+    from npr_jax.base.config import load_config
     from npr_jax.evaluate.results import tables
     from npr_jax.evaluate.run import EvalConfig
     from npr_jax.evaluate.run import evaluate as run
@@ -256,9 +256,9 @@ def plan(
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # or JAX would look for a TPU
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # a compiler is not in a TPU's way
-    from npr_jax.mesh import parse_mesh
-    from npr_jax.plan import plan as run
-    from npr_jax.plan import report, stage_run
+    from npr_jax.base.mesh import parse_mesh
+    from npr_jax.plan.plan import plan as run
+    from npr_jax.plan.plan import report, stage_run
 
     tell = functools.partial(typer.echo, err=True)
     sizes = parse_mesh(mesh) if mesh else None
@@ -287,7 +287,7 @@ def prepare(
 
     Rows that are no problem with an answer are counted by reason and written to rejected.jsonl.
     """
-    from npr_jax.train.prepare import prepare as run
+    from npr_jax.data.prepare import prepare as run
 
     output = output or Path("data") / name
     report = run(name, source, output, tokenizer, max_prompt_tokens)
@@ -318,14 +318,14 @@ def _run_stage(
     output: Path | None,
     distributed: bool,
 ) -> None:
-    from npr_jax.config import load_config
+    from npr_jax.base.config import load_config
 
     changes = list(overrides or ())
     if output is not None:
         changes.append(f"output={json.dumps(str(output))}")
     settings = load_config(cls, config, changes)
-    from npr_jax.distributed import ends_together, initialize, is_main
-    from npr_jax.mesh import describe, make_mesh
+    from npr_jax.base.distributed import ends_together, initialize, is_main
+    from npr_jax.base.mesh import describe, make_mesh
 
     if distributed:
         initialize()

@@ -9,10 +9,10 @@ import dataclasses
 import jax
 import numpy as np
 
-from npr_jax.format import Violation
 from npr_jax.model import PRESETS, init_params
-from npr_jax.pretrained import Model
+from npr_jax.model.pretrained import Model
 from npr_jax.tree import TagIds
+from npr_jax.tree.format import Violation
 
 VOCAB = 40
 EOS, NL = 2, 3

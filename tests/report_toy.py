@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 
-from npr_jax.traces import Trace
+from npr_jax.evaluate.traces import Trace
 from npr_jax.tree import TAG_NAMES, TagIds, parse
 
 # What no page may take for anything but text.

@@ -16,9 +16,8 @@ from conftest import shared_path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from npr_jax import answers
-from npr_jax.answers import equal, equal_many, extract
-from npr_jax.forms import read
+from npr_jax.answers import equal, equal_many, extract, grade
+from npr_jax.answers.read import read
 
 
 @pytest.mark.parametrize(
@@ -104,7 +103,7 @@ def test_equal(prediction, reference, same):
 
 
 def test_plain_cases_start_no_process(monkeypatch):
-    monkeypatch.setattr(answers, "_worker", None)
+    monkeypatch.setattr(grade, "_worker", None)
     assert equal_many([("7", "7"), ("7", "8"), ("a+b", "a+b"), (None, "1"), ("x" * 9999, "1")]) == [
         *[True, False, True, False, False],
     ]
@@ -151,16 +150,16 @@ def test_hostile_answers_are_unequal_soon_and_harm_no_other(text, patience):
 
 def test_a_killed_worker_is_replaced():
     assert equal(r"\frac{6}{8}", r"\frac{3}{4}")
-    answers._worker._process.kill()
-    answers._worker._process.wait()
+    grade._worker._process.kill()
+    grade._worker._process.wait()
     assert not equal(r"\frac{6}{8}", r"\frac{3}{4}")
     assert equal(r"\frac{6}{8}", r"\frac{3}{4}")
 
 
 def test_the_worker_is_one_process_without_jax():
     assert equal("1+x", "x+1")
-    process = answers._worker._process
-    assert equal("2+x", "x+2") and answers._worker._process is process
+    process = grade._worker._process
+    assert equal("2+x", "x+2") and grade._worker._process is process
     maps = Path(f"/proc/{process.pid}/maps")
     if not maps.exists():
         pytest.skip("needs /proc")
@@ -185,11 +184,11 @@ def test_threads_get_their_own_answers():
 
 FORK = """
 import multiprocessing
-from npr_jax import answers
+from npr_jax.answers import grade
 
 def worker():
-    assert answers.equal("2+x", "x+2")
-    return answers._worker._process.pid
+    assert grade.equal("2+x", "x+2")
+    return grade._worker._process.pid
 
 ours = worker()
 with multiprocessing.get_context("fork").Pool(1) as pool:
@@ -281,11 +280,11 @@ def test_agreement_with_the_golden_verdicts(record_property):
 
 
 def test_rewards_rejection_sampling_and_inference_judge_by_this_module():
-    package = Path(answers.__file__).parent
+    package = Path(grade.__file__).parents[1]
     users = {
         str(path.relative_to(package))
         for path in package.rglob("*.py")
         if "math_verify" in path.read_text() or "latex2sympy" in path.read_text()
     }
-    assert users <= {"answers.py", "compare.py"}
+    assert users <= {"answers/grade.py", "answers/match.py"}
     assert "import equal_many, extract" in (package / "train/rollout.py").read_text()

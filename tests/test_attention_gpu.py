@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from npr_jax.decode import attention_gpu
-from npr_jax.decode.attention_gpu import paged_attention
+from npr_jax.kernels import paged_gpu as attention_gpu
+from npr_jax.kernels.paged_gpu import paged_attention
 
 REST = "rest"
 

@@ -12,8 +12,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import kernel as stock
 from jax.sharding import Mesh, SingleDeviceSharding, use_abstract_mesh
 
-from npr_jax.decode import attention_tpu
-from npr_jax.decode.attention_tpu import paged_attention, plain_attention
+from npr_jax.kernels import paged_tpu as attention_tpu
+from npr_jax.kernels.paged_tpu import paged_attention, plain_attention
 
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 GARBAGE = 1e9

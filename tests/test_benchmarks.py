@@ -11,7 +11,7 @@ import pytest
 from conftest import shared_path
 
 from npr_jax.answers import equal_many
-from npr_jax.evaluate.benchmarks import BENCHMARKS, Question, read_benchmark, split
+from npr_jax.data.benchmarks import BENCHMARKS, Question, read_benchmark, split
 
 LOCAL = {"aime25": 30, "amc23": 40, "hmmt25": 30, "math500": 500, "gsm8k": 1319}
 

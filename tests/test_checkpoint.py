@@ -18,16 +18,16 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from train_toy import examples, tiny
 
-from npr_jax.metrics import read_metrics
-from npr_jax.train import claim as claims
-from npr_jax.train import preempt
-from npr_jax.train.checkpoint import Checkpoints
-from npr_jax.train.claim import claim
+from npr_jax.runs import directory as claims
+from npr_jax.runs import sigterm
+from npr_jax.runs.checkpoint import Checkpoints
+from npr_jax.runs.directory import claim
+from npr_jax.runs.guards import NonfiniteGuard
+from npr_jax.runs.log import RunLog
+from npr_jax.runs.metrics import read_metrics
 from npr_jax.train.fit import FitConfig, fit
-from npr_jax.train.log import RunLog
-from npr_jax.train.nonfinite import NonfiniteGuard
-from npr_jax.train.pending import Pending, fingerprint
-from npr_jax.train.rows import make_rows
+from npr_jax.train.packing import make_rows
+from npr_jax.train.rollout_cache import Pending, fingerprint
 from npr_jax.train.step import OptimizerConfig, TrainConfig, new_state
 
 TEXT = "seed: 0\n"
@@ -334,7 +334,7 @@ def test_sigterm_saves_and_the_same_call_goes_on(model, tmp_path):
             os.kill(os.getpid(), signal.SIGTERM)
 
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(preempt.Preempted) as caught:
+    with pytest.raises(sigterm.Preempted) as caught:
         fit(model, made, config, tmp_path / "cut", report=end_at_two)
     assert caught.value.code == 143
     assert signal.getsignal(signal.SIGTERM) is before
@@ -345,29 +345,29 @@ def test_sigterm_saves_and_the_same_call_goes_on(model, tmp_path):
 
 def test_sigterm_waits_but_for_what_may_end_anywhere():
     reached = []
-    with pytest.raises(preempt.Preempted), preempt.watched(), preempt.watched():
+    with pytest.raises(sigterm.Preempted), sigterm.watched(), sigterm.watched():
         os.kill(os.getpid(), signal.SIGTERM)
-        reached.append(preempt.wanted())
-        with preempt.interruptible():
+        reached.append(sigterm.wanted())
+        with sigterm.interruptible():
             reached.append("the part that may end anywhere")
     assert reached == [True]
-    with pytest.raises(preempt.Preempted), preempt.watched(), preempt.interruptible():
+    with pytest.raises(sigterm.Preempted), sigterm.watched(), sigterm.interruptible():
         os.kill(os.getpid(), signal.SIGTERM)
         reached.append("after the signal")
     assert reached == [True]
     # A signal that nothing looked at ends the stage once it is done.
-    with pytest.raises(preempt.Preempted), preempt.watched():
+    with pytest.raises(sigterm.Preempted), sigterm.watched():
         os.kill(os.getpid(), signal.SIGTERM)
-    assert not preempt.wanted()
-    with preempt.watched():
+    assert not sigterm.wanted()
+    with sigterm.watched():
         pass
 
 
 def test_a_second_sigterm_ends_the_process_at_once():
     program = """if True:
         import os, signal
-        from npr_jax.train import preempt
-        with preempt.watched():
+        from npr_jax.runs import sigterm
+        with sigterm.watched():
             os.kill(os.getpid(), signal.SIGTERM)
             print("one", flush=True)
             os.kill(os.getpid(), signal.SIGTERM)

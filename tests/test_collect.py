@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from train_toy import encode, problem, tiny
 
-from npr_jax.config import load_config
+from npr_jax.base.config import load_config
 from npr_jax.decode.trajectory import Trajectory
-from npr_jax.format import Violation
+from npr_jax.runs.guards import check_gap
 from npr_jax.train import beta, papo, zero
 from npr_jax.train.rollout import Rollout, summary
-from npr_jax.train.watch import check_gap
 from npr_jax.tree import parse
+from npr_jax.tree.format import Violation
 
 BAD = [Violation("no_boxed", 9, "no box")]
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from npr_jax.config import config_path, dump_config, load_config
+from npr_jax.base.config import config_path, dump_config, load_config
 
 
 @dataclass(frozen=True)

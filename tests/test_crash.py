@@ -15,7 +15,7 @@ import time
 
 import pytest
 
-from npr_jax.metrics import read_metrics
+from npr_jax.runs.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
 

@@ -11,9 +11,9 @@ import pytest
 import tensorflow_datasets as tfds
 from conftest import shared_path
 
-from npr_jax.train.data import Problem, read_problems
-from npr_jax.train.datasets import BUILDERS, read_prepared
-from npr_jax.train.sources import FORMS, BadRow, parse_row, read_rows
+from npr_jax.data.builders import BUILDERS, read_prepared
+from npr_jax.data.problems import Problem, read_problems
+from npr_jax.data.sources import FORMS, BadRow, parse_row, read_rows
 
 GSM8K = [
     {"question": "How many?", "answer": "2 * 600 = <<2*600=1200>>1200 é\n#### 1,200"},
@@ -227,8 +227,8 @@ def test_tensorflow_is_not_needed(tmp_path):
     (tmp_path / "rows.jsonl").write_bytes(jsonl(JSONL))
     code = (
         "import sys\n"
-        "from npr_jax.train.prepare import prepare\n"
-        "from npr_jax.train.data import read_problems\n"
+        "from npr_jax.data.prepare import prepare\n"
+        "from npr_jax.data.problems import read_problems\n"
         "prepare('jsonl', 'rows.jsonl', 'out')\n"
         "assert len(read_problems('out')) == 2\n"
         "assert 'tensorflow' not in sys.modules\n"

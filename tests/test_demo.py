@@ -10,17 +10,17 @@ import report_toy
 
 from npr_jax import demo, load
 from npr_jax.answers import equal, extract
-from npr_jax.config import load_config
+from npr_jax.base.config import load_config
+from npr_jax.data.prompts import prompt_ids
 from npr_jax.demo import task
 from npr_jax.demo.evaluate import CHECKS, RATES, shortfalls
 from npr_jax.demo.report import write_report
 from npr_jax.demo.task import DEFECTS, Teacher, ideal, make_tasks, true_value, write
-from npr_jax.format import check_format
-from npr_jax.metrics import MetricsWriter
 from npr_jax.model.tokenizer import demo_tokenizer
-from npr_jax.prompts import prompt_ids
 from npr_jax.report.svg import draw_tree, tree_svg
+from npr_jax.runs.metrics import MetricsWriter
 from npr_jax.tree import TagIds, layout, parse
+from npr_jax.tree.format import check_format
 
 TOKENIZER = demo_tokenizer()
 TAGS = TagIds.from_tokenizer(TOKENIZER)

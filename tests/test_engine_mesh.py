@@ -11,8 +11,8 @@ import pytest
 import two_processes
 from engine_checks import recount, same
 
+from npr_jax.base.distributed import initialize
 from npr_jax.decode import Engine, EngineConfig, SamplingParams, grow
-from npr_jax.distributed import initialize
 from npr_jax.model.params import Weight
 from npr_jax.model.sharding import DECODE_RULES, decode_shardings, resolve
 

@@ -17,7 +17,7 @@ from npr_jax.evaluate.metrics import (
     speeds,
     summarize,
 )
-from npr_jax.traces import Trace, read_trace
+from npr_jax.evaluate.traces import Trace, read_trace
 from npr_jax.tree import Block
 
 

@@ -13,14 +13,14 @@ import yaml
 from train_toy import tiny
 from typer.testing import CliRunner
 
+from npr_jax.base.config import load_config
 from npr_jax.cli import app
-from npr_jax.config import load_config
 from npr_jax.decode import grow
 from npr_jax.evaluate import run as module
 from npr_jax.evaluate.results import tables
 from npr_jax.evaluate.run import EvalConfig, evaluate, seed_of
-from npr_jax.pretrained import save
-from npr_jax.traces import read_traces
+from npr_jax.evaluate.traces import read_traces
+from npr_jax.model.pretrained import save
 
 ROWS = [
     {"problem": "A:7+4;B:6*2?", "answer": "3"},

@@ -6,8 +6,8 @@ import json
 import pytest
 from conftest import shared_path
 
-from npr_jax.format import check_block, check_format
 from npr_jax.tree import TAG_NAMES, TagIds, parse
+from npr_jax.tree.format import check_block, check_format
 
 WORDS = [*TAG_NAMES, "\n", "1", "2", "3", ":", "x", " ", "\\boxed{", "{", "}", "<eos>"]
 

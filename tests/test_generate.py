@@ -9,12 +9,12 @@ import sys
 import pytest
 from train_toy import tiny
 
-from npr_jax.config import load_config
+from npr_jax.base.config import load_config
+from npr_jax.base.files import cut_half_line
+from npr_jax.data.prompts import prompt_ids
 from npr_jax.decode import Engine, SamplingParams
-from npr_jax.files import cut_half_line
-from npr_jax.generate import GenerateConfig, generate
-from npr_jax.pretrained import save
-from npr_jax.prompts import prompt_ids
+from npr_jax.evaluate.generate import GenerateConfig, generate
+from npr_jax.model.pretrained import save
 
 GOOD = [{"problem": "A:1+2;B:3+4?"}, {"prompt": "A:1*1?", "id": "x7"}, {"problem": "B:9+9?"}]
 BAD = [

@@ -15,8 +15,8 @@ import pytest
 import typer.main
 import yaml
 
+from npr_jax.base.config import config_path, load_config
 from npr_jax.cli import app
-from npr_jax.config import config_path, load_config
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "scripts" / "launch"

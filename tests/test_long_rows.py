@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from npr_jax import tree
-from npr_jax.mesh import MeshConfig, make_mesh
+from npr_jax.base.mesh import MeshConfig, make_mesh
 from npr_jax.model import PRESETS, init_params
-from npr_jax.train.rows import Example, empty_row, make_rows
+from npr_jax.train.packing import Example, empty_row, make_rows
 from npr_jax.train.step import (
     Objective,
     OptimizerConfig,

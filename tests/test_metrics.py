@@ -9,8 +9,9 @@ import pytest
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
-from npr_jax.metrics import MetricsWriter, Progress, read_metrics
-from npr_jax.train.log import RunLog
+from npr_jax.base.progress import Progress
+from npr_jax.runs.log import RunLog
+from npr_jax.runs.metrics import MetricsWriter, read_metrics
 
 
 def write_steps(writer, steps, tag=""):

@@ -9,7 +9,7 @@ import pytest
 import transformers
 from conftest import shared_path
 
-from npr_jax.train.rows import Example, make_rows
+from npr_jax.train.packing import Example, make_rows
 from npr_jax.tree import layout
 
 ROW_LEN = 4096

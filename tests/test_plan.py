@@ -9,13 +9,13 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from typer.testing import CliRunner
 
+from npr_jax.base.mesh import parse_mesh
 from npr_jax.cli import app
-from npr_jax.hlo import collective_bytes
-from npr_jax.mesh import parse_mesh
 from npr_jax.model import PRESETS, abstract_params
 from npr_jax.model.config import REMAT
-from npr_jax.plan import CHIPS, GIB, plan, report, stage_run, train_flops
-from npr_jax.train.rows import empty_row
+from npr_jax.plan.hlo import collective_bytes
+from npr_jax.plan.plan import CHIPS, GIB, plan, report, stage_run, train_flops
+from npr_jax.train.packing import empty_row
 from npr_jax.train.step import Objective, loss_sums
 
 TINY_MESHES = {

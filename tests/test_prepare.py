@@ -13,10 +13,10 @@ import pytest
 from test_datasets import PUBLISHED
 from train_toy import write_problems
 
-from npr_jax.pretrained import load, load_tokenizer
-from npr_jax.train import prepare as module
-from npr_jax.train.data import Problem, read_problems
-from npr_jax.train.prepare import prepare
+from npr_jax.data import prepare as module
+from npr_jax.data.prepare import prepare
+from npr_jax.data.problems import Problem, read_problems
+from npr_jax.model.pretrained import load, load_tokenizer
 from npr_jax.train.rollout import encode_problems
 
 ROWS = [  # (line, why it is bad)
@@ -132,7 +132,7 @@ def test_an_interrupted_preparation_leaves_nothing_to_read(where, how, source, t
     code = (
         "import os, signal\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell may ignore it
-        "from npr_jax.train import prepare as module\n"
+        "from npr_jax.data import prepare as module\n"
         f"module.{where} = lambda *args: os.kill(os.getpid(), signal.{how})\n"
         f"module.prepare('jsonl', 'raw.jsonl', 'sets/out')\n"
     )

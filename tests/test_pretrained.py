@@ -13,8 +13,8 @@ from safetensors.numpy import load_file, save_file
 import npr_jax
 from npr_jax.model import PRESETS, ModelConfig, init_params
 from npr_jax.model.hf import read_params, write
+from npr_jax.model.pretrained import Model, save
 from npr_jax.model.tokenizer import DEMO_SYMBOLS, add_tags, demo_tokenizer
-from npr_jax.pretrained import Model, save
 from npr_jax.tree import TAG_NAMES
 
 CONFIGS = {

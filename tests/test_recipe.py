@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from npr_jax.config import load_config
+from npr_jax.base.config import load_config
 from npr_jax.demo.task import ideal, make_tasks
 
 ROOT = Path(__file__).parents[1]

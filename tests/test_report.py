@@ -14,13 +14,13 @@ import pytest
 import report_toy as toy
 from rich.console import Console
 
-from npr_jax.metrics import MetricsWriter
 from npr_jax.report import data, html, terminal
 from npr_jax.report.curves import charts_of, thinned
 from npr_jax.report.data import Fact, shares
 from npr_jax.report.lines import sections, visible
 from npr_jax.report.svg import histogram, tree_svg
 from npr_jax.report.visibility import rectangles, visibility_svg
+from npr_jax.runs.metrics import MetricsWriter
 from npr_jax.tree import layout
 
 

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from npr_jax.format import Violation
 from npr_jax.train.rewards import format_penalty, papo_reward, zero_reward
+from npr_jax.tree.format import Violation
 
 KINDS = ("tree", "no_block", "stray_text", "plan_number", "empty_step", "no_boxed", "many_boxed")
 PROMPT = 10

@@ -11,15 +11,15 @@ from train_toy import encode
 
 import npr_jax
 from npr_jax.answers import equal, extract
-from npr_jax.config import load_config
+from npr_jax.base.config import load_config
 from npr_jax.decode import Engine, SamplingParams
-from npr_jax.format import check_format
-from npr_jax.metrics import read_metrics
-from npr_jax.pretrained import load
-from npr_jax.traces import read_traces
+from npr_jax.evaluate.traces import read_traces
+from npr_jax.model.pretrained import load
+from npr_jax.runs.metrics import read_metrics
 from npr_jax.train import beta, papo, zero
 from npr_jax.train.rollout import Rollout
 from npr_jax.tree import parse
+from npr_jax.tree.format import check_format
 
 pytestmark = pytest.mark.slow
 

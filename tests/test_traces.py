@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from train_toy import tiny
 
+from npr_jax.data.prompts import prompt_ids
 from npr_jax.decode import Engine, EngineConfig, SamplingParams
-from npr_jax.prompts import prompt_ids
-from npr_jax.traces import make_trace, read_trace, read_traces
+from npr_jax.evaluate.traces import make_trace, read_trace, read_traces
 
 
 @pytest.fixture(scope="module")

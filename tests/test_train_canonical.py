@@ -8,8 +8,8 @@ import pytest
 import transformers
 from conftest import shared_path
 
-from npr_jax.train.canonical import canonical
 from npr_jax.tree import TAG_NAMES, TagIds, TraceError, parse
+from npr_jax.tree.canonical import canonical
 
 SPACES = ("", "\n", "\n\n", " ", "\n \n\n")
 INNER = ("", "\n", "\n\n", " ", "  \n")

@@ -8,10 +8,11 @@ import transformers
 from conftest import shared_path
 from train_toy import tiny, write_problems
 
-from npr_jax.distributed import mine
-from npr_jax.prompts import INSTRUCTION, prompt_ids
-from npr_jax.train.data import Problem, derive_seeds, read_problems, shuffled
-from npr_jax.train.prepare import prepare
+from npr_jax.base.distributed import mine
+from npr_jax.base.seeds import derive_seeds
+from npr_jax.data.prepare import prepare
+from npr_jax.data.problems import Problem, read_problems, shuffled
+from npr_jax.data.prompts import INSTRUCTION, prompt_ids
 from npr_jax.train.rl import Feed
 from npr_jax.train.rollout import encode_problems
 

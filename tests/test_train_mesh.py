@@ -15,11 +15,11 @@ import two_processes
 from jax.sharding import PartitionSpec as P
 from train_toy import example, problem, tiny
 
-from npr_jax.distributed import gather, initialize, mine
-from npr_jax.mesh import MeshConfig, batch_shards, decode_mesh, local_decode_mesh, make_mesh
+from npr_jax.base.distributed import gather, initialize, mine
+from npr_jax.base.mesh import MeshConfig, batch_shards, decode_mesh, local_decode_mesh, make_mesh
 from npr_jax.model import token_logp
 from npr_jax.model.sharding import place_params, to_decode, train_shardings
-from npr_jax.train.rows import empty_row, make_rows
+from npr_jax.train.packing import empty_row, make_rows
 from npr_jax.train.step import (
     Objective,
     OptimizerConfig,

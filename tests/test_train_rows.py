@@ -7,7 +7,7 @@ import pytest
 from train_toy import encode, example, problem, tiny
 
 from npr_jax import tree
-from npr_jax.train.rows import Example, count_loss_tokens, make_rows, stack
+from npr_jax.train.packing import Example, count_loss_tokens, make_rows, stack
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from train_toy import example, examples, problem, tiny
 
-from npr_jax.train.rows import Example, make_rows, stack
+from npr_jax.train.packing import Example, make_rows, stack
 from npr_jax.train.step import (
     Objective,
     OptimizerConfig,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tree_attention_checks import check, check_skips, problem, rows
 
-from npr_jax.model import attention_gpu
+from npr_jax.kernels import tree_gpu as attention_gpu
 
 flash = functools.partial(attention_gpu.flash, interpret=True)
 

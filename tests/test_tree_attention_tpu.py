@@ -11,9 +11,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import SingleDeviceSharding
 from tree_attention_checks import check, check_skips, problem, rows
 
-from npr_jax.model import attention_tpu
-from npr_jax.model.attention_tpu import _COLUMN, _COLUMN_MASK, _FIRST, _LAST, _ROW, _pairs
-from npr_jax.model.blocks import ALL, NONE, SOME
+from npr_jax.kernels import tree_tpu as attention_tpu
+from npr_jax.kernels.blocks import ALL, NONE, SOME
+from npr_jax.kernels.tree_tpu import _COLUMN, _COLUMN_MASK, _FIRST, _LAST, _ROW, _pairs
 
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 flash = functools.partial(attention_tpu.flash, interpret=True)

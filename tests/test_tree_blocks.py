@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tree_attention_checks import rows, tree_row
 
+from npr_jax.kernels.blocks import ALL, NONE, SOME, pad_keys, pair_kinds
 from npr_jax.model import PRESETS, attention
-from npr_jax.model.blocks import ALL, NONE, SOME, pad_keys, pair_kinds
 
 _visible = jax.jit(attention._visible)
 

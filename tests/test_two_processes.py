@@ -10,9 +10,9 @@ import pytest
 import two_processes
 from train_toy import write_problems
 
-from npr_jax.config import load_config
-from npr_jax.metrics import read_metrics
-from npr_jax.pretrained import load
+from npr_jax.base.config import load_config
+from npr_jax.model.pretrained import load
+from npr_jax.runs.metrics import read_metrics
 from npr_jax.train import zero
 
 pytestmark = pytest.mark.slow

@@ -8,9 +8,9 @@ import numpy as np
 
 import npr_jax
 from npr_jax import tree
-from npr_jax.pretrained import save
+from npr_jax.model.pretrained import save
 from npr_jax.train.fit import FitConfig, fit
-from npr_jax.train.rows import Example
+from npr_jax.train.packing import Example
 from npr_jax.train.step import OptimizerConfig, TrainConfig
 
 GROUPS = "ABC"

@@ -7,7 +7,7 @@ import sys
 
 
 def start(*command: str, stderr=subprocess.PIPE, **environment: str) -> list[subprocess.Popen]:
-    """Starts `python *command` twice, told of each other as `npr_jax.distributed` asks for."""
+    """Starts `python *command` twice, told of each other as `npr_jax.base.distributed` asks for."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"

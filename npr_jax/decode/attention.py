@@ -32,7 +32,7 @@ def paged_attention(implementation: str):
     if implementation == "gather":
         return gather
     if implementation == "plain":  # the runner's, for prompts on a TPU
-        from npr_jax.decode.attention_tpu import plain_attention
+        from npr_jax.kernels.paged_tpu import plain_attention
 
         return plain_attention
     if implementation == "blockwise":
@@ -42,9 +42,9 @@ def paged_attention(implementation: str):
             f"attention is {implementation!r}, needed is one of {', '.join(IMPLEMENTATIONS)}"
         )
     if jax.default_backend() == "gpu":
-        from npr_jax.decode.attention_gpu import paged_attention as kernel
+        from npr_jax.kernels.paged_gpu import paged_attention as kernel
     else:  # a TPU, or its compiler on another machine
-        from npr_jax.decode.attention_tpu import paged_attention as kernel
+        from npr_jax.kernels.paged_tpu import paged_attention as kernel
     return kernel
 
 

@@ -28,7 +28,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from npr_jax.compilation import compilations
+from npr_jax.base.compile_cache import compilations
 from npr_jax.decode.config import EngineConfig
 from npr_jax.decode.events import Event, TextPieces
 from npr_jax.decode.grow import NO_DEPTH_LIMIT, Grower
@@ -249,7 +249,7 @@ class Engine:
 
         `progress(done, total)` is called after each program. Returns how many `programs` there are,
         how many of what they are made of were `compiled` now and how many read `from_cache` (see
-        `npr_jax.compilation.use_cache`), and the `seconds`.
+        `npr_jax.base.compile_cache.use_cache`), and the `seconds`.
         """
         begun, before = time.perf_counter(), compilations()
         programs = self.runner.warmup(sampling is not None and penalised(sampling), progress)

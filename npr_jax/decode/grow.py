@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from npr_jax.decode.config import EngineConfig
 from npr_jax.decode.lines import Fork, Job, Line, Segment
 from npr_jax.decode.scheduler import Scheduler
-from npr_jax.format import check_block
 from npr_jax.tree import STEPS, Automaton, TagIds, TraceError
+from npr_jax.tree.format import check_block
 
 NO_DEPTH_LIMIT = 1 << 20  # the automaton's; the engine's own is asked when a guideline closes
 

@@ -14,20 +14,20 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from npr_jax.config import dump_config, load_config
+from npr_jax.base.config import dump_config, load_config
+from npr_jax.data.problems import Problem
+from npr_jax.data.prompts import prompt_ids
 from npr_jax.decode import Engine
 from npr_jax.demo.evaluate import MODES, RATES, evaluate, shortfalls
 from npr_jax.demo.report import write_report
 from npr_jax.demo.task import Teacher, make_tasks
-from npr_jax.pretrained import Model, load, save
-from npr_jax.prompts import prompt_ids
+from npr_jax.evaluate.traces import Trace, read_traces, write_traces
+from npr_jax.model.pretrained import Model, load, save
 from npr_jax.report.svg import draw_tree
-from npr_jax.traces import Trace, read_traces, write_traces
+from npr_jax.runs.directory import claim
 from npr_jax.train import beta, fit, papo, zero
-from npr_jax.train.claim import claim
-from npr_jax.train.data import Problem
+from npr_jax.train.packing import Example
 from npr_jax.train.rollout import trace_of
-from npr_jax.train.rows import Example
 from npr_jax.train.step import OptimizerConfig, TrainConfig
 from npr_jax.tree import layout
 

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from npr_jax.data.problems import Problem
 from npr_jax.decode import Engine, SamplingParams
-from npr_jax.train.data import Problem
 from npr_jax.train.rollout import Rollout, roll_out
 
 MODES = ("sequential", "parallel")

@@ -7,11 +7,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 from npr_jax.demo.evaluate import RATES
-from npr_jax.metrics import read_metrics
+from npr_jax.evaluate.traces import Trace
 from npr_jax.report.data import read
 from npr_jax.report.html import page, write_page
 from npr_jax.report.svg import beside, chart, tree_svg
-from npr_jax.traces import Trace
+from npr_jax.runs.metrics import read_metrics
 
 RATES_OF = ("format_rate", "accuracy")
 CHARTS = (  # of curves.svg: title, run, its metrics, bounds of the y axis (None: of the data)

@@ -14,7 +14,7 @@ import numpy as np
 
 from npr_jax.answers import equal
 from npr_jax.decode.trajectory import TRUNCATED
-from npr_jax.traces import Trace
+from npr_jax.evaluate.traces import Trace
 
 RESAMPLES, LEVEL = 10_000, 0.95
 

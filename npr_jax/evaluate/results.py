@@ -10,11 +10,11 @@ import yaml
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from npr_jax.config import dump_config
-from npr_jax.evaluate.benchmarks import Source
+from npr_jax.base.config import dump_config
+from npr_jax.base.files import write_atomically
+from npr_jax.base.mesh import describe
+from npr_jax.data.benchmarks import Source
 from npr_jax.evaluate.metrics import Answer, Timing, speeds, summarize
-from npr_jax.files import write_atomically
-from npr_jax.mesh import describe
 
 TIMING = "timing.jsonl"  # a line for each answer: run, seconds since the one before, tokens
 _PACKAGES = ("jax", "jaxlib", "numpy", "transformers", "math-verify")

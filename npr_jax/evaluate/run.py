@@ -14,20 +14,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from npr_jax.answers import equal, extract
-from npr_jax.compilation import DEFAULT_CACHE, use_cache
-from npr_jax.config import dump_config
+from npr_jax.base.compile_cache import DEFAULT_CACHE, use_cache
+from npr_jax.base.config import dump_config
+from npr_jax.base.files import cut_half_line
+from npr_jax.base.progress import Progress
+from npr_jax.data.benchmarks import Question, Source, read_benchmark, split
+from npr_jax.data.prompts import INSTRUCTION, prompt_ids
 from npr_jax.decode import Engine, EngineConfig, SamplingParams, Trajectory
-from npr_jax.evaluate.benchmarks import Question, Source, read_benchmark, split
+from npr_jax.evaluate.generate import compile_all
 from npr_jax.evaluate.metrics import Answer, measure
 from npr_jax.evaluate.results import TIMING, Run, begin, sum_up
-from npr_jax.files import cut_half_line
-from npr_jax.format import check_format
-from npr_jax.generate import compile_all
-from npr_jax.metrics import Progress
-from npr_jax.pretrained import Model, load
-from npr_jax.prompts import INSTRUCTION, prompt_ids
-from npr_jax.traces import Trace, make_trace, read_traces
-from npr_jax.train.claim import claim
+from npr_jax.evaluate.traces import Trace, make_trace, read_traces
+from npr_jax.model.pretrained import Model, load
+from npr_jax.runs.directory import claim
+from npr_jax.tree.format import check_format
 
 # What may change from call to call: every answer that is there stays what it would be.
 _FREE = ("benchmarks", "samples", "data", "baseline", "compilation_cache")
@@ -39,7 +39,7 @@ class EvalConfig:
 
     Attributes:
       model: directory, hub id or preset.
-      benchmarks: names of the registry, or NAME=FILE (npr_jax/evaluate/benchmarks.py).
+      benchmarks: names of the registry, or NAME=FILE (npr_jax/data/benchmarks.py).
       output: the directory that gets everything.
       samples: answers to each problem.
       data: a directory of local files, which come before the hub; or null.

@@ -17,8 +17,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from npr_jax.mesh import BATCH, activations
-from npr_jax.model.blocks import SAVED
+from npr_jax.base.mesh import BATCH, activations
+from npr_jax.kernels.blocks import SAVED
 from npr_jax.model.config import ModelConfig
 
 _NEGATIVE = -1e30  # finite, so that a row that has seen nothing yet stays finite
@@ -33,9 +33,9 @@ def default_implementation(head_dim: int, platform: str | None = None) -> str:
 def kernel():
     """The `flash` of the platform that compiles: GPU, or else TPU (also for its compiler alone)."""
     if jax.default_backend() == "gpu":
-        from npr_jax.model.attention_gpu import flash
+        from npr_jax.kernels.tree_gpu import flash
     else:
-        from npr_jax.model.attention_tpu import flash
+        from npr_jax.kernels.tree_tpu import flash
     return flash
 
 

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from npr_jax.mesh import activations
-from npr_jax.model.blocks import SAVED
+from npr_jax.base.mesh import activations
+from npr_jax.kernels.blocks import SAVED
 from npr_jax.model.config import ModelConfig
 
 
@@ -54,7 +54,7 @@ def forward(
       attend: (q [B, T, H, K], k [B, T, KV, K], v, layer i32[], state) -> (out [B, T, H, K], state);
         q and k are normed and rotated.
       state: any pytree that `attend` threads through the layers (the KV pool, or None).
-      mesh: of training (npr_jax.mesh), on which activations are split over rows and tokens.
+      mesh: of training (npr_jax.base.mesh), on which activations are split over rows and tokens.
 
     Returns:
       (x [B, T, D] after the final norm, state).

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from npr_jax.mesh import BATCH, activations
+from npr_jax.base.mesh import BATCH, activations
 from npr_jax.model.attention import tree_attend
 from npr_jax.model.config import ModelConfig
 from npr_jax.model.forward import forward, head, unembed

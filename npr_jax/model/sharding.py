@@ -65,7 +65,7 @@ def decode_shardings(config: ModelConfig, mesh: Mesh) -> dict:
 
 
 def train_shardings(config: ModelConfig, mesh: Mesh) -> dict:
-    """NamedShardings of the parameters on a training mesh (npr_jax.mesh).
+    """NamedShardings of the parameters on a training mesh (npr_jax.base.mesh).
 
     Raises ValueError where heads, KV heads, the hidden layer or the vocabulary do not divide by
     `tensor`, or the model's width by `fsdp`.

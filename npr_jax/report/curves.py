@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from npr_jax.metrics import Scalar
+from npr_jax.base.progress import Scalar
 from npr_jax.report.svg import chart
 
 # (title, metrics or their prefixes, bounds of the y axis); what is in none has a chart of its own.

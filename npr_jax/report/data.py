@@ -19,8 +19,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from npr_jax.metrics import Scalar, read_metrics
-from npr_jax.traces import Trace, read_trace
+from npr_jax.base.progress import Scalar
+from npr_jax.evaluate.traces import Trace, read_trace
+from npr_jax.runs.metrics import read_metrics
 
 
 class Fact(NamedTuple):

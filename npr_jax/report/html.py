@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from npr_jax.files import write_atomically, writing
+from npr_jax.base.files import write_atomically, writing
 from npr_jax.report.curves import curve_charts
 from npr_jax.report.data import Content, Fact, read
 from npr_jax.report.lines import visible

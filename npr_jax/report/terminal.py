@@ -8,11 +8,11 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from npr_jax.files import writing
+from npr_jax.base.files import writing
+from npr_jax.evaluate.traces import Trace, read_traces
 from npr_jax.report.lines import Span, sections, visible
 from npr_jax.report.svg import tree_svg
 from npr_jax.report.visibility import visibility_svg
-from npr_jax.traces import Trace, read_traces
 from npr_jax.tree import TreeLayout
 
 # Least probability, and how tokens of it are shown; the pages of a report have the same steps.

@@ -13,22 +13,22 @@ from pathlib import Path
 
 from jax.sharding import Mesh
 
-from npr_jax.config import dump_config
+from npr_jax.base.config import dump_config
+from npr_jax.base.distributed import gather, gather_all, is_main, mine
+from npr_jax.base.files import write_atomically, writing
+from npr_jax.base.mesh import MeshConfig, local_decode_mesh, make_mesh
+from npr_jax.data.problems import read_problems, shuffled
 from npr_jax.decode import Engine, EngineConfig, SamplingParams
-from npr_jax.distributed import gather, gather_all, is_main, mine
-from npr_jax.files import write_atomically, writing
-from npr_jax.mesh import MeshConfig, local_decode_mesh, make_mesh
-from npr_jax.pretrained import Model, load, publish_model
+from npr_jax.model.pretrained import Model, load, publish_model
 from npr_jax.report.html import write as write_report
-from npr_jax.train import preempt
-from npr_jax.train.canonical import canonical
-from npr_jax.train.claim import claim
-from npr_jax.train.data import read_problems, shuffled
+from npr_jax.runs import sigterm
+from npr_jax.runs.directory import claim
+from npr_jax.runs.log import Report, RunLog
 from npr_jax.train.fit import FitConfig, fit
-from npr_jax.train.log import Report, RunLog
+from npr_jax.train.packing import Example
 from npr_jax.train.rollout import BETA, Rollout, encode_problems, engine_params, roll_out
-from npr_jax.train.rows import Example
 from npr_jax.tree import TagIds, TraceError, layout, parse
+from npr_jax.tree.canonical import canonical
 
 MAX_DEPTH = 1  # what the format check accepts
 LAYOUTS = ("strict", "reference", "causal")
@@ -101,7 +101,7 @@ def run(config: BetaConfig, report: Report | None = None) -> Path:
     final = output / "final"
     if gather(final.exists())[0]:
         return final
-    with preempt.watched():
+    with sigterm.watched():
         model = _train(config, output, report)
         publish_model(model, final)
         if is_main():
@@ -113,7 +113,7 @@ def _train(config: BetaConfig, output: Path, report: Report | None) -> Model:
     mesh = make_mesh(config.mesh)
     config.fit.train.check(mesh)
     records = sample(config, output / "accepted.jsonl", report, mesh)
-    with preempt.interruptible():
+    with sigterm.interruptible():
         model = load(config.model, seed=config.seed, tags=True, mesh=mesh)
     examples = make_examples(records, model.tags, config.layout, config.train_forced)
     if not examples:
@@ -134,7 +134,7 @@ def sample(
     problems that the file holds are not sampled again; one that SIGTERM or a crash cuts off is.
     """
     sizes = config.sample
-    with preempt.interruptible():
+    with sigterm.interruptible():
         model = load(config.sampler_model, seed=config.seed, tags=True, mesh=mesh)
         problems, prompts = encode_problems(
             model.tokenizer, read_problems(config.problems), sizes.max_prompt_tokens
@@ -154,7 +154,7 @@ def sample(
         "beta sampling", path.parent / "sampling", len(batches), done, shown, report, "round"
     ) as log:
         for number, batch in enumerate(batches[done:], done):
-            with preempt.interruptible():
+            with sigterm.interruptible():
                 if engine is None:
                     dtype = config.fit.train.compute_dtype
                     weights = engine_params(model.config, model.params, dtype, mesh)
@@ -178,8 +178,8 @@ def sample(
                     file.flush()
                     os.fsync(file.fileno())
             records += found
-            if preempt.wanted():
-                raise preempt.Preempted
+            if sigterm.wanted():
+                raise sigterm.Preempted
     return records
 
 

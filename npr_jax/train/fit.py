@@ -8,16 +8,16 @@ from pathlib import Path
 
 from jax.sharding import Mesh
 
-from npr_jax.config import dump_config
-from npr_jax.distributed import mine
-from npr_jax.pretrained import Model
-from npr_jax.train import preempt
-from npr_jax.train.checkpoint import Checkpoints
-from npr_jax.train.claim import claim
-from npr_jax.train.data import shuffled
-from npr_jax.train.log import Report, RunLog
-from npr_jax.train.nonfinite import NonfiniteGuard
-from npr_jax.train.rows import Example, empty_row, make_rows
+from npr_jax.base.config import dump_config
+from npr_jax.base.distributed import mine
+from npr_jax.data.problems import shuffled
+from npr_jax.model.pretrained import Model
+from npr_jax.runs import sigterm
+from npr_jax.runs.checkpoint import Checkpoints
+from npr_jax.runs.directory import claim
+from npr_jax.runs.guards import NonfiniteGuard
+from npr_jax.runs.log import Report, RunLog
+from npr_jax.train.packing import Example, empty_row, make_rows
 from npr_jax.train.step import (
     Objective,
     TrainConfig,
@@ -92,7 +92,7 @@ def fit(
     shardings = mesh and state_shardings(model.config, settings.optimizer, mesh)
     state = new_state(model.params, settings.optimizer, shardings)
     with (
-        preempt.watched(),
+        sigterm.watched(),
         Checkpoints(place, text, settings.keep_checkpoints, settings.keep_best) as checkpoints,
     ):
         start, guard = 0, NonfiniteGuard(settings.max_nonfinite)
@@ -120,12 +120,12 @@ def fit(
                 metrics |= guard.count(metrics)
                 log.write(metrics)
                 guard.check(step)
-                ending = preempt.wanted()
+                ending = sigterm.wanted()
                 if step % settings.checkpoint_every == 0 or step == total or ending:
                     position = {"nonfinite_in_a_row": guard.in_a_row}  # the step says the rest
                     checkpoints.save(step, state, position, -metrics["loss"])
                 if ending:
-                    raise preempt.Preempted
+                    raise sigterm.Preempted
     return dataclasses.replace(model, params=state.params)
 
 

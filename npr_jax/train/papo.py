@@ -11,14 +11,14 @@ from pathlib import Path
 
 import numpy as np
 
+from npr_jax.base.distributed import gather, gather_all, mine
 from npr_jax.decode import Engine, SamplingParams, Trajectory
-from npr_jax.distributed import gather, gather_all, mine
+from npr_jax.runs.log import Report
 from npr_jax.train import rl
 from npr_jax.train.advantages import batch_std, group_std
-from npr_jax.train.log import Report
+from npr_jax.train.packing import Example
 from npr_jax.train.rewards import papo_reward
 from npr_jax.train.rollout import PAPO, Rollout, roll_out, sampled_example, summary
-from npr_jax.train.rows import Example
 from npr_jax.train.step import Objective
 from npr_jax.tree import TagIds, TraceError, parse
 

@@ -6,7 +6,7 @@ than a well-formed wrong answer, a policy learns to break the format instead of 
 
 from collections.abc import Sequence
 
-from npr_jax.format import Violation
+from npr_jax.tree.format import Violation
 
 RULES = ("ordered", "paper", "accuracy")
 RIGHT, WRONG = 1.0, -1.0

@@ -13,23 +13,23 @@ from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
-from npr_jax.config import dump_config
+from npr_jax.base.config import dump_config
+from npr_jax.base.distributed import gather, gather_all, is_main
+from npr_jax.base.mesh import MeshConfig, local_decode_mesh, make_mesh
+from npr_jax.base.progress import Scalar
+from npr_jax.data.problems import Problem, read_problems, shuffled
 from npr_jax.decode import Engine, EngineConfig
-from npr_jax.distributed import gather, gather_all, is_main
-from npr_jax.mesh import MeshConfig, local_decode_mesh, make_mesh
-from npr_jax.metrics import Scalar
-from npr_jax.pretrained import Model, load, publish_model
+from npr_jax.evaluate.traces import write_traces
+from npr_jax.model.pretrained import Model, load, publish_model
 from npr_jax.report.html import write as write_report
-from npr_jax.traces import write_traces
-from npr_jax.train import preempt
-from npr_jax.train.checkpoint import Checkpoints
-from npr_jax.train.claim import claim
-from npr_jax.train.data import Problem, read_problems, shuffled
-from npr_jax.train.log import Report, RunLog
-from npr_jax.train.nonfinite import NonfiniteGuard
-from npr_jax.train.pending import Pending, fingerprint
+from npr_jax.runs import sigterm
+from npr_jax.runs.checkpoint import Checkpoints
+from npr_jax.runs.directory import claim
+from npr_jax.runs.guards import NonfiniteGuard, check_gap
+from npr_jax.runs.log import Report, RunLog
+from npr_jax.train.packing import Example, empty_row, make_rows
 from npr_jax.train.rollout import STAGES, Rollout, encode_problems, engine_params, trace_of
-from npr_jax.train.rows import Example, empty_row, make_rows
+from npr_jax.train.rollout_cache import Pending, fingerprint
 from npr_jax.train.step import (
     Objective,
     TrainConfig,
@@ -39,7 +39,6 @@ from npr_jax.train.step import (
     optimize,
     state_shardings,
 )
-from npr_jax.train.watch import check_gap
 
 Groups = list[list[Example]]
 
@@ -154,8 +153,8 @@ def train(
     final = output / "final"
     if gather(final.exists())[0]:
         return final
-    with preempt.watched():
-        with preempt.interruptible():
+    with sigterm.watched():
+        with sigterm.interruptible():
             model, feed = _load(stage, config, mesh)
             shardings = mesh and state_shardings(model.config, settings.optimizer, mesh)
             state = new_state(model.params, settings.optimizer, shardings)
@@ -185,9 +184,9 @@ def train(
                         keep = step % settings.checkpoint_every == 0 or step == config.steps
                         traces = output / f"traces/step-{step:06d}.jsonl" if keep else None
                         collected = _sample(engine, feed, step, collect, pending, version, traces)
-                        if preempt.wanted():
-                            raise preempt.Preempted
-                    except preempt.Preempted:
+                        if sigterm.wanted():
+                            raise sigterm.Preempted
+                    except sigterm.Preempted:
                         checkpoints.save(step - 1, state, position, reward)
                         raise
                     sampled = time.perf_counter()
@@ -211,13 +210,13 @@ def train(
                     log.write(metrics)
                     guard.check(step)
                     check_gap(step, metrics, settings.gap_warn, settings.gap_stop)
-                    reward, ending = metrics["reward"], preempt.wanted()
+                    reward, ending = metrics["reward"], sigterm.wanted()
                     if step % settings.checkpoint_every == 0 or step == config.steps or ending:
                         before = checkpoints.last  # whole on disk once the next one is begun
                         checkpoints.save(step, state, _position(feed, guard), reward)
                         pending.drop(before)
                     if ending:
-                        raise preempt.Preempted
+                        raise sigterm.Preempted
         pending.drop(config.steps)
         publish_model(dataclasses.replace(model, params=state.params), final)
         if is_main():
@@ -236,7 +235,7 @@ def _sample(
 ) -> Collected:
     """The groups of `step`: pending ones, or new ones, which are pending from then on. Of new ones
     the answers to the first problem go to the file `traces`, if one is given."""
-    with preempt.interruptible():
+    with sigterm.interruptible():
         found = pending.load(step, version)
         if all(gather(found is not None)):
             groups, metrics, position = found

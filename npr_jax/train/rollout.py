@@ -8,18 +8,19 @@ import numpy as np
 from jax.sharding import Mesh
 
 from npr_jax.answers import equal_many, extract
+from npr_jax.base.distributed import gather_all, mine
+from npr_jax.base.mesh import decode_mesh, local_decode_mesh
+from npr_jax.base.seeds import derive_seeds
+from npr_jax.data.problems import Problem
+from npr_jax.data.prompts import prompt_ids
 from npr_jax.decode import Engine, SamplingParams, Trajectory
 from npr_jax.decode.trajectory import TRUNCATED
-from npr_jax.distributed import gather_all, mine
-from npr_jax.format import Violation, check_format
-from npr_jax.mesh import decode_mesh, local_decode_mesh
+from npr_jax.evaluate.traces import Trace, make_trace
 from npr_jax.model import ModelConfig
 from npr_jax.model.sharding import to_decode
-from npr_jax.prompts import prompt_ids
-from npr_jax.traces import Trace, make_trace
-from npr_jax.train.data import Problem, derive_seeds
-from npr_jax.train.rows import Example
+from npr_jax.train.packing import Example
 from npr_jax.train.step import cast
+from npr_jax.tree.format import Violation, check_format
 
 STAGES = ("zero", "beta", "papo")
 ZERO, BETA, PAPO = range(3)  # in the seed paths of orders and rollouts, after the run's seed

@@ -19,13 +19,13 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from npr_jax.distributed import gather
-from npr_jax.mesh import BATCH, batch_shards
+from npr_jax.base.distributed import gather
+from npr_jax.base.mesh import BATCH, batch_shards
 from npr_jax.model import ModelConfig, abstract_params, token_loss
 from npr_jax.model.score import Figures
 from npr_jax.model.sharding import train_shardings
 from npr_jax.train import losses
-from npr_jax.train.rows import Row, count_loss_tokens, stack
+from npr_jax.train.packing import Row, count_loss_tokens, stack
 
 OBJECTIVES = ("sft", "dapo", "papo")
 SCHEDULES = ("constant", "cosine")

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
+from npr_jax.base.distributed import gather, gather_all, mine
 from npr_jax.decode import Engine, SamplingParams
-from npr_jax.distributed import gather, gather_all, mine
+from npr_jax.runs.log import Report
 from npr_jax.train import rl
 from npr_jax.train.advantages import group_std
-from npr_jax.train.log import Report
 from npr_jax.train.rewards import RIGHT, RULES, WRONG, zero_reward
 from npr_jax.train.rollout import ZERO, Rollout, roll_out, sampled_example, summary
 from npr_jax.train.step import Objective

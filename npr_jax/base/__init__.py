@@ -1,0 +1,1 @@
+"""The ground: configs, devices, processes, files. Imports no other room."""

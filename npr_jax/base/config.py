@@ -1,0 +1,182 @@
+"""Strict YAML configs: a file (or preset) plus `--set a.b=c` overrides become a frozen dataclass.
+
+    text --(YAML 1.2 scalars)--> nested dict --(overrides)--> keys checked --(pydantic)--> dataclass
+
+Every key and value is checked against the dataclass' annotations. An unknown key, a wrong type or
+a value that the dataclass itself refuses is a ValueError that names the file, the dotted key, the
+value seen and what is needed.
+"""
+
+import dataclasses
+import json
+import re
+import types
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import pydantic
+import yaml
+
+T = TypeVar("T")
+
+# Scalars as in YAML 1.2's core schema. PyYAML's own are those of 1.1, where 1e-6 is a string,
+# 010 is eight, 1:30 is ninety and `no` is false.
+_SCALARS = {
+    "tag:yaml.org,2002:bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    "tag:yaml.org,2002:null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    "tag:yaml.org,2002:int": (r"[-+]?(0|[1-9][0-9_]*)", "-+0123456789"),
+    "tag:yaml.org,2002:float": (
+        r"[-+]?(\.[0-9]+|[0-9][0-9_]*\.[0-9]*|[0-9][0-9_]*(?=[eE]))([eE][-+]?[0-9]+)?"
+        r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+}
+
+
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers: dict = {}  # noqa: RUF012  (PyYAML's own protocol)
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} is not a string", key_node.start_mark
+                )
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} is given twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Keeps the resolvers of YAML 1.1 too: what looks special in either version is quoted."""
+
+
+for _tag, (_pattern, _first) in _SCALARS.items():
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(_tag, re.compile(rf"(?:{_pattern})\Z"), list(_first))
+
+
+def config_path(name: str | Path) -> Path:
+    """Path of a config: `name` itself if it is a file, else the preset `configs/<name>.yaml`.
+
+    Presets are found in a checkout (also installed with `pip install -e`) and in an installed
+    wheel, where they are package data. Raises ValueError with the presets there are.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    package = Path(__file__).parents[1]
+    root = package / "configs"
+    if not root.is_dir():
+        root = package.parent / "configs"
+    preset = root / f"{str(name).removesuffix('.yaml')}.yaml"
+    if preset.is_file():
+        return preset
+    known = sorted(p.relative_to(root).with_suffix("").as_posix() for p in root.rglob("*.yaml"))
+    raise ValueError(f"config {str(name)!r}: no such file, and no preset; presets: {known}")
+
+
+def load_config(cls: type[T], path_or_name: str | Path, overrides: Sequence[str] = ()) -> T:
+    """Reads a YAML config into the frozen dataclass `cls` (fields may be dataclasses themselves).
+
+    Args:
+      cls: a stdlib dataclass; its annotations are the schema, its defaults fill what is missing.
+      path_or_name: a YAML file or the name of a preset (`config_path`).
+      overrides: `a.b=value` strings, value in YAML, applied in order after the file.
+
+    Types are strict: an int is fine for a float, a string for an int is not, a list gives a tuple.
+    Raises ValueError as the module says.
+    """
+    path = config_path(path_or_name)
+    raw = _parse(path.read_text(encoding="utf-8"), str(path))
+    raw = {} if raw is None else raw
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path}: needs a mapping of keys to values, got {raw!r}")
+    sources: dict[tuple[str, ...], str] = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not all(key.split(".")):
+            raise ValueError(f"--set {override}: needs the form a.b=value")
+        keys = tuple(key.split("."))
+        _assign(raw, keys, _parse(text, f"--set {override}"), override)
+        sources[keys] = f"--set {override}"
+
+    def place(loc: tuple) -> str:
+        keys = tuple(map(str, loc))
+        related = [f" {s}" for k, s in sources.items() if k[: len(keys)] == keys[: len(k)]]
+        return f"{path}{''.join(related)}: {'.'.join(keys) or cls.__name__}"
+
+    unknown = [f"{place(loc)}: {message}" for loc, message in _unknown_keys(cls, raw, ())]
+    if unknown:
+        raise ValueError("\n".join(unknown))
+    try:
+        # JSON rather than Python mode: strict about scalars, yet lists may become tuples.
+        return pydantic.TypeAdapter(cls).validate_json(json.dumps(raw), strict=True)
+    except pydantic.ValidationError as error:
+        lines = []
+        for item in error.errors():
+            seen = "" if item["type"] == "missing" else f", got {item['input']!r}"
+            lines.append(f"{place(item['loc'])}: {item['msg']}{seen}")
+        raise ValueError("\n".join(lines)) from error
+
+
+def dump_config(config: Any) -> str:
+    """The whole config, defaults included, as YAML that `load_config` reads back equal."""
+    values = pydantic.TypeAdapter(type(config)).dump_python(config, mode="json")
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def _parse(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{source}: not valid YAML: {error}") from error
+
+
+def _assign(raw: dict, keys: tuple[str, ...], value: Any, override: str) -> None:
+    for depth, key in enumerate(keys[:-1], start=1):
+        raw = raw.setdefault(key, {})
+        if not isinstance(raw, dict):
+            parent = ".".join(keys[:depth])
+            raise ValueError(f"--set {override}: {parent} is {raw!r}, which has no keys")
+    raw[keys[-1]] = value
+
+
+def _unknown_keys(hint: Any, value: Any, loc: tuple) -> Iterator[tuple[tuple, str]]:
+    """(location, message) of each key in `value` that the annotation `hint` does not have.
+
+    pydantic ignores unknown keys of a stdlib dataclass unless each class asks it not to.
+    """
+    origin, args = get_origin(hint), get_args(hint)
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        hints = get_type_hints(hint)
+        names = [f.name for f in dataclasses.fields(hint) if f.init]
+        for key, item in value.items():
+            if key in names:
+                yield from _unknown_keys(hints[key], item, (*loc, key))
+            else:
+                yield (*loc, key), f"unknown key, got {item!r}; valid keys here: {names}"
+    elif origin in (Union, types.UnionType):
+        findings = [list(_unknown_keys(arg, value, loc)) for arg in args if _holds(arg, value)]
+        yield from min(findings, key=len, default=[])
+    elif origin in (tuple, list) and isinstance(value, list):
+        same = origin is list or args[-1:] == (Ellipsis,)
+        for i, item in enumerate(value):
+            if same or i < len(args):
+                yield from _unknown_keys(args[0 if same else i], item, (*loc, i))
+    elif origin is dict and isinstance(value, dict):
+        for key, item in value.items():
+            yield from _unknown_keys(args[1], item, (*loc, key))
+
+
+def _holds(hint: Any, value: Any) -> bool:
+    """Whether this member of a union can be a container like `value`."""
+    if isinstance(value, dict):
+        return dataclasses.is_dataclass(hint) or get_origin(hint) is dict or hint is dict
+    return isinstance(value, list) and get_origin(hint) in (tuple, list)

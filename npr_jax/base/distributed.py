@@ -1,0 +1,122 @@
+"""Several processes as one run: starting, sharing small values, and ending together.
+
+Every process runs the same program with its own part of the data; arrays on the mesh are the only
+thing that XLA moves between them inside a step. Process 0 writes what a run tells.
+"""
+
+import contextlib
+import os
+import pickle
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import jax
+import numpy as np
+
+T = TypeVar("T")
+
+_VARIABLES = ("NPR_COORDINATOR", "NPR_PROCESSES", "NPR_PROCESS")
+HEARTBEAT_SECONDS = 30
+
+
+def initialize() -> None:
+    """Joins this process to the others, before anything else of JAX runs.
+
+    NPR_COORDINATOR (host:port of process 0), NPR_PROCESSES and NPR_PROCESS (this one's number) say
+    who they are; without them JAX asks the platform: TPU pods, Slurm, Open MPI, Kubernetes.
+
+    Raises ValueError where some of the variables are missing or are no numbers.
+    """
+    if os.environ.get("JAX_PLATFORMS") == "cpu":
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    given = {name: os.environ.get(name) for name in _VARIABLES}
+    arguments: dict = {}
+    if any(given.values()):
+        missing = [name for name in _VARIABLES if not given[name]]
+        if missing:
+            raise ValueError(f"{', '.join(missing)} not set, needed are all of {_VARIABLES}")
+        for name in _VARIABLES[1:]:
+            if not given[name].isdigit():
+                raise ValueError(f"{name} is {given[name]!r}, needed is a number")
+        arguments = dict(
+            coordinator_address=given["NPR_COORDINATOR"],
+            num_processes=int(given["NPR_PROCESSES"]),
+            process_id=int(given["NPR_PROCESS"]),
+        )
+    # SIGTERM is ours (train/sigterm.py): JAX's own handler would only tell itself.
+    jax.config.update("jax_enable_preemption_service", False)
+    jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+
+
+def is_main() -> bool:
+    """Whether this process writes what a run tells."""
+    return jax.process_index() == 0
+
+
+def mine(items: Sequence[T]) -> Sequence[T]:
+    """This process's share: the shares of all processes are disjoint, and together everything."""
+    return items[jax.process_index() :: jax.process_count()]
+
+
+def gather(value: T) -> list[T]:
+    """The values of all processes in their order; all make the call together. For small values."""
+    if jax.process_count() == 1:
+        return [value]
+    from jax.experimental import multihost_utils
+
+    data = np.frombuffer(pickle.dumps(value), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array([len(data)], np.int32)).reshape(-1)
+    padded = np.pad(data, (0, int(sizes.max()) - len(data)))
+    found = multihost_utils.process_allgather(padded).reshape(len(sizes), -1)
+    return [
+        pickle.loads(row[:size].astype(np.uint8).tobytes())
+        for row, size in zip(found, sizes, strict=True)
+    ]
+
+
+def gather_all(items: Sequence[T]) -> list[T]:
+    """The items of all processes, those of process 0 first."""
+    return [item for part in gather(list(items)) for item in part]
+
+
+def to_host(tree):
+    """The whole arrays of a pytree as numpy arrays, in every process."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def wait(name: str) -> None:
+    """Waits until every process is here."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
+
+
+@contextlib.contextmanager
+def ends_together(tell: Callable[[BaseException], int]) -> Iterator[None]:
+    """Ends this process at once where an error is raised inside, if it is one of several: waiting
+    for the others to agree on an orderly end, as JAX does, would hang them all. The others notice,
+    by a broken connection or a missing heartbeat, and end too.
+
+    `tell(error)` prints what a user must know and returns the exit code.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if jax.process_count() == 1:
+            raise
+        code = tell(error)
+        print(
+            f"process {jax.process_index()} of {jax.process_count()} ends. Where this is about a "
+            "connection, a peer or a heartbeat, another process has ended first: its own output "
+            "says why. The same command goes on from the last checkpoint.",
+            file=sys.stderr,
+        )
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)

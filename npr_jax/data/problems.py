@@ -1,0 +1,43 @@
+"""Problems in a shuffled order that any step index can be looked up in, in shares per process."""
+
+from pathlib import Path
+
+import grain
+
+from npr_jax.base.seeds import derive_seeds
+from npr_jax.data.sources import FORMS, BadRow, Problem, parse_row, read_rows
+
+
+def read_problems(path: str | Path) -> list[Problem]:
+    """Reads the problems of a JSONL file, or of a directory that `npr-jax data prepare` made.
+
+    A line of JSONL (plain or gzip) is an object with "problem" and "answer", a text or a number;
+    other keys are left alone. The order is that of the file; in a directory, of its source.
+    Raises ValueError with file and line number for a line that is not such an object, and for a
+    directory that is not such a data set; FileNotFoundError if there is nothing.
+    """
+    if Path(path).is_dir():
+        from npr_jax.data.builders import read_prepared
+
+        return read_prepared(path)
+    problems = []
+    form = FORMS["jsonl"]
+    for row in read_rows(path, form.unit):
+        try:
+            problems.append(parse_row(row.raw, form))
+        except BadRow as error:
+            raise ValueError(
+                f"{path}:{row.number}: {error} (`npr-jax data prepare` sets bad lines aside)"
+            ) from error
+    if not problems:
+        raise ValueError(f"{path}: no problems, needed is one JSON object a line")
+    return problems
+
+
+def shuffled(num: int, *path: int) -> grain.MapDataset:
+    """An endless order of the indices 0..num-1: `order[i]` for any i, each epoch shuffled anew.
+
+    It depends on the integers of `path`, as seeds do. A position in it is one integer, which is all
+    that a checkpoint needs to go on from.
+    """
+    return grain.MapDataset.range(num).shuffle(seed=derive_seeds(1, *path)[0]).repeat()

@@ -1,0 +1,147 @@
+"""A model as a whole: config, parameters, tokenizer and tags; loaded and saved together."""
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from npr_jax.base.distributed import is_main, to_host, wait
+from npr_jax.base.files import publish, writing
+from npr_jax.model.config import PRESETS, ModelConfig
+from npr_jax.model.hf import read_config, read_params, write
+from npr_jax.model.params import init_params
+from npr_jax.model.sharding import place_params, train_shardings
+from npr_jax.model.tokenizer import add_tags, demo_tokenizer, has_tags
+from npr_jax.tree import TAG_NAMES, TagIds
+
+TOKENIZER_FILES = ["*.json", "*.txt", "*.jinja"]  # and the config
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """`params`: see model/params.py. `tokenizer` is None where there is none; `tags` too, or where
+    the tokenizer does not have the eight tags (`with_tags` adds them)."""
+
+    config: ModelConfig
+    params: dict
+    tokenizer: object | None = None
+    tags: TagIds | None = None
+
+    def with_tags(self) -> "Model":
+        """The model with the eight tags as single tokens; the model itself if it has them."""
+        if self.tags is not None:
+            return self
+        if self.tokenizer is None:
+            raise ValueError("the model has no tokenizer to add the tags to")
+        config, params = add_tags(self.config, self.params, self.tokenizer)
+        return Model(config, params, self.tokenizer, TagIds.from_tokenizer(self.tokenizer))
+
+
+def load(
+    source: str | Path,
+    dtype: str = "float32",
+    seed: int = 0,
+    tags: bool = False,
+    mesh: Mesh | None = None,
+) -> Model:
+    """Loads a model.
+
+    Args:
+      source: a Hugging Face directory, a hub id ("Qwen/Qwen3-4B"), or the name of a preset, which
+        gets random weights.
+      dtype: of the parameters.
+      seed: of a preset's weights.
+      tags: adds the eight tags to a tokenizer that lacks them (`Model.with_tags`).
+      mesh: of training, on which parameters are created in parts: no device holds a whole matrix.
+
+    Raises:
+      FileNotFoundError: there is no such directory, preset or reachable hub repository.
+      ValueError: the config or the tensors are not what the model needs; they are named. Or `tags`
+        are wanted and there is no tokenizer.
+    """
+    if str(source) in PRESETS:
+        config = PRESETS[str(source)]
+        make = functools.partial(init_params, config, dtype=dtype)
+        if mesh is not None:
+            make = jax.jit(make, out_shardings=train_shardings(config, mesh))
+        tokenizer = demo_tokenizer() if str(source) == "tiny" else None
+        model = _assemble(config, make(jax.random.key(seed)), tokenizer)
+        return model.with_tags() if tags else model
+    directory = Path(source)
+    if not directory.is_dir():
+        directory = _download(str(source), [*TOKENIZER_FILES, "*.safetensors"])
+    config = read_config(directory)
+    params = read_params(directory, config, dtype)
+    model = _assemble(config, params, _read_tokenizer(directory))
+    model = model.with_tags() if tags else model
+    if mesh is None:
+        return dataclasses.replace(model, params=jax.tree.map(jnp.asarray, model.params))
+    shardings = train_shardings(model.config, mesh)
+    return dataclasses.replace(model, params=place_params(model.params, shardings))
+
+
+def load_tokenizer(source: str | Path):
+    """The tokenizer of a model as the stages use it, with the eight tags; no weights are read.
+
+    `source` and FileNotFoundError as for `load`; ValueError if the model has no tokenizer.
+    """
+    if str(source) in PRESETS:
+        tokenizer = demo_tokenizer() if str(source) == "tiny" else None
+    else:
+        directory = Path(source)
+        if not directory.is_dir():
+            directory = _download(str(source), TOKENIZER_FILES)
+        tokenizer = _read_tokenizer(directory)
+    if tokenizer is None:
+        raise ValueError(f"{source} has no tokenizer")
+    if not has_tags(tokenizer):
+        tokenizer.add_tokens(list(TAG_NAMES), special_tokens=True)
+    return tokenizer
+
+
+def _read_tokenizer(directory: Path):
+    if any((directory / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(directory)
+    return None
+
+
+def _assemble(config: ModelConfig, params: dict, tokenizer) -> Model:
+    tags = None
+    if tokenizer is not None and has_tags(tokenizer):
+        tags = TagIds.from_tokenizer(tokenizer)
+    return Model(config, params, tokenizer, tags)
+
+
+def save(model: Model, directory: str | Path) -> None:
+    """Writes a directory that `load` and transformers read."""
+    if model.tokenizer is not None:
+        model.tokenizer.save_pretrained(directory)
+    write(Path(directory), model.config, model.params)  # config.json last: it is all there
+
+
+def publish_model(model: Model, directory: Path) -> None:
+    """Like `save`, but the directory is there as a whole or not at all. Of several processes, all
+    of which make the call, the first writes."""
+    model = dataclasses.replace(model, params=to_host(model.params))
+    if is_main():
+        with writing(directory):
+            publish(directory, lambda path: save(model, path))
+    wait(f"published {directory}")
+
+
+def _download(name: str, wanted: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise FileNotFoundError(
+            f"{name!r} is no directory, none of the presets ({', '.join(PRESETS)}), and the hub "
+            f"gave nothing: {error}"
+        ) from error

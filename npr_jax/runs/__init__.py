@@ -1,0 +1,1 @@
+"""The life of a resumable run: its directory, checkpoints, metrics, and endings."""

@@ -1,0 +1,195 @@
+"""Checkpoints of a run: written in the background, committed with digests, checked when read.
+
+    <directory>/<step>/     train state, position, config, digests.json (the last of its files)
+    <directory>/damaged-*   what could not be read and was passed over
+
+Everything random comes from the config's seed and the step, so step and position say what is
+drawn next.
+"""
+
+import contextlib
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from typing import TypeVar
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+
+from npr_jax.base.distributed import gather, is_main, wait
+from npr_jax.base.files import REMEDY, is_url, writing
+from npr_jax.runs.digest import find_fault, write_digests
+from npr_jax.runs.directory import same_config
+
+State = TypeVar("State")  # a pytree of arrays
+_log = logging.getLogger(__name__)
+# Orbax logs an error with its traceback at every place that it passes, and then raises it.
+logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError)  # Orbax's and TensorStore's
+
+
+class _Damaged(Exception):
+    """Says what is wrong with a checkpoint."""
+
+
+class Checkpoints:
+    """The checkpoints under `directory`, a path or the URL of an object store.
+
+    The last `keep` of them stay, and the `keep_best` with the largest value. A killed run leaves
+    the checkpoint before; its unfinished files are named in a warning, and removed.
+    """
+
+    def __init__(self, directory: epath.PathLike, config_text: str, keep: int, keep_best: int = 0):
+        directory = epath.Path(directory)
+        self.directory = directory if is_url(directory) else directory.absolute()
+        self.config_text = config_text
+        policies = [LatestN(keep)]
+        if keep_best:
+            policies.append(
+                BestN(get_metric_fn=_value, n=keep_best, keep_checkpoints_without_metrics=False)
+            )
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=AnyPreservationPolicy(policies),
+            best_fn=_value,
+            cleanup_tmp_directories=True,
+            async_options=ocp.options.AsyncOptions(post_finalization_callback=self._add_digests),
+        )
+        try:
+            with writing(self.directory, "set `checkpoints` or `output` to another directory"):
+                if is_main() and self.directory.exists():
+                    for path in self.directory.iterdir():
+                        if ocp.utils.TMP_DIR_SUFFIX in path.name:
+                            _log.warning("%s is half-written: it is not used, and removed", path)
+                self._manager = ocp.CheckpointManager(self.directory, options=options)
+        except ImportError as error:  # each kind of object store has a package of its own
+            raise ValueError(f"checkpoints are to go to {self.directory}: {error}") from error
+        self.last = self._manager.latest_step() or 0  # 0: there is none
+        self._good = 0  # the last one that is known to be whole on disk
+
+    def save(self, step: int, state: State, position: Mapping, value: float | None = None) -> None:
+        """Saves the state after `step` steps, unless it is the last one saved; `state` may be used
+        up when this returns.
+
+        Args:
+          position: JSON values, where the run goes on.
+          value: the larger, the better the state; None or a value that is not finite is no best.
+
+        Raises OSError, also for the save before, if it cannot be written; those before stay.
+        """
+        if step == self.last:
+            return
+        self.wait()
+        meta = {"config": self.config_text, "position": dict(position)}
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+        finite = value is not None and math.isfinite(value)
+        self.last = step
+        with self._told():
+            self._manager.save(
+                step, args=items, metrics={"value": value} if finite else None, force=True
+            )
+
+    def restore(self, state: State) -> tuple[int, State, dict] | None:
+        """(step, state, position) of the last good checkpoint; None if there is no checkpoint.
+
+        `state` gives shapes, dtypes and shardings: of arrays, or `jax.ShapeDtypeStruct`s. A damaged
+        checkpoint is named in a warning, moved aside, and the one before it is used.
+
+        Raises ValueError naming the keys if the run's config was another, and naming the
+        checkpoints if all of them are damaged; then nothing is moved.
+        """
+        damaged: dict[int, str] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                found, position = self._load(step, state)
+            except _Damaged as error:
+                damaged[step] = str(error)
+                continue
+            self._set_aside(damaged)
+            self.last = self._good = step
+            return step, found, position
+        if damaged:
+            named = "; ".join(f"{step}: {fault}" for step, fault in damaged.items())
+            raise ValueError(
+                f"every checkpoint in {self.directory} is damaged ({named}): bring back a good "
+                "one, or remove the directory to begin anew"
+            )
+        return None
+
+    def wait(self) -> None:
+        """Waits until the last checkpoint is whole on disk. Raises OSError if it cannot be."""
+        with self._told():
+            self._manager.wait_until_finished()
+        self._good = self.last
+
+    def close(self) -> None:
+        """Waits for what is being written, and lets go of the directory."""
+        self.wait()
+        self._manager.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self.close()
+
+    def _load(self, step: int, state: State) -> tuple[State, dict]:
+        path = self.directory / str(step)
+        if fault := gather(find_fault(path) if is_main() else None)[0]:
+            raise _Damaged(fault)
+        meta = self._read(step, meta=ocp.args.JsonRestore())
+        same_config(meta["config"], self.config_text, self.directory)
+        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+        return self._read(step, state=ocp.args.StandardRestore(target)), meta["position"]
+
+    def _read(self, step: int, **item):
+        try:
+            found = self._manager.restore(step, args=ocp.args.Composite(**item))
+        except _ERRORS as error:
+            raise _Damaged(f"it cannot be restored: {error}") from error
+        return found[next(iter(item))]
+
+    def _add_digests(self) -> None:
+        """Orbax calls it when every file of the checkpoint is there, and commits it afterwards."""
+        path = self.directory / f"{self.last}{ocp.utils.TMP_DIR_SUFFIX}"
+        # Object stores have no rename: there the files are where they will be.
+        write_digests(path if path.exists() else self.directory / str(self.last))
+
+    def _set_aside(self, damaged: Mapping[int, str]) -> None:
+        for step, fault in damaged.items() if is_main() else ():
+            path = self.directory / str(step)
+            new = _unused(self.directory / f"damaged-{step}")
+            _log.warning(
+                "checkpoint %s is damaged (%s): the one before it is used, and it is now %s",
+                path,
+                fault,
+                new.name,
+            )
+            path.rename(new)
+        if damaged:
+            wait(f"set aside {sorted(damaged)}")
+            self._manager.reload()
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except _ERRORS as error:
+            good = f"the last good one is that of step {self._good}" if self._good else "none is"
+            raise OSError(
+                f"the checkpoint of step {self.last} cannot be written to {self.directory}, {good} "
+                f"there: {REMEDY}. What was said: {error}"
+            ) from error
+
+
+def _value(metrics: Mapping[str, float]) -> float:
+    return metrics["value"]
+
+
+def _unused(path: epath.Path) -> epath.Path:
+    number = 0
+    while path.exists():
+        number += 1
+        path = path.with_name(f"{path.name.split('.')[0]}.{number}")
+    return path

@@ -1,0 +1,139 @@
+"""Rollouts that no checkpoint has been trained on yet, kept so that they are not sampled again.
+
+One file per step, `<directory>/<step>.npz`. What it holds counts for one config, one step and one
+set of weights; with any other it is left alone, and sampled anew.
+"""
+
+import io
+import json
+import logging
+import zipfile
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from npr_jax.base.files import write_atomically, writing
+from npr_jax.base.progress import Scalar
+from npr_jax.runs.directory import essence
+from npr_jax.train.packing import Example
+from npr_jax.tree import TreeLayout
+
+_log = logging.getLogger(__name__)
+_FIELDS = ("token_ids", "loss_mask", "advantage", "old_logp")
+_LAYOUT = ("positions", "hidden", "pred", "forced")
+
+
+class Pending:
+    """The files of sampled groups under `directory`, for a run of the config `config_text`."""
+
+    def __init__(self, directory: epath.PathLike, config_text: str):
+        if jax.process_count() > 1:  # each has its own
+            directory = f"{directory}-{jax.process_index()}-of-{jax.process_count()}"
+        self.directory = epath.Path(directory)
+        self._config = json.dumps(essence(config_text), sort_keys=True)
+
+    def save(
+        self,
+        step: int,
+        weights: int,
+        groups: list[list[Example]],
+        metrics: Mapping[str, Scalar],
+        position: Mapping,
+    ) -> None:
+        """Writes what was sampled for `step` with weights of that `fingerprint`.
+
+        `position`: JSON values, where the run goes on. Blocks of layouts are not kept: rows need
+        none.
+        """
+        meta = {
+            "key": self._key(step, weights),
+            "metrics": dict(metrics),
+            "position": position,
+            "groups": [len(group) for group in groups],
+            "prompt_lens": [e.layout.prompt_len for group in groups for e in group],
+        }
+        examples = [example for group in groups for example in group]
+        columns = {
+            **{name: [getattr(e, name) for e in examples] for name in _FIELDS},
+            **{f"layout_{name}": [getattr(e.layout, name) for e in examples] for name in _LAYOUT},
+        }
+        arrays = {"meta": np.frombuffer(json.dumps(meta).encode(), np.uint8)}
+        for name, parts in columns.items():
+            arrays[name] = np.concatenate([part.reshape(-1) for part in parts] or [np.zeros(0)])
+            arrays[f"{name}_sizes"] = np.array([part.size for part in parts], np.int64)
+        file = io.BytesIO()
+        np.savez(file, **arrays)
+        with writing(self.directory):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            write_atomically(self._path(step), file.getvalue())
+
+    def load(
+        self, step: int, weights: int
+    ) -> tuple[list[list[Example]], dict[str, Scalar], dict] | None:
+        """(groups, metrics, position) as they were given to `save`; None if there are none."""
+        path = self._path(step)
+        if not path.exists():
+            return None
+        try:
+            with np.load(io.BytesIO(path.read_bytes())) as file:
+                arrays = dict(file)
+        except (zipfile.BadZipFile, ValueError, EOFError) as error:  # the archive has checksums
+            _log.warning("%s is damaged (%s): its rollouts are sampled again", path, error)
+            return None
+        meta = json.loads(arrays["meta"].tobytes())
+        if meta["key"] != self._key(step, weights):
+            return None
+        names = (*_FIELDS, *(f"layout_{name}" for name in _LAYOUT))
+        columns = [
+            np.split(arrays[name], np.cumsum(arrays[f"{name}_sizes"])[:-1]) for name in names
+        ]
+        examples = iter(
+            [
+                _example(dict(zip(names, values, strict=True)), prompt_len)
+                for *values, prompt_len in zip(*columns, meta["prompt_lens"], strict=False)
+            ]
+        )
+        groups = [[next(examples) for _ in range(size)] for size in meta["groups"]]
+        return groups, meta["metrics"], meta["position"]
+
+    def drop(self, step: int) -> None:
+        """Removes what was sampled for `step` and before."""
+        if self.directory.exists():
+            for path in self.directory.glob("*.npz"):
+                if int(path.stem) <= step:
+                    path.unlink()
+
+    def _path(self, step: int) -> epath.Path:
+        return self.directory / f"{step}.npz"
+
+    def _key(self, step: int, weights: int) -> list:
+        return [self._config, step, weights]
+
+
+def _example(values: dict[str, np.ndarray], prompt_len: int) -> Example:
+    num_tokens = len(values["token_ids"])
+    hidden = values["layout_hidden"].reshape(num_tokens, -1, 2)
+    layout = TreeLayout(
+        **{name: values[f"layout_{name}"] for name in _LAYOUT if name != "hidden"},
+        hidden=hidden,
+        prompt_len=prompt_len,
+    )
+    return Example(layout=layout, **{name: values[name] for name in _FIELDS})
+
+
+def fingerprint(params: dict) -> int:
+    """Tells two sets of float32 weights apart. Integers add up to the same on every mesh."""
+    return int(_fingerprint(params))
+
+
+@jax.jit
+def _fingerprint(params: dict) -> jax.Array:
+    total = jnp.uint32(0)
+    for leaf in jax.tree.leaves(params):
+        bits = jax.lax.bitcast_convert_type(leaf.astype(jnp.float32), jnp.uint32)
+        places = jax.lax.iota(jnp.uint32, leaf.size).reshape(leaf.shape)
+        total = total * 31 + jnp.sum(bits * (2 * places + 1), dtype=jnp.uint32)
+    return total

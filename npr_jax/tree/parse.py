@@ -1,0 +1,316 @@
+"""Token ids become a tree: the tags, and the one automaton that reads them.
+
+    token ids --Automaton--> blocks --layout--> TreeLayout
+
+Nothing else in the code base reads tags.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+
+from npr_jax.tree.layout import Block, TreeLayout, layout
+
+TAG_NAMES = (
+    "<guideline>",
+    "</guideline>",
+    "<plan>",
+    "</plan>",
+    "<step>",
+    "</step>",
+    "<takeaway>",
+    "</takeaway>",
+)
+MAX_HEADERS = 64  # step headers made for a tokenizer; more branches than that cannot be forced
+
+
+class TraceError(ValueError):
+    """A trace is not a tree. `index`: the token at fault (or the length, at an early end)."""
+
+    def __init__(self, index: int, reason: str):
+        super().__init__(f"token {index}: {reason}")
+        self.index = index
+        self.reason = reason
+
+
+@dataclasses.dataclass(frozen=True)
+class TagIds:
+    """Token ids of the eight tags, of white space, and of the text that the engine forces.
+
+    `step_headers[i - 1]` are the ids of "\\n<step>\\n{i}:" and `takeaway_header` those of
+    "\\n<takeaway>\\n"; `decode` turns ids into text. A tokenizer gives them. The layout of a trace
+    needs none of the three; the numbers of its plans and the engine do.
+    """
+
+    guideline_open: int
+    guideline_close: int
+    plan_open: int
+    plan_close: int
+    step_open: int
+    step_close: int
+    takeaway_open: int
+    takeaway_close: int
+    whitespace: frozenset[int]
+    step_headers: tuple[tuple[int, ...], ...] = ()
+    takeaway_header: tuple[int, ...] = ()
+    decode: Callable[[Sequence[int]], str] | None = dataclasses.field(default=None, compare=False)
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """The eight tag ids in the order of TAG_NAMES."""
+        return tuple(getattr(self, field.name) for field in dataclasses.fields(self)[:8])
+
+    @classmethod
+    def from_tokenizer(cls, tokenizer) -> "TagIds":
+        """Reads the ids from a transformers tokenizer in which every tag is a single token."""
+
+        def encode(text: str) -> tuple[int, ...]:
+            return tuple(tokenizer.encode(text, add_special_tokens=False))
+
+        def decode(ids: Sequence[int]) -> str:
+            return tokenizer.decode(
+                list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
+            )
+
+        for name in TAG_NAMES:
+            if len(encode(name)) != 1:
+                raise ValueError(
+                    f"the tokenizer splits {name} into {len(encode(name))} tokens, needed is 1: "
+                    "add the tags first (npr_jax.model.add_tags)"
+                )
+        pieces = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+        return cls(
+            *(encode(name)[0] for name in TAG_NAMES),
+            whitespace=frozenset(i for i, piece in enumerate(pieces) if piece.isspace()),
+            step_headers=tuple(encode(f"\n<step>\n{i}:") for i in range(1, MAX_HEADERS + 1)),
+            takeaway_header=encode("\n<takeaway>\n"),
+            decode=decode,
+        )
+
+
+# The automaton's states. TEXT: a line of text, the trunk or the body of a step.
+TEXT, GUIDELINE, PLAN, STEPS, TAKEAWAY = ("text", "guideline", "plan", "steps", "takeaway")
+_WHITESPACE = 8  # the kinds 0..7 are the tags in the order of TAG_NAMES
+
+
+class _OpenBlock:
+    """A block while it is being read; spans are [start, end] with None for an open end."""
+
+    def __init__(self, start: int, depth: int):
+        self.start, self.depth = start, depth
+        self.guideline_close = self.join = self.end = self.takeaway = None
+        self.plans: list[list] = []
+        self.steps: list[list] = []
+
+    def close(self, num_tokens: int) -> Block:
+        """The block's spans; what is still open ends at `num_tokens`."""
+
+        def run(span):
+            return (span[0], num_tokens if span[1] is None else span[1])
+
+        return Block(
+            self.start,
+            self.guideline_close,
+            tuple([run(span) for span in self.plans]),
+            tuple([run(span) for span in self.steps]),
+            num_tokens if self.join is None else self.join,
+            run(self.takeaway) if self.takeaway else None,
+            num_tokens if self.end is None else self.end,
+            self.depth,
+        )
+
+
+class Automaton:
+    """Reads one line of a response token by token and says at once where it stops being a tree.
+
+    A line is the trunk, or (`in_step=True`) the inside of a branch, which ends with its own
+    `</step>`. The parser reads a whole trace as one line; the engine gives each branch an automaton
+    of its own and lets the trunk's skip the steps. Token indices count from `index`.
+
+    Attributes: `state`; `index`, tokens read so far; `blocks`, all blocks begun; `stack`, the
+    open ones; `closed`, whether the line's own `</step>` was read.
+    """
+
+    def __init__(
+        self,
+        tags: TagIds,
+        max_depth: int = 8,
+        index: int = 0,
+        depth: int = 0,
+        in_step: bool = False,
+    ):
+        self._kinds = dict.fromkeys(tags.whitespace, _WHITESPACE)
+        self._kinds.update({token: kind for kind, token in enumerate(tags.ids)})
+        self.max_depth, self.depth, self.in_step = max_depth, depth, in_step
+        self.state, self.index, self.closed = TEXT, index, False
+        self.blocks: list[_OpenBlock] = []
+        self.stack: list[_OpenBlock] = []
+
+    def read(self, tokens: Iterable[int]) -> None:
+        """Reads tokens; raises TraceError at the first that no tree can have there.
+
+        The offending token is not taken: `index` and `state` are those before it.
+        """
+        kind_of, index, state = self._kinds.get, self.index, self.state
+        for token in tokens:
+            kind = kind_of(token)
+            if kind is None:
+                if state is GUIDELINE or state is STEPS:
+                    self.index = index
+                    where = "inside <guideline>" if state is GUIDELINE else "before a step"
+                    raise TraceError(index, f"text {where}, where only white space may stand")
+            elif kind < _WHITESPACE:
+                self.index = index
+                state = self.state = self._tag(kind)
+            index += 1
+        self.index = index
+
+    def _tag(self, kind: int) -> str:
+        """Takes a tag at `self.index` and returns the next state."""
+        index = self.index
+        block = self.stack[-1] if self.stack else None
+        if self.closed:
+            raise TraceError(index, f"{TAG_NAMES[kind]} after the end of the step")
+        match self.state, kind:
+            case "text", 0:
+                if self.depth + len(self.stack) >= self.max_depth:
+                    raise TraceError(index, f"blocks nested deeper than {self.max_depth}")
+                block = _OpenBlock(index, self.depth + len(self.stack))
+                self.blocks.append(block)
+                self.stack.append(block)
+                return GUIDELINE
+            case "guideline", 2:
+                block.plans.append([index, None])
+                return PLAN
+            case "plan", 3:
+                block.plans[-1][1] = index + 1
+                return GUIDELINE
+            case "guideline", 1:
+                if not block.plans:
+                    raise TraceError(index + 1, "a guideline without a plan has ended")
+                block.guideline_close = index
+                return STEPS
+            case "steps", 4:
+                if len(block.steps) == len(block.plans):
+                    raise TraceError(index, f"more steps than plans ({len(block.plans)})")
+                block.steps.append([index, None])
+                return TEXT
+            case "text", 5 if block:
+                block.steps[-1][1] = index + 1
+                return STEPS
+            case "text", 5 if self.in_step:
+                self.closed = True
+                return TEXT
+            case "steps", 6:
+                if len(block.steps) < len(block.plans):
+                    raise TraceError(
+                        index, f"fewer steps ({len(block.steps)}) than plans ({len(block.plans)})"
+                    )
+                block.join = block.steps[-1][1]
+                block.takeaway = [index, None]
+                return TAKEAWAY
+            case "takeaway", 7:
+                block.takeaway[1] = block.end = index + 1
+                self.stack.pop()
+                return TEXT
+        place = {
+            TEXT: "in a step" if block or self.in_step else "in the text",
+            GUIDELINE: "between plans",
+            PLAN: "in a plan",
+            STEPS: "before a step",
+            TAKEAWAY: "in a takeaway",
+        }[self.state]
+        raise TraceError(index, f"{TAG_NAMES[kind]} {place}")
+
+    def skip_steps(self) -> None:
+        """The open block's steps ran elsewhere (the engine's branches): go on at its takeaway."""
+        block = self.stack[-1]
+        block.steps = [[self.index, self.index]] * len(block.plans)
+
+    def finish(self, allow_open: bool = False) -> tuple[Block, ...]:
+        """The blocks of the line; one that is still open is an error, or is cut off here."""
+        if self.stack and not allow_open:
+            raise TraceError(
+                self.index, f"the trace ends inside the block of token {self.stack[-1].start}"
+            )
+        if self.stack and self.state is STEPS:
+            block = self.stack[-1]
+            after = block.steps[-1][1] if block.steps else block.guideline_close + 1
+            if after < self.index:
+                raise TraceError(after, "cut off in white space: a step's or the trunk's?")
+        return tuple([block.close(self.index) for block in self.blocks])
+
+
+def parse(
+    token_ids: Sequence[int],
+    prompt_len: int,
+    tags: TagIds,
+    rule: str = "strict",
+    max_depth: int = 8,
+    allow_open: bool = False,
+) -> TreeLayout:
+    """Lays out a trace: `prompt_len` prompt tokens, which are plain text, then the response.
+
+    Args:
+      token_ids: T ids.
+      prompt_len: where the response starts; tags before it are just text.
+      tags: the ids of the tags and of white space.
+      rule: "strict", or "reference" for the released trainer's masks and positions (complete
+        blocks of one level).
+      max_depth: levels of nested blocks that are accepted.
+      allow_open: lay out a response that was cut off inside a block instead of refusing it.
+
+    Raises:
+      TraceError: with the index of the first token at which the response is no tree.
+    """
+    tokens = np.asarray(token_ids).tolist()
+    if not 0 <= prompt_len <= len(tokens):
+        raise ValueError(f"prompt_len is {prompt_len}, needed is 0 to {len(tokens)} (tokens)")
+    if rule not in ("strict", "reference"):
+        raise ValueError(f"rule is {rule!r}, needed is 'strict' or 'reference'")
+    if rule == "reference" and allow_open:
+        raise ValueError("rule='reference' lays out complete traces only: allow_open must be False")
+    automaton = Automaton(tags, max_depth, index=prompt_len)
+    automaton.read(tokens[prompt_len:])
+    tree = layout(len(tokens), automaton.finish(allow_open), prompt_len)
+    # The spans give the forced tags; the canonical headers reach past them.
+    for block in tree.blocks:
+        starts = [start for start, _ in block.branches]
+        heads = list(zip(starts, tags.step_headers, strict=False))
+        if block.takeaway:
+            heads.append((block.join, tags.takeaway_header))
+        for start, head in heads:
+            if tuple(tokens[start : start + len(head)]) == head:
+                tree.forced[start : start + len(head)] = True
+    return tree if rule == "strict" else _reference(tree)
+
+
+def _reference(tree: TreeLayout) -> TreeLayout:
+    """The released SFT trainer's mask and positions for the blocks of `tree`.
+
+    Only the spans `<step>...</step>` are hidden, from later siblings' spans (siblings - 1
+    intervals), so the separators leak. Every `<step>` restarts at p + 1, p being the position of
+    `</guideline>`; the tokens between steps count on; `<takeaway>` stands at p + longest step + 1.
+    Targets are the flat shift.
+    """
+    num_tokens = len(tree)
+    for block in tree.blocks:
+        if block.depth:
+            raise TraceError(block.start, "rule='reference' has no nested blocks")
+    siblings = max((len(block.steps) for block in tree.blocks), default=1)
+    hidden = np.zeros((num_tokens, max(1, siblings - 1), 2), np.int32)
+    begins, starts = ([0], [0])  # of the runs of tokens that count up by one: index, position
+    for block in tree.blocks:
+        base = starts[-1] + block.guideline_close - begins[-1]
+        for i, (start, end) in enumerate(block.steps):
+            for d, later in enumerate(block.steps[i + 1 :]):
+                hidden[start:end, d] = later
+            begins.append(start)
+            starts.append(base + 1)
+        begins.append(block.takeaway[0])
+        starts.append(base + 1 + max(end - start for start, end in block.steps))
+    lengths = np.diff(np.array([*begins, num_tokens]))
+    positions = np.arange(num_tokens) + np.repeat(np.subtract(starts, begins), lengths)
+    pred = np.arange(-1, num_tokens - 1, dtype=np.int32)
+    return dataclasses.replace(tree, hidden=hidden, positions=positions.astype(np.int32), pred=pred)
