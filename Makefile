@@ -1,5 +1,5 @@
 # Every target sets up what it needs; nothing is installed outside this folder.
-.PHONY: help install libtpu demo test lint test-real clean
+.PHONY: help install libtpu demo test lint same test-real clean
 .DEFAULT_GOAL := help
 
 VENV := .venv
@@ -55,6 +55,10 @@ libtpu: $(LIBTPU_DIR)/libtpu  ## bring the TPU compiler (Linux on x86), for the 
 lint: install  ## check style and format
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+BASE ?= HEAD
+same: install  ## compare all numbers with those of another revision: make same BASE=main
+	$(VENV)/bin/python scripts/same.py $(BASE) $(if $(ONLY),--only $(ONLY))
 
 $(REAL_STAMP):
 	$(call make_venv,$(REAL_VENV))
