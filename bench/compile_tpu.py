@@ -22,7 +22,8 @@ from jax.sharding import SingleDeviceSharding
 from npr_jax.decode.compiled import LaneState, Rows, compiled, pool_shape
 from npr_jax.decode.sampling import LaneSampling
 from npr_jax.model import PRESETS, abstract_params
-from npr_jax.train.step import Objective, OptimizerConfig, abstract_state, compiled_step
+from npr_jax.train.optimizer import OptimizerConfig, abstract_state
+from npr_jax.train.step import Objective, compiled_step
 
 MODEL = "qwen3-0.6b"
 ROW_LEN, DEPTH = 4096, 3

@@ -26,9 +26,10 @@ from npr_jax.runs.guards import NonfiniteGuard
 from npr_jax.runs.log import RunLog
 from npr_jax.runs.metrics import read_metrics
 from npr_jax.train.fit import FitConfig, fit
+from npr_jax.train.optimizer import OptimizerConfig, new_state
 from npr_jax.train.packing import make_rows
 from npr_jax.train.rollout_cache import Pending, fingerprint
-from npr_jax.train.step import OptimizerConfig, TrainConfig, new_state
+from npr_jax.train.step import TrainConfig
 
 TEXT = "seed: 0\n"
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3)

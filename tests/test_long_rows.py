@@ -11,16 +11,9 @@ import pytest
 from npr_jax import tree
 from npr_jax.base.mesh import MeshConfig, make_mesh
 from npr_jax.model import PRESETS, init_params
+from npr_jax.train.optimizer import OptimizerConfig, abstract_state, new_state
 from npr_jax.train.packing import Example, empty_row, make_rows
-from npr_jax.train.step import (
-    Objective,
-    OptimizerConfig,
-    TrainConfig,
-    abstract_state,
-    compiled_step,
-    new_state,
-    optimize,
-)
+from npr_jax.train.step import Objective, TrainConfig, compiled_step, optimize
 
 LENGTH, VOCAB, DEPTH = 32768, 1024, 2
 CONFIG = dataclasses.replace(

@@ -19,15 +19,9 @@ from npr_jax.base.distributed import gather, initialize, mine
 from npr_jax.base.mesh import MeshConfig, batch_shards, decode_mesh, local_decode_mesh, make_mesh
 from npr_jax.model import token_logp
 from npr_jax.model.sharding import place_params, to_decode, train_shardings
+from npr_jax.train.optimizer import OptimizerConfig, new_state, state_shardings
 from npr_jax.train.packing import empty_row, make_rows
-from npr_jax.train.step import (
-    Objective,
-    OptimizerConfig,
-    TrainConfig,
-    new_state,
-    optimize,
-    state_shardings,
-)
+from npr_jax.train.step import Objective, TrainConfig, optimize
 
 MESHES = {
     "data": MeshConfig(data=-1),

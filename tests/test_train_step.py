@@ -11,17 +11,9 @@ import numpy as np
 import pytest
 from train_toy import example, examples, problem, tiny
 
+from npr_jax.train.optimizer import OptimizerConfig, learning_rate, new_state
 from npr_jax.train.packing import Example, make_rows, stack
-from npr_jax.train.step import (
-    Objective,
-    OptimizerConfig,
-    TrainConfig,
-    compiled_step,
-    learning_rate,
-    loss_sums,
-    new_state,
-    optimize,
-)
+from npr_jax.train.step import Objective, TrainConfig, compiled_step, loss_sums, optimize
 
 DAPO = Objective("dapo")
 

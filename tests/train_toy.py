@@ -10,8 +10,9 @@ import npr_jax
 from npr_jax import tree
 from npr_jax.model.pretrained import save
 from npr_jax.train.fit import FitConfig, fit
+from npr_jax.train.optimizer import OptimizerConfig
 from npr_jax.train.packing import Example
-from npr_jax.train.step import OptimizerConfig, TrainConfig
+from npr_jax.train.step import TrainConfig
 
 GROUPS = "ABC"
 

@@ -26,9 +26,10 @@ from npr_jax.model.pretrained import Model, load, save
 from npr_jax.report.svg import draw_tree
 from npr_jax.runs.directory import claim
 from npr_jax.train import beta, fit, papo, zero
+from npr_jax.train.optimizer import OptimizerConfig
 from npr_jax.train.packing import Example
 from npr_jax.train.rollout import trace_of
-from npr_jax.train.step import OptimizerConfig, TrainConfig
+from npr_jax.train.step import TrainConfig
 from npr_jax.tree import layout
 
 TRAIN_PROBLEMS, EVAL_PROBLEMS = 4096, 512

@@ -32,7 +32,8 @@ from npr_jax.model import PRESETS, ModelConfig, abstract_params, num_params
 from npr_jax.model.attention import default_implementation
 from npr_jax.model.sharding import decode_shardings
 from npr_jax.plan.hlo import collective_bytes
-from npr_jax.train.step import Objective, TrainConfig, abstract_state, compiled_step
+from npr_jax.train.optimizer import abstract_state
+from npr_jax.train.step import Objective, TrainConfig, compiled_step
 
 GIB = 2**30
 STAGES = ("zero", "beta", "papo")

@@ -17,15 +17,9 @@ from npr_jax.runs.checkpoint import Checkpoints
 from npr_jax.runs.directory import claim
 from npr_jax.runs.guards import NonfiniteGuard
 from npr_jax.runs.log import Report, RunLog
+from npr_jax.train.optimizer import learning_rate, new_state, state_shardings
 from npr_jax.train.packing import Example, empty_row, make_rows
-from npr_jax.train.step import (
-    Objective,
-    TrainConfig,
-    learning_rate,
-    new_state,
-    optimize,
-    state_shardings,
-)
+from npr_jax.train.step import Objective, TrainConfig, optimize
 
 
 @dataclasses.dataclass(frozen=True)

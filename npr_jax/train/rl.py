@@ -27,18 +27,11 @@ from npr_jax.runs.checkpoint import Checkpoints
 from npr_jax.runs.directory import claim
 from npr_jax.runs.guards import NonfiniteGuard, check_gap
 from npr_jax.runs.log import Report, RunLog
+from npr_jax.train.optimizer import TrainState, learning_rate, new_state, state_shardings
 from npr_jax.train.packing import Example, empty_row, make_rows
 from npr_jax.train.rollout import STAGES, Rollout, encode_problems, engine_params, trace_of
 from npr_jax.train.rollout_cache import Pending, fingerprint
-from npr_jax.train.step import (
-    Objective,
-    TrainConfig,
-    TrainState,
-    learning_rate,
-    new_state,
-    optimize,
-    state_shardings,
-)
+from npr_jax.train.step import Objective, TrainConfig, optimize
 
 Groups = list[list[Example]]
 

@@ -15,53 +15,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import struct
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from npr_jax.base.distributed import gather
 from npr_jax.base.mesh import BATCH, batch_shards
-from npr_jax.model import ModelConfig, abstract_params, token_loss
+from npr_jax.model import ModelConfig, token_loss
 from npr_jax.model.score import Figures
-from npr_jax.model.sharding import train_shardings
 from npr_jax.train import losses
+from npr_jax.train.optimizer import OptimizerConfig, TrainState, make_optimizer, state_shardings
 from npr_jax.train.packing import Row, count_loss_tokens, stack
 
 OBJECTIVES = ("sft", "dapo", "papo")
-SCHEDULES = ("constant", "cosine")
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW with a clip of the gradient's global norm.
-
-    Attributes:
-      learning_rate: after the warm-up.
-      schedule: "constant", or "cosine" down to `final_learning_rate` at the last step.
-      warmup: steps of linear warm-up; below 1 it is a fraction of all steps.
-      b1, b2, eps, weight_decay: AdamW's; norms and biases do not decay.
-      clip: largest global norm of the gradient, taken after the division by the token count.
-    """
-
-    learning_rate: float
-    schedule: str = "constant"
-    final_learning_rate: float = 0.0
-    warmup: float = 0.0
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    clip: float = 1.0
-
-    def __post_init__(self):
-        for name, good, need in (
-            ("learning_rate", self.learning_rate >= 0, "0 or more"),
-            ("schedule", self.schedule in SCHEDULES, f"one of {SCHEDULES}"),
-            ("warmup", self.warmup >= 0, "0 or more"),
-            ("clip", self.clip > 0, "above 0"),
-        ):
-            if not good:
-                raise ValueError(f"optimizer.{name} is {getattr(self, name)!r}, needed is {need}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,67 +94,6 @@ class Objective:
     def __post_init__(self):
         if self.name not in OBJECTIVES:
             raise ValueError(f"objective is {self.name!r}, needed is one of {OBJECTIVES}")
-
-
-@struct.dataclass
-class TrainState:
-    """float32 parameters, the moments of AdamW, and the optimizer steps done (i32)."""
-
-    params: dict
-    opt_state: optax.OptState
-    step: jax.Array
-
-
-def new_state(params: dict, config: OptimizerConfig, shardings: TrainState | None = None):
-    """The state before the first step, of copies: the steps give the state's memory back.
-
-    On a mesh `shardings` (`state_shardings`) are those of the result; the parameters have theirs.
-    """
-    return jax.jit(functools.partial(_state, config), out_shardings=shardings)(params)
-
-
-def abstract_state(model_config: ModelConfig, config: OptimizerConfig, mesh: Mesh | None):
-    """The state as ShapeDtypeStructs, with their shardings on a mesh."""
-    state = jax.eval_shape(functools.partial(_state, config), abstract_params(model_config))
-    if mesh is None:
-        return state
-    return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        state,
-        state_shardings(model_config, config, mesh),
-    )
-
-
-def state_shardings(model_config: ModelConfig, config: OptimizerConfig, mesh: Mesh) -> TrainState:
-    """Where the state lives: the moments beside their parameters, the counts everywhere."""
-    everywhere, params = NamedSharding(mesh, P()), train_shardings(model_config, mesh)
-    state = jax.eval_shape(functools.partial(_state, config), abstract_params(model_config))
-    opt_state = optax.tree.map_params(
-        _optimizer(config),
-        lambda _, sharding: sharding,
-        state.opt_state,
-        params,
-        transform_non_params=lambda _: everywhere,
-    )
-    return TrainState(params, opt_state, everywhere)
-
-
-def _state(config: OptimizerConfig, params: dict) -> TrainState:
-    # The copy is asked for: jit returns an argument as it is where a cast has nothing to do.
-    params = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), params)
-    return TrainState(params, _optimizer(config).init(params), jnp.zeros((), jnp.int32))
-
-
-def learning_rate(config: OptimizerConfig, step: int, total: int) -> float:
-    """The rate of the optimizer step `step`, counted from 0, of `total`."""
-    warmup = config.warmup * total if config.warmup < 1 else config.warmup
-    if step < warmup:
-        return config.learning_rate * (step + 1) / (warmup + 1)
-    if config.schedule == "constant":
-        return config.learning_rate
-    progress = min(1.0, (step - warmup) / max(1.0, total - 1 - warmup))
-    low, high = config.final_learning_rate, config.learning_rate
-    return low + (high - low) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 def cast(params: dict, dtype: str) -> dict:
@@ -308,7 +212,7 @@ def compiled_step(
     shardings = None if mesh is None else state_shardings(model_config, config, mesh)
 
     def update(state, grads, rate):
-        updates, opt_state = _optimizer(config).update(grads, state.opt_state, state.params)
+        updates, opt_state = make_optimizer(config).update(grads, state.opt_state, state.params)
         params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
         return TrainState(params, opt_state, state.step + 1)
 
@@ -351,22 +255,3 @@ def compiled_step(
         in_shardings=(shardings, batch, everywhere, everywhere, everywhere),
         out_shardings=(shardings, everywhere, everywhere, everywhere),
     )
-
-
-def _optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Everything of AdamW but the rate."""
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip),
-        optax.scale_by_adam(config.b1, config.b2, config.eps),
-        optax.add_decayed_weights(config.weight_decay, mask=_decays),
-    )
-
-
-def _decays(params: dict) -> dict:
-    """Which weights decay: the matrices. Layers are stacked, so names tell, not the rank."""
-
-    def matrix(path, _) -> bool:
-        name = path[-1].key
-        return not name.endswith("norm") and name not in ("bq", "bk", "bv")
-
-    return jax.tree.map_with_path(matrix, params)
