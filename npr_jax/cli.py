@@ -1,13 +1,15 @@
 """The command line: one verb, one function. Heavy modules are imported when a verb runs."""
 
+import contextlib
 import functools
 import json
 import os
 import signal
 import sys
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -85,7 +87,8 @@ def zero(
     """
     from npr_jax.train.zero import ZeroConfig, run
 
-    _run_stage(ZeroConfig, run, config, overrides, output, distributed)
+    with _stage(ZeroConfig, config, overrides, output, distributed) as settings:
+        run(settings)
 
 
 @app.command()
@@ -101,7 +104,8 @@ def beta(
     """
     from npr_jax.train.beta import BetaConfig, run
 
-    _run_stage(BetaConfig, run, config, overrides, output, distributed)
+    with _stage(BetaConfig, config, overrides, output, distributed) as settings:
+        run(settings)
 
 
 @app.command()
@@ -117,7 +121,8 @@ def papo(
     """
     from npr_jax.train.papo import PapoConfig, run
 
-    _run_stage(PapoConfig, run, config, overrides, output, distributed)
+    with _stage(PapoConfig, config, overrides, output, distributed) as settings:
+        run(settings)
 
 
 @app.command()
@@ -310,14 +315,15 @@ def demo(
     sys.exit(run(seed=seed, output=output, check=check))
 
 
-def _run_stage(
+@contextlib.contextmanager
+def _stage(
     cls,
-    run,
     config: str,
     overrides: list[str] | None,
     output: Path | None,
     distributed: bool,
-) -> None:
+) -> Iterator[Any]:
+    """What is around a stage: its config, the other processes, and at its end the report."""
     from npr_jax.base.config import load_config
 
     changes = list(overrides or ())
@@ -332,6 +338,9 @@ def _run_stage(
     with ends_together(_tell):
         if is_main():
             typer.echo(describe(make_mesh(settings.mesh)), err=True)
-        final = run(settings)
+        yield settings
         if is_main():
-            typer.echo(f"trained model: {final}")
+            from npr_jax.report.html import write as write_report
+
+            report = write_report(settings.output)
+            typer.echo(f"trained model: {Path(settings.output) / 'final'}; report: {report}")

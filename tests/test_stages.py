@@ -15,6 +15,8 @@ from npr_jax.base.config import load_config
 from npr_jax.decode import Engine, SamplingParams
 from npr_jax.evaluate.traces import read_traces
 from npr_jax.model.pretrained import load
+from npr_jax.report import html
+from npr_jax.runs import loop
 from npr_jax.runs.metrics import read_metrics
 from npr_jax.train import beta, papo, zero
 from npr_jax.train.rollout import Rollout
@@ -106,7 +108,7 @@ def test_a_cut_off_run_ends_as_if_nothing_had_happened(home, tmp_path, monkeypat
         for trace in traces:
             found = trace.prediction is not None and equal(trace.prediction, trace.reference)
             assert trace.correct == found
-    page = (tmp_path / "cut" / "index.html").read_text(encoding="utf-8")
+    page = html.write(tmp_path / "cut").read_text(encoding="utf-8")
     assert "12 answers." in page and "entropy" in page and "checkpoint_every" in page
     assert [line["step"] for line in lines] == [1, 2, 3]
     # The trainer sees what the engine saw.
@@ -240,7 +242,7 @@ def test_beta_accepts_what_is_right_and_trains_it_as_trees(home, tmp_path, monke
 
     # Cut off before metrics are written, while a line is, while training: the result is the same.
     with monkeypatch.context() as patch, pytest.raises(Cut):
-        patch.setattr(beta.RunLog, "write", lambda log, metrics: cut_after(1)(metrics))
+        patch.setattr(loop.RunLog, "write", lambda log, metrics: cut_after(1)(metrics))
         beta.run(settings("cut"))
     with pytest.raises(Cut):
         beta.run(settings("cut"), cut_after(2))

@@ -44,7 +44,7 @@ def initialize() -> None:
             num_processes=int(given["NPR_PROCESSES"]),
             process_id=int(given["NPR_PROCESS"]),
         )
-    # SIGTERM is ours (train/sigterm.py): JAX's own handler would only tell itself.
+    # SIGTERM is ours (runs/sigterm.py): JAX's own handler would only tell itself.
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
 

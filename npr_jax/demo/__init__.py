@@ -23,6 +23,7 @@ from npr_jax.demo.report import write_report
 from npr_jax.demo.task import Teacher, make_tasks
 from npr_jax.evaluate.traces import Trace, read_traces, write_traces
 from npr_jax.model.pretrained import Model, load, save
+from npr_jax.report import html
 from npr_jax.report.svg import draw_tree
 from npr_jax.runs.directory import claim
 from npr_jax.train import beta, fit, papo, zero
@@ -74,6 +75,7 @@ def run(seed: int, output: Path, check: bool = False) -> int:
         if not (output / stage / "final" / "config.json").exists():
             start = time.monotonic()
             make()
+            html.write(output / stage)
             results.seconds[stage] = time.monotonic() - start
         for mode in MODES:
             name = f"{stage} {mode}"

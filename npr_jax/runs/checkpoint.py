@@ -66,7 +66,7 @@ class Checkpoints:
         except ImportError as error:  # each kind of object store has a package of its own
             raise ValueError(f"checkpoints are to go to {self.directory}: {error}") from error
         self.last = self._manager.latest_step() or 0  # 0: there is none
-        self._good = 0  # the last one that is known to be whole on disk
+        self.good = 0  # the last one that is known to be whole on disk
 
     def save(self, step: int, state: State, position: Mapping, value: float | None = None) -> None:
         """Saves the state after `step` steps, unless it is the last one saved; `state` may be used
@@ -107,7 +107,7 @@ class Checkpoints:
                 damaged[step] = str(error)
                 continue
             self._set_aside(damaged)
-            self.last = self._good = step
+            self.last = self.good = step
             return step, found, position
         if damaged:
             named = "; ".join(f"{step}: {fault}" for step, fault in damaged.items())
@@ -121,7 +121,7 @@ class Checkpoints:
         """Waits until the last checkpoint is whole on disk. Raises OSError if it cannot be."""
         with self._told():
             self._manager.wait_until_finished()
-        self._good = self.last
+        self.good = self.last
 
     def close(self) -> None:
         """Waits for what is being written, and lets go of the directory."""
@@ -176,7 +176,7 @@ class Checkpoints:
         try:
             yield
         except _ERRORS as error:
-            good = f"the last good one is that of step {self._good}" if self._good else "none is"
+            good = f"the last good one is that of step {self.good}" if self.good else "none is"
             raise OSError(
                 f"the checkpoint of step {self.last} cannot be written to {self.directory}, {good} "
                 f"there: {REMEDY}. What was said: {error}"

@@ -41,7 +41,10 @@ class NonfiniteGuard:
         self.limit, self.in_a_row = limit, in_a_row
 
     def count(self, metrics: Mapping[str, Scalar]) -> dict[str, int]:
-        """Counts a step by its metrics; returns the metric that tells how many it is in a row."""
+        """Counts a step by its metrics; returns the metric that tells how many it is in a row, none
+        for a step that is not one of training."""
+        if not metrics.keys() & {"nonfinite", "skipped"}:
+            return {}
         if "nonfinite" in metrics:
             all_of_them = metrics["nonfinite"] > metrics.get("off_policy_steps", 0)
             self.in_a_row = self.in_a_row + 1 if all_of_them else 0

@@ -5,10 +5,12 @@ keeps the format and is correct. Accepted answers get canonical framing, are lai
 the seed model learns them: from here on it thinks in parallel.
 """
 
+import bisect
 import dataclasses
+import itertools
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from jax.sharding import Mesh
@@ -17,13 +19,14 @@ from npr_jax.base.config import dump_config
 from npr_jax.base.distributed import gather, gather_all, is_main, mine
 from npr_jax.base.files import write_atomically, writing
 from npr_jax.base.mesh import MeshConfig, local_decode_mesh, make_mesh
+from npr_jax.base.progress import Scalar
 from npr_jax.data.problems import read_problems, shuffled
 from npr_jax.decode import Engine, EngineConfig, SamplingParams
 from npr_jax.model.pretrained import Model, load, publish_model
-from npr_jax.report.html import write as write_report
-from npr_jax.runs import sigterm
+from npr_jax.runs import loop, sigterm
 from npr_jax.runs.directory import claim
-from npr_jax.runs.log import Report, RunLog
+from npr_jax.runs.log import Report
+from npr_jax.runs.loop import Body
 from npr_jax.train.fit import FitConfig, fit
 from npr_jax.train.packing import Example
 from npr_jax.train.rollout import BETA, Rollout, encode_problems, engine_params, roll_out
@@ -104,15 +107,13 @@ def run(config: BetaConfig, report: Report | None = None) -> Path:
     with sigterm.watched():
         model = _train(config, output, report)
         publish_model(model, final)
-        if is_main():
-            write_report(output)
     return final
 
 
 def _train(config: BetaConfig, output: Path, report: Report | None) -> Model:
     mesh = make_mesh(config.mesh)
     config.fit.train.check(mesh)
-    records = sample(config, output / "accepted.jsonl", report, mesh)
+    records = loop.run(Sampling(config, output / "accepted.jsonl", mesh), report)
     with sigterm.interruptible():
         model = load(config.model, seed=config.seed, tags=True, mesh=mesh)
     examples = make_examples(records, model.tags, config.layout, config.train_forced)
@@ -124,63 +125,98 @@ def _train(config: BetaConfig, output: Path, report: Report | None) -> Model:
     return fit(model, examples, config.fit, output / "fit", config.seed, "beta", report, mesh)
 
 
-def sample(
-    config: BetaConfig, path: Path, report: Report | None = None, mesh: Mesh | None = None
-) -> list[dict]:
-    """Samples from the Zero model; a record per problem goes to the JSONL file `path`. Of several
-    processes each samples its share, all know all records, and the first writes them.
+class Sampling(Body[list[dict], list[dict]]):
+    """The body of rejection sampling: in each round a batch of problems is answered by the Zero
+    model. The state is the records so far, one for every problem that was tried.
 
-    A record: problem, answer, tries, prompt_len, accepted (lists of token ids), texts. Batches of
-    problems that the file holds are not sampled again; one that SIGTERM or a crash cuts off is.
+    A record: problem, answer, tries, prompt_len, accepted (lists of token ids), texts. Of several
+    processes each samples its share, all know all records, and the first writes them to the JSONL
+    file `path`. A round that SIGTERM or a crash cuts off is sampled again.
     """
-    sizes = config.sample
-    with sigterm.interruptible():
-        model = load(config.sampler_model, seed=config.seed, tags=True, mesh=mesh)
-        problems, prompts = encode_problems(
-            model.tokenizer, read_problems(config.problems), sizes.max_prompt_tokens
-        )
-    order = shuffled(len(problems), config.seed, BETA)
-    chosen = [int(order[i]) for i in range(min(len(problems), sizes.num_problems or len(problems)))]
-    batches = [chosen[i : i + sizes.batch] for i in range(0, len(chosen), sizes.batch)]
-    records = gather(read_records(path) if is_main() else [])[0]
-    done = len(records) // sizes.batch if len(records) < len(chosen) else len(batches)
-    records = records[: done * sizes.batch]
-    if is_main():
-        with writing(path):
-            write_atomically(path, _lines(records))
-    engine = None
-    shown = ("accepted_rate", "covered_rate")
-    with RunLog(
-        "beta sampling", path.parent / "sampling", len(batches), done, shown, report, "round"
-    ) as log:
-        for number, batch in enumerate(batches[done:], done):
-            with sigterm.interruptible():
-                if engine is None:
-                    dtype = config.fit.train.compute_dtype
-                    weights = engine_params(model.config, model.params, dtype, mesh)
-                    engine = Engine(
-                        dataclasses.replace(model, params=weights),
-                        config.engine,
-                        local_decode_mesh(mesh),
-                    )
-                found, metrics = _sample_batch(
-                    engine,
-                    [(problems[i], prompts[i]) for i in batch],
-                    sizes,
-                    config.fit.train.row_len,
-                    (config.seed, BETA, number),
-                )
-            # The records say what is done: metrics without them are cut off, and written again.
-            log.write({"step": number + 1} | metrics)
-            if is_main():
-                with writing(path), path.open("ab") as file:
-                    file.write(_lines(found))
-                    file.flush()
-                    os.fsync(file.fileno())
-            records += found
-            if sigterm.wanted():
-                raise sigterm.Preempted
-    return records
+
+    name, unit, shown = "beta sampling", "round", ("accepted_rate", "covered_rate")
+
+    def __init__(self, config: BetaConfig, path: Path, mesh: Mesh | None = None):
+        self.config, self.path, self.mesh = config, path, mesh
+        self.directory = path.parent / "sampling"
+
+    def begin(self) -> tuple[list[dict], "Records"]:
+        config, sizes = self.config, self.config.sample
+        with sigterm.interruptible():
+            model = load(config.sampler_model, seed=config.seed, tags=True, mesh=self.mesh)
+            problems, prompts = encode_problems(
+                model.tokenizer, read_problems(config.problems), sizes.max_prompt_tokens
+            )
+        self.model, self.engine = model, None
+        order = shuffled(len(problems), config.seed, BETA)
+        wanted = min(len(problems), sizes.num_problems or len(problems))
+        chosen = [(problems[int(order[i])], prompts[int(order[i])]) for i in range(wanted)]
+        self.batches = [chosen[i : i + sizes.batch] for i in range(0, wanted, sizes.batch)]
+        self.total = len(self.batches)
+        return [], Records(self.path, [len(batch) for batch in self.batches])
+
+    def step(self, state: list[dict], number: int) -> tuple[list[dict], dict[str, Scalar]]:
+        """The records of one round more."""
+        config = self.config
+        with sigterm.interruptible():
+            if self.engine is None:
+                self.engine = self._engine()
+            found, metrics = _sample_batch(
+                self.engine,
+                self.batches[number - 1],
+                config.sample,
+                config.fit.train.row_len,
+                (config.seed, BETA, number - 1),
+            )
+        return [*state, *found], metrics
+
+    def finish(self, state: list[dict]) -> list[dict]:
+        return state
+
+    def _engine(self) -> Engine:
+        """An engine that has the only copy of the weights that is left."""
+        model, dtype = self.model, self.config.fit.train.compute_dtype
+        self.model = None
+        params = engine_params(model.config, model.params, dtype, self.mesh)
+        model = dataclasses.replace(model, params=params)
+        return Engine(model, self.config.engine, local_decode_mesh(self.mesh))
+
+
+class Records:
+    """The JSONL file of records, to which every round appends its own; `sizes`: of the rounds."""
+
+    def __init__(self, path: Path, sizes: Sequence[int]):
+        self.path, self._ends = path, list(itertools.accumulate(sizes, initial=0))
+        self.last = 0
+
+    def restore(self, state: list[dict]) -> tuple[int, list[dict], dict]:
+        """The whole rounds that the file holds; what is left of another is cut off."""
+        records = gather(read_records(self.path) if is_main() else [])[0]
+        self.last = bisect.bisect(self._ends, len(records)) - 1
+        records = records[: self._ends[self.last]]
+        if is_main():
+            with writing(self.path):
+                write_atomically(self.path, _lines(records))
+        return self.last, records, {}
+
+    def save(
+        self, step: int, state: list[dict], position: Mapping, value: float | None = None
+    ) -> None:
+        """Appends the records of round `step`, on disk when this returns."""
+        if step == self.last:
+            return
+        if is_main():
+            with writing(self.path), self.path.open("ab") as file:
+                file.write(_lines(state[self._ends[self.last] :]))
+                file.flush()
+                os.fsync(file.fileno())
+        self.last = step
+
+    def __enter__(self) -> "Records":
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        """Nothing is left to write."""
 
 
 def _lines(records: Iterable[dict]) -> bytes:

@@ -3,21 +3,22 @@
 import dataclasses
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jax.sharding import Mesh
 
 from npr_jax.base.config import dump_config
 from npr_jax.base.distributed import mine
+from npr_jax.base.progress import Scalar
 from npr_jax.data.problems import shuffled
 from npr_jax.model.pretrained import Model
-from npr_jax.runs import sigterm
+from npr_jax.runs import loop
 from npr_jax.runs.checkpoint import Checkpoints
 from npr_jax.runs.directory import claim
-from npr_jax.runs.guards import NonfiniteGuard
-from npr_jax.runs.log import Report, RunLog
-from npr_jax.train.optimizer import learning_rate, new_state, state_shardings
+from npr_jax.runs.log import Report
+from npr_jax.runs.loop import Body
+from npr_jax.train.optimizer import TrainState, learning_rate, new_state, state_shardings
 from npr_jax.train.packing import Example, empty_row, make_rows
 from npr_jax.train.step import Objective, TrainConfig, optimize
 
@@ -72,55 +73,67 @@ def fit(
     longer than a row, and for a directory of another run; OSError where it cannot write;
     FloatingPointError after `max_nonfinite` steps; Preempted after SIGTERM.
     """
-    if not examples:
-        raise ValueError(f"{name}: there are no examples to train on")
-    config.train.check(mesh)
-    total = config.num_steps(len(examples))
-    depth = max(example.layout.hidden.shape[1] for example in examples) + 1
-    model_config = dataclasses.replace(model.config, remat=config.train.remat)
-    text = f"{dump_config(config)}seed: {seed}\nexamples: {_digest(examples)}\n"
-    directory = claim(directory, text)
-    order = shuffled(len(examples), seed)
-    objective = Objective("sft")
-    place, settings = config.checkpoints or directory / "checkpoints", config.train
-    shardings = mesh and state_shardings(model.config, settings.optimizer, mesh)
-    state = new_state(model.params, settings.optimizer, shardings)
-    with (
-        sigterm.watched(),
-        Checkpoints(place, text, settings.keep_checkpoints, settings.keep_best) as checkpoints,
+    return loop.run(Fit(model, examples, config, Path(directory), seed, name, mesh), report)
+
+
+class Fit(Body[TrainState, Model]):
+    """The body of `fit`."""
+
+    shown = ("loss", "grad_norm", "tokens_per_s")
+
+    def __init__(
+        self,
+        model: Model,
+        examples: Sequence[Example],
+        config: FitConfig,
+        directory: Path,
+        seed: int,
+        name: str,
+        mesh: Mesh | None,
     ):
-        start, guard = 0, NonfiniteGuard(settings.max_nonfinite)
-        if found := checkpoints.restore(state):
-            start, state, position = found
-            guard.in_a_row = position["nonfinite_in_a_row"]
-        shown = ("loss", "grad_norm", "tokens_per_s")
-        with RunLog(name, directory, total, start, shown, report) as log:
-            for step in range(start + 1, total + 1):
-                begun = time.perf_counter()
-                first = (step - 1) * config.batch
-                batch = [examples[order[first + i]] for i in range(config.batch)]
-                rows = make_rows([[example] for example in mine(batch)], settings.row_len, depth)
-                rows = rows or [empty_row(settings.row_len, depth)]
-                rate = learning_rate(settings.optimizer, step - 1, total)
-                state, metrics = optimize(
-                    state, rows, model_config, settings, objective, rate, mesh
-                )
-                seconds = time.perf_counter() - begun
-                metrics |= {
-                    "step": step,
-                    "seconds": seconds,
-                    "tokens_per_s": sum(len(e.layout) for e in batch) / seconds,
-                }
-                metrics |= guard.count(metrics)
-                log.write(metrics)
-                guard.check(step)
-                ending = sigterm.wanted()
-                if step % settings.checkpoint_every == 0 or step == total or ending:
-                    position = {"nonfinite_in_a_row": guard.in_a_row}  # the step says the rest
-                    checkpoints.save(step, state, position, -metrics["loss"])
-                if ending:
-                    raise sigterm.Preempted
-    return dataclasses.replace(model, params=state.params)
+        if not examples:
+            raise ValueError(f"{name}: there are no examples to train on")
+        config.train.check(mesh)
+        self.model, self.examples, self.config, self.mesh = model, examples, config, mesh
+        self.name, self.directory = name, directory
+        self.total = config.num_steps(len(examples))
+        self.every, self.max_nonfinite = config.train.checkpoint_every, config.train.max_nonfinite
+        self.depth = max(example.layout.hidden.shape[1] for example in examples) + 1
+        self.order = shuffled(len(examples), seed)
+        self.text = f"{dump_config(config)}seed: {seed}\nexamples: {_digest(examples)}\n"
+
+    def claim(self) -> None:
+        claim(self.directory, self.text)
+
+    def begin(self) -> tuple[TrainState, Checkpoints]:
+        train = self.config.train
+        shardings = self.mesh and state_shardings(self.model.config, train.optimizer, self.mesh)
+        state = new_state(self.model.params, train.optimizer, shardings)
+        place = self.config.checkpoints or self.directory / "checkpoints"
+        return state, Checkpoints(place, self.text, train.keep_checkpoints, train.keep_best)
+
+    def step(self, state: TrainState, number: int) -> tuple[TrainState, dict[str, Scalar]]:
+        """One optimizer step on the next `batch` examples."""
+        config, train = self.config, self.config.train
+        begun = time.perf_counter()
+        first = (number - 1) * config.batch
+        batch = [self.examples[self.order[first + i]] for i in range(config.batch)]
+        rows = make_rows([[example] for example in mine(batch)], train.row_len, self.depth)
+        rows = rows or [empty_row(train.row_len, self.depth)]
+        model_config = dataclasses.replace(self.model.config, remat=train.remat)
+        rate = learning_rate(train.optimizer, number - 1, self.total)
+        state, metrics = optimize(
+            state, rows, model_config, train, Objective("sft"), rate, self.mesh
+        )
+        seconds = time.perf_counter() - begun
+        tokens = sum(len(example.layout) for example in batch)
+        return state, metrics | {"seconds": seconds, "tokens_per_s": tokens / seconds}
+
+    def value(self, metrics: Mapping[str, Scalar]) -> float:
+        return -metrics["loss"]
+
+    def finish(self, state: TrainState) -> Model:
+        return dataclasses.replace(self.model, params=state.params)
 
 
 def _digest(examples: Sequence[Example]) -> str:

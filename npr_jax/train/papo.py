@@ -13,6 +13,7 @@ import numpy as np
 
 from npr_jax.base.distributed import gather, gather_all, mine
 from npr_jax.decode import Engine, SamplingParams, Trajectory
+from npr_jax.runs import loop
 from npr_jax.runs.log import Report
 from npr_jax.train import rl
 from npr_jax.train.advantages import batch_std, group_std
@@ -89,7 +90,8 @@ def run(config: PapoConfig, report: Report | None = None) -> Path:
     depth = config.engine.max_depth + 2
     if config.layout == "reference":
         depth = max(1, config.engine.max_branches - 1) + 2
-    return rl.train(PAPO, config, Objective(config.objective), collect, depth, report)
+    policy = rl.Policy(PAPO, config, Objective(config.objective), collect, depth)
+    return loop.run(policy, report)
 
 
 def collect_groups(engine: Engine, feed: rl.Feed, step: int, config: PapoConfig) -> rl.Collected:

@@ -1,17 +1,15 @@
-"""The loop that both reinforcement-learning stages share.
+"""What both reinforcement-learning stages put into the loop (runs/loop.py).
 
-    take problems -> roll out -> groups of examples -> minibatches -> metrics, checkpoint
+    take problems -> roll out -> groups of examples -> minibatches -> optimizer steps
 
 A stage is its way to collect groups (rewards, advantages, filters) and its objective.
 """
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-
-from jax.sharding import Mesh
 
 from npr_jax.base.config import dump_config
 from npr_jax.base.distributed import gather, gather_all, is_main
@@ -20,15 +18,14 @@ from npr_jax.base.progress import Scalar
 from npr_jax.data.problems import Problem, read_problems, shuffled
 from npr_jax.decode import Engine, EngineConfig
 from npr_jax.evaluate.traces import write_traces
-from npr_jax.model.pretrained import Model, load, publish_model
-from npr_jax.report.html import write as write_report
+from npr_jax.model.pretrained import load, publish_model
 from npr_jax.runs import sigterm
 from npr_jax.runs.checkpoint import Checkpoints
 from npr_jax.runs.directory import claim
-from npr_jax.runs.guards import NonfiniteGuard, check_gap
-from npr_jax.runs.log import Report, RunLog
+from npr_jax.runs.guards import check_gap
+from npr_jax.runs.loop import Body
 from npr_jax.train.optimizer import TrainState, learning_rate, new_state, state_shardings
-from npr_jax.train.packing import Example, empty_row, make_rows
+from npr_jax.train.packing import Example, Row, empty_row, make_rows
 from npr_jax.train.rollout import STAGES, Rollout, encode_problems, engine_params, trace_of
 from npr_jax.train.rollout_cache import Pending, fingerprint
 from npr_jax.train.step import Objective, TrainConfig, optimize
@@ -121,184 +118,158 @@ def places(keys: Sequence[Any]) -> list[int]:
 Collect = Callable[[Engine, Feed, int], Collected]
 
 
-def train(
-    stage: int,
-    config: RLConfig,
-    objective: Objective,
-    collect: Collect,
-    depth: int,
-    report: Report | None = None,
-) -> Path:
-    """Runs a stage to its end, or goes on with it; returns the directory of the trained model.
+class Policy(Body[TrainState, Path]):
+    """The body of a stage: the policy that answers, and learns from its answers.
 
     Args:
       stage: ZERO or PAPO.
       collect: (engine with the current weights, feed, step from 1) -> Collected.
       depth: hidden intervals per token of a row.
-
-    Raises ValueError for a directory of another run, OSError where it cannot write,
-    FloatingPointError after `train.max_nonfinite` steps, Preempted after SIGTERM.
     """
-    text, settings = dump_config(config), config.train
-    mesh = make_mesh(config.mesh)
-    settings.check(mesh)
-    output = claim(config.output, text)
-    final = output / "final"
-    if gather(final.exists())[0]:
-        return final
-    with sigterm.watched():
+
+    shown = ("reward", "format_rate", "accuracy", "grad_norm")
+
+    def __init__(
+        self, stage: int, config: RLConfig, objective: Objective, collect: Collect, depth: int
+    ):
+        self.stage, self.config, self.objective = stage, config, objective
+        self.collect, self.depth = collect, depth
+        self.name, self.total = STAGES[stage], config.steps
+        self.every, self.max_nonfinite = config.train.checkpoint_every, config.train.max_nonfinite
+        self.mesh = make_mesh(config.mesh)
+        config.train.check(self.mesh)
+        self.text = dump_config(config)
+        self.directory = Path(config.output)
+
+    def claim(self) -> Path | None:
+        final = claim(self.config.output, self.text) / "final"
+        return final if gather(final.exists())[0] else None
+
+    def begin(self) -> tuple[TrainState, Checkpoints]:
+        config, train = self.config, self.config.train
         with sigterm.interruptible():
-            model, feed = _load(stage, config, mesh)
-            shardings = mesh and state_shardings(model.config, settings.optimizer, mesh)
-            state = new_state(model.params, settings.optimizer, shardings)
-        model = dataclasses.replace(model, params={})  # the state has them from here on
-        place = config.checkpoints or output / "checkpoints"
-        pending = Pending(f"{place}/rollouts", text)
-        shown = ("reward", "format_rate", "accuracy", "grad_norm")
-        with Checkpoints(place, text, settings.keep_checkpoints, settings.keep_best) as checkpoints:
-            start, reward, guard = 0, None, NonfiniteGuard(settings.max_nonfinite)
-            if found := checkpoints.restore(state):
-                start, state, position = found
-                feed.position, guard.in_a_row = position["problem"], position["nonfinite_in_a_row"]
-            weights = engine_params(model.config, state.params, settings.compute_dtype, mesh)
-            engine = Engine(
-                dataclasses.replace(model, params=weights), config.engine, local_decode_mesh(mesh)
+            model = load(config.model, seed=config.seed, tags=True, mesh=self.mesh)
+            problems, prompts = encode_problems(
+                model.tokenizer, read_problems(config.problems), config.max_prompt_tokens
             )
-            with RunLog(STAGES[stage], output, config.steps, start, shown, report) as log:
-                for step in range(start + 1, config.steps + 1):
-                    position = _position(feed, guard)
-                    begun, decoded = time.perf_counter(), engine.stats()["sampled_tokens"]
-                    try:
-                        params = engine_params(
-                            model.config, state.params, settings.compute_dtype, mesh
-                        )
-                        engine.set_params(params)
-                        version = fingerprint(state.params)
-                        keep = step % settings.checkpoint_every == 0 or step == config.steps
-                        traces = output / f"traces/step-{step:06d}.jsonl" if keep else None
-                        collected = _sample(engine, feed, step, collect, pending, version, traces)
-                        if sigterm.wanted():
-                            raise sigterm.Preempted
-                    except sigterm.Preempted:
-                        checkpoints.save(step - 1, state, position, reward)
-                        raise
-                    sampled = time.perf_counter()
-                    decoded = engine.stats()["sampled_tokens"] - decoded
-                    state, updates = update(state, collected, model, config, objective, depth, mesh)
-                    trained = time.perf_counter()
-                    metrics = (
-                        collected.metrics
-                        | updates
-                        | guard.count(updates)
-                        | {
-                            "step": step,
-                            "rollout_seconds": sampled - begun,
-                            "rollout_tokens_per_s": decoded / (sampled - begun),
-                            "train_seconds": trained - sampled,
-                            "rollout_time_share": (sampled - begun) / (trained - begun),
-                            "train_tokens_per_s": updates.get("loss_tokens", 0)
-                            / (trained - sampled),
-                        }
-                    )
-                    log.write(metrics)
-                    guard.check(step)
-                    check_gap(step, metrics, settings.gap_warn, settings.gap_stop)
-                    reward, ending = metrics["reward"], sigterm.wanted()
-                    if step % settings.checkpoint_every == 0 or step == config.steps or ending:
-                        before = checkpoints.last  # whole on disk once the next one is begun
-                        checkpoints.save(step, state, _position(feed, guard), reward)
-                        pending.drop(before)
-                    if ending:
-                        raise sigterm.Preempted
-        pending.drop(config.steps)
-        publish_model(dataclasses.replace(model, params=state.params), final)
-        if is_main():
-            write_report(output)
-    return final
+            shardings = self.mesh and state_shardings(model.config, train.optimizer, self.mesh)
+            state = new_state(model.params, train.optimizer, shardings)
+        # The state has the parameters from here on, and the engine gets its own in the first step.
+        self.model, self.engine = dataclasses.replace(model, params={}), None
+        # Each stage has an order of its own: what the stage before has learnt teaches nothing.
+        self.feed = Feed(problems, prompts, config.seed, self.stage)
+        place = config.checkpoints or self.directory / "checkpoints"
+        self.pending = Pending(f"{place}/rollouts", self.text)
+        self.checkpoints = Checkpoints(place, self.text, train.keep_checkpoints, train.keep_best)
+        return state, self.checkpoints
+
+    def position(self) -> dict[str, int]:
+        return {"problem": self.feed.position}
+
+    def move(self, position: Mapping[str, int]) -> None:
+        self.feed.position = position["problem"]
+
+    def step(self, state: TrainState, number: int) -> tuple[TrainState, dict[str, Scalar]]:
+        """One rollout batch, and the optimizer steps on it; without groups there are none."""
+        config, train = self.config, self.config.train
+        self.pending.drop(self.checkpoints.good)
+        begun = time.perf_counter()
+        self._set_params(state)
+        decoded = self.engine.stats()["sampled_tokens"]
+        collected = self._sample(state, number)
+        if sigterm.wanted():
+            raise sigterm.Preempted
+        sampled = time.perf_counter()
+        decoded = self.engine.stats()["sampled_tokens"] - decoded
+        model_config = dataclasses.replace(self.model.config, remat=train.remat)
+        history = []
+        for rows in minibatches(collected, config.minibatches, train.row_len, self.depth):
+            total = config.steps * config.minibatches
+            rate = learning_rate(train.optimizer, int(state.step), total)
+            state, metrics = optimize(
+                state, rows, model_config, train, self.objective, rate, self.mesh
+            )
+            history.append(metrics)
+        trained = time.perf_counter()
+        updates = merged(history)
+        return state, {
+            **collected.metrics,
+            **updates,
+            "rollout_seconds": sampled - begun,
+            "rollout_tokens_per_s": decoded / (sampled - begun),
+            "train_seconds": trained - sampled,
+            "rollout_time_share": (sampled - begun) / (trained - begun),
+            "train_tokens_per_s": updates.get("loss_tokens", 0) / (trained - sampled),
+        }
+
+    def check(self, number: int, metrics: Mapping[str, Scalar]) -> None:
+        check_gap(number, metrics, self.config.train.gap_warn, self.config.train.gap_stop)
+
+    def value(self, metrics: Mapping[str, Scalar]) -> float:
+        return metrics["reward"]
+
+    def finish(self, state: TrainState) -> Path:
+        final = self.directory / "final"
+        self.pending.drop(self.total)
+        publish_model(dataclasses.replace(self.model, params=state.params), final)
+        return final
+
+    def _set_params(self, state: TrainState) -> None:
+        """Gives the engine the weights of the state; here nothing holds on to its copy of them."""
+        dtype, mesh = self.config.train.compute_dtype, self.mesh
+        params = engine_params(self.model.config, state.params, dtype, mesh)
+        if self.engine is not None:
+            self.engine.set_params(params)
+            return
+        model = dataclasses.replace(self.model, params=params)
+        self.engine = Engine(model, self.config.engine, local_decode_mesh(mesh))
+
+    def _sample(self, state: TrainState, number: int) -> Collected:
+        """The groups of a step: pending ones, or new ones, which are pending from then on. Of new
+        ones of a step that is saved, the answers to the first problem are written as traces."""
+        feed, version = self.feed, fingerprint(state.params)
+        with sigterm.interruptible():
+            found = self.pending.load(number, version)
+            if all(gather(found is not None)):
+                groups, metrics, position = found
+                feed.position = position["problem"]
+                return Collected(groups, position["places"], metrics)
+            first = feed.problem(feed.position)
+            collected = self.collect(self.engine, feed, number)
+        if is_main() and (number % self.every == 0 or number == self.total):
+            path = self.directory / f"traces/step-{number:06d}.jsonl"
+            kept = [
+                trace_of(rollout, self.engine.tokenizer, first, id=path.stem, sample=sample)
+                for sample, rollout in enumerate(collected.shown)
+            ]
+            write_traces(path, kept)
+        position = {"problem": feed.position, "places": collected.places}
+        self.pending.save(number, version, collected.groups, collected.metrics, position)
+        return collected
 
 
-def _sample(
-    engine: Engine,
-    feed: Feed,
-    step: int,
-    collect: Collect,
-    pending: Pending,
-    version: int,
-    traces: Path | None,
-) -> Collected:
-    """The groups of `step`: pending ones, or new ones, which are pending from then on. Of new ones
-    the answers to the first problem go to the file `traces`, if one is given."""
-    with sigterm.interruptible():
-        found = pending.load(step, version)
-        if all(gather(found is not None)):
-            groups, metrics, position = found
-            feed.position = position["problem"]
-            return Collected(groups, position["places"], metrics)
-        first = feed.problem(feed.position)
-        collected = collect(engine, feed, step)
-    if traces and is_main():
-        kept = [
-            trace_of(rollout, engine.tokenizer, first, id=traces.stem, sample=sample)
-            for sample, rollout in enumerate(collected.shown)
-        ]
-        write_traces(traces, kept)
-    position = {"problem": feed.position, "places": collected.places}
-    pending.save(step, version, collected.groups, collected.metrics, position)
-    return collected
-
-
-def _position(feed: Feed, guard: NonfiniteGuard) -> dict[str, int]:
-    """Where the run goes on, beside the step: what a checkpoint holds of it."""
-    return {"problem": feed.position, "nonfinite_in_a_row": guard.in_a_row}
-
-
-def _load(stage: int, config: RLConfig, mesh: Mesh | None) -> tuple[Model, Feed]:
-    """The model to start from, and its problems in the order of the stage."""
-    model = load(config.model, seed=config.seed, tags=True, mesh=mesh)
-    problems, prompts = encode_problems(
-        model.tokenizer,
-        read_problems(config.problems),
-        config.max_prompt_tokens,
-    )
-    # Each stage has an order of its own: what the stage before has learnt teaches nothing.
-    return model, Feed(problems, prompts, config.seed, stage)
-
-
-def update(
-    state: TrainState,
-    collected: Collected,
-    model: Model,
-    config: RLConfig,
-    objective: Objective,
-    depth: int,
-    mesh: Mesh | None,
-) -> tuple[TrainState, dict[str, Scalar]]:
-    """The optimizer steps on one rollout batch: minibatches of whole groups, dealt by their places.
-
-    Metrics: means over the steps; the gap to the sampler's log-probs is that of the first, whose
-    weights are those that sampled. Without groups the step is skipped, and counted.
-    """
-    model_config = dataclasses.replace(model.config, remat=config.train.remat)
-    total = config.steps * config.minibatches
-    parts = min(config.minibatches, sum(gather(len(collected.groups))))
-    history = []
-    for number in range(parts):
+def minibatches(collected: Collected, most: int, row_len: int, depth: int) -> Iterator[list[Row]]:
+    """This process's rows for each optimizer step: whole groups, dealt by their places. There is
+    one row at least; there are no steps where no process has groups."""
+    for number in range(min(most, sum(gather(len(collected.groups))))):
         part = [
             group
             for group, place in zip(collected.groups, collected.places, strict=True)
-            if place % config.minibatches == number
+            if place % most == number
         ]
-        row_len = config.train.row_len
-        rows = make_rows(part, row_len, depth) or [empty_row(row_len, depth)]
-        rate = learning_rate(config.train.optimizer, int(state.step), total)
-        state, metrics = optimize(state, rows, model_config, config.train, objective, rate, mesh)
-        history.append(metrics)
+        yield make_rows(part, row_len, depth) or [empty_row(row_len, depth)]
+
+
+def merged(history: Sequence[Mapping[str, Scalar]]) -> dict[str, Scalar]:
+    """Metrics of a batch from those of its optimizer steps: their means; the gap to the sampler's
+    log-probs is that of the first, whose weights are those that sampled. A batch without steps is
+    skipped, and counted."""
     if not history:
-        return state, {"skipped": 1, "off_policy_steps": 0}
-    merged: dict[str, Scalar] = {
+        return {"skipped": 1, "off_policy_steps": 0}
+    found: dict[str, Scalar] = {
         key: sum(metrics[key] for metrics in history) / len(history) for key in history[0]
     }
-    merged |= {key: history[0][key] for key in ("logp_gap", "logp_gap_max")}
+    found |= {key: history[0][key] for key in ("logp_gap", "logp_gap_max")}
     for key in ("loss_tokens", "nonfinite"):
-        merged[key] = sum(metrics[key] for metrics in history)
-    return state, merged | {"skipped": 0, "off_policy_steps": len(history) - 1}
+        found[key] = sum(metrics[key] for metrics in history)
+    return found | {"skipped": 0, "off_policy_steps": len(history) - 1}

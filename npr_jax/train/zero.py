@@ -13,6 +13,7 @@ import numpy as np
 
 from npr_jax.base.distributed import gather, gather_all, mine
 from npr_jax.decode import Engine, SamplingParams
+from npr_jax.runs import loop
 from npr_jax.runs.log import Report
 from npr_jax.train import rl
 from npr_jax.train.advantages import group_std
@@ -61,7 +62,7 @@ def run(config: ZeroConfig, report: Report | None = None) -> Path:
         return collect_groups(engine, feed, step, config)
 
     objective = Objective("dapo", config.clip_low, config.clip_high, config.dual_clip)
-    return rl.train(ZERO, config, objective, collect, DEPTH, report)
+    return loop.run(rl.Policy(ZERO, config, objective, collect, DEPTH), report)
 
 
 def collect_groups(engine: Engine, feed: rl.Feed, step: int, config: ZeroConfig) -> rl.Collected:

@@ -1,0 +1,141 @@
+"""The loop of every resumable run; a stage gives its body.
+
+    begin -> restore -> [step -> log -> look for what must not go on -> save]* -> finish
+
+From the command `npr-jax papo` it is five calls to the compiled train step:
+
+    papo.run -> loop.run -> Policy.step -> optimize -> compiled_step(...)
+
+What is random comes from the run's seed and the step's number, so a run that was cut off, or ended
+by SIGTERM, ends as one that nobody has touched.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+from npr_jax.base.progress import Scalar
+from npr_jax.runs import sigterm
+from npr_jax.runs.guards import NonfiniteGuard
+from npr_jax.runs.log import Report, RunLog
+
+State = TypeVar("State")  # what the steps change: arrays, or records
+Result = TypeVar("Result")  # what is left of the run at its end
+
+
+class Store(Protocol[State]):
+    """Where states are kept: `Checkpoints`, or the file of records that Beta samples. It is entered
+    by the loop; at its exit all that was saved is on disk."""
+
+    last: int  # the step that was saved last, 0 if none was
+
+    def restore(self, state: State) -> tuple[int, State, dict] | None:
+        """(step, state, position) of the last state; None if there is none."""
+        ...
+
+    def save(self, step: int, state: State, position: Mapping, value: float | None = None) -> None:
+        """Saves the state after `step` steps, unless it is the last one saved."""
+        ...
+
+    def __enter__(self) -> "Store": ...
+
+    def __exit__(self, *exc_info) -> None: ...
+
+
+class Body(ABC, Generic[State, Result]):
+    """What a stage does in the loop.
+
+    Attributes:
+      name, unit: of the run and of its steps, in its progress line.
+      shown: metrics in the progress line.
+      directory: of metrics.
+      total: steps; known from `begin` on.
+      every: steps between saves; the last step is saved too.
+      max_nonfinite: steps in a row without a finite update, after which the run stops.
+    """
+
+    name: str
+    unit = "step"
+    shown: tuple[str, ...]
+    directory: Path
+    total: int
+    every = 1
+    max_nonfinite = 1
+
+    def claim(self) -> Result | None:
+        """Takes the run's directory; the result if the run has come to its end before."""
+        return None
+
+    @abstractmethod
+    def begin(self) -> tuple[State, Store[State]]:
+        """Loads what the steps need: the state before the first, and where states are kept."""
+
+    @abstractmethod
+    def step(self, state: State, number: int) -> tuple[State, dict[str, Scalar]]:
+        """The step of that number, counted from 1, which uses the state up; and its metrics.
+
+        Raises Preempted only while the state given is whole: it is saved then.
+        """
+
+    @abstractmethod
+    def finish(self, state: State) -> Result:
+        """Makes the result of the last state, which is saved."""
+
+    def position(self) -> dict[str, Any]:
+        """Where the run goes on, beside the step: JSON values that are saved with the state."""
+        return {}
+
+    def move(self, position: Mapping[str, Any]) -> None:
+        """Goes to where `position` says."""
+
+    def value(self, metrics: Mapping[str, Scalar]) -> float | None:
+        """How good the state after a step is, the larger, the better; None if none can tell."""
+        return None
+
+    def check(self, number: int, metrics: Mapping[str, Scalar]) -> None:
+        """Raises FloatingPointError where the run must not go on."""
+
+
+def run(body: Body[State, Result], report: Report | None = None) -> Result:
+    """Runs a body to its end, or goes on with it.
+
+    Args:
+      report: called with the metrics of every step, in place of a progress line.
+
+    Raises ValueError for a directory of another run, OSError where it cannot write,
+    FloatingPointError after `max_nonfinite` steps, Preempted after SIGTERM.
+    """
+    if (result := body.claim()) is not None:
+        return result
+    with sigterm.watched():
+        state, store = body.begin()
+        with store:
+            start, guard, value = 0, NonfiniteGuard(body.max_nonfinite), None
+            if found := store.restore(state):
+                start, state, position = found
+                guard.in_a_row = position.get("nonfinite_in_a_row", 0)
+                body.move(position)
+            arguments = body.name, body.directory, body.total, start, body.shown, report, body.unit
+            with RunLog(*arguments) as log:
+                for number in range(start + 1, body.total + 1):
+                    position = _position(body, guard)
+                    try:
+                        state, metrics = body.step(state, number)
+                    except sigterm.Preempted:
+                        store.save(number - 1, state, position, value)
+                        raise
+                    metrics |= {"step": number} | guard.count(metrics)
+                    log.write(metrics)
+                    guard.check(number)
+                    body.check(number, metrics)
+                    value, ending = body.value(metrics), sigterm.wanted()
+                    if number % body.every == 0 or number == body.total or ending:
+                        store.save(number, state, _position(body, guard), value)
+                    if ending:
+                        raise sigterm.Preempted
+        return body.finish(state)
+
+
+def _position(body: Body, guard: NonfiniteGuard) -> dict[str, Any]:
+    return body.position() | {"nonfinite_in_a_row": guard.in_a_row}
