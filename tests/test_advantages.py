@@ -1,11 +1,8 @@
 """Advantages: the golden values, and what must hold for any rewards and groups."""
 
-import gzip
-import json
-
 import numpy as np
 import pytest
-from conftest import shared_path
+from conftest import read_golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -31,8 +28,7 @@ def members(groups):
 
 @pytest.fixture(scope="module")
 def golden():
-    with gzip.open(shared_path("golden/advantages_losses.json.gz")) as file:
-        return json.load(file)["advantages"]
+    return read_golden("advantages_losses")["advantages"]
 
 
 def test_group_std_matches_the_golden_values(golden):

@@ -1,7 +1,5 @@
 """Answers: what is extracted, agreement with the golden verdicts, and no input that breaks it."""
 
-import gzip
-import json
 import random
 import subprocess
 import sys
@@ -12,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from answer_cases import EQUAL, UNEQUAL
-from conftest import shared_path
+from conftest import read_golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -262,8 +260,7 @@ def test_every_text_has_a_form_that_equals_itself(text):
 
 
 def test_agreement_with_the_golden_verdicts(record_property):
-    with gzip.open(shared_path("golden/answers.json.gz")) as file:
-        cases = json.load(file)["cases"]
+    cases = read_golden("answers")["cases"]
     verdicts = equal_many([(case["prediction"], case["reference"]) for case in cases])
     wrong = [c for c, verdict in zip(cases, verdicts, strict=True) if verdict != c["equal"]]
     settled = [case for case in cases if not case["contestable"]]

@@ -1,10 +1,7 @@
 """The format checks: one broken rule at a time, and the golden cases."""
 
-import gzip
-import json
-
 import pytest
-from conftest import shared_path
+from conftest import read_golden, shared_path
 
 from npr_jax.tree import TAG_NAMES, TagIds, parse
 from npr_jax.tree.format import check_block, check_format
@@ -88,8 +85,7 @@ def test_check_block_names_the_first_broken_rule():
 
 def test_golden():
     """The independent check of the golden file; it has a minimum length that we do not ask for."""
-    with gzip.open(shared_path("golden/format_reward.json.gz")) as file:
-        cases = json.load(file)["cases"]
+    cases = read_golden("format_reward")["cases"]
     import transformers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(shared_path("qwen3_tokenizer"))

@@ -1,21 +1,17 @@
 """Losses: golden values and gradients, and what a sum over masked tokens must satisfy."""
 
-import gzip
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import shared_path
+from conftest import read_golden
 
 from npr_jax.train.losses import dapo, papo, sft
 
 
 @pytest.fixture(scope="module")
 def golden():
-    with gzip.open(shared_path("golden/advantages_losses.json.gz")) as file:
-        return json.load(file)["losses"]
+    return read_golden("advantages_losses")["losses"]
 
 
 @pytest.fixture

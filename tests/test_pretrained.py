@@ -1,13 +1,11 @@
 """Loading and saving: safetensors both ways, tokenizers, and the rows of the tags."""
 
 import dataclasses
-import gzip
-import json
 
 import jax
 import numpy as np
 import pytest
-from conftest import shared_path
+from conftest import read_golden, shared_path
 from safetensors.numpy import load_file, save_file
 
 import npr_jax
@@ -127,8 +125,7 @@ def test_the_demo_alphabet(tmp_path):
 def qwen():
     import transformers
 
-    with gzip.open(shared_path("golden/tokenizer_cases.json.gz")) as file:
-        cases = json.load(file)
+    cases = read_golden("tokenizer_cases")
     return transformers.AutoTokenizer.from_pretrained(shared_path("qwen3_tokenizer")), cases
 
 

@@ -1,12 +1,11 @@
 """The layout of a trace: against brute force, against the golden cases, packed and grouped."""
 
-import gzip
 import json
 
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-from conftest import shared_path
+from conftest import read_golden, shared_path
 from hypothesis import given, settings
 
 from npr_jax.tree import (
@@ -267,8 +266,7 @@ def test_arguments_are_checked():
 
 @pytest.fixture(scope="module")
 def golden():
-    with gzip.open(shared_path("golden/parallel_mask.json.gz")) as file:
-        data = json.load(file)
+    data = read_golden("parallel_mask")
     # White space is told from the text of single tokens; in Qwen3 these occur in the cases.
     import transformers
 
