@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from npr_jax.demo import run
-from npr_jax.demo.evaluate import shortfalls
+from npr_jax.demo.table import shortfalls
 
 
 def main() -> None:

@@ -9,9 +9,10 @@ from train_toy import encode, problem, tiny
 
 from npr_jax.base.config import load_config
 from npr_jax.decode.trajectory import Trajectory
+from npr_jax.evaluate.judge import Answer
 from npr_jax.runs.guards import check_gap
 from npr_jax.train import beta, papo, zero
-from npr_jax.train.rollout import Rollout, summary
+from npr_jax.train.rollout import summary
 from npr_jax.tree import parse
 from npr_jax.tree.format import Violation
 
@@ -50,13 +51,13 @@ def judged(model, correct, violations=(), seed=0, reason="stop", length=None):
         text="",
         finish_reason=reason,
         detail="",
-        stats={"branches": tree.num_branches, "tokens": tree.total_len, "critical_path": 1},
+        stats={},
     )
-    return Rollout(trajectory, list(violations), correct)
+    return Answer(trajectory, list(violations), None, correct)
 
 
 def collect(stage, config, groups, monkeypatch, model):
-    monkeypatch.setattr(stage, "roll_out", lambda *_: groups)
+    monkeypatch.setattr(stage, "roll_out", lambda *_: dict(enumerate(groups)))
     return stage.collect_groups(FakeEngine(model), FakeFeed(), 1, config)
 
 
@@ -173,16 +174,16 @@ def test_beta_accepts_only_what_is_finished_well_formed_right_and_short_enough(m
 
 def test_the_parts_of_the_reward_add_up_to_it(model):
     config = load_config(zero.ZeroConfig, "tiny_zero", ["overlong_buffer=150", "max_tokens=160"])
-    rollouts = [judged(model, True), judged(model, False), judged(model, True, BAD)]
-    rewards = [zero.reward_of(rollout, config) for rollout in rollouts]
-    parts = zero.reward_parts(rollouts, rewards, config.reward)
+    answers = [judged(model, True), judged(model, False), judged(model, True, BAD)]
+    rewards = [zero.reward_of(answer, config) for answer in answers]
+    parts = zero.reward_parts(answers, rewards, config.reward)
     assert sum(parts.values()) == pytest.approx(np.mean(rewards))
     assert parts["format"] == pytest.approx(rewards[2] / 3)
     assert parts["accuracy"] == 0 and parts["overlong"] < 0
     config = dataclasses.replace(config, reward="accuracy", overlong_buffer=0)
-    rewards = [zero.reward_of(rollout, config) for rollout in rollouts]
+    rewards = [zero.reward_of(answer, config) for answer in answers]
     assert rewards == [1, -1, 1]  # the last breaks the format
-    parts = zero.reward_parts(rollouts, rewards, config.reward)
+    parts = zero.reward_parts(answers, rewards, config.reward)
     assert parts == {"format": 0, "accuracy": pytest.approx(1 / 3), "overlong": pytest.approx(0)}
 
 

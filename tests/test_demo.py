@@ -13,8 +13,8 @@ from npr_jax.answers import equal, extract
 from npr_jax.base.config import load_config
 from npr_jax.data.prompts import prompt_ids
 from npr_jax.demo import task
-from npr_jax.demo.evaluate import CHECKS, RATES, shortfalls
-from npr_jax.demo.report import write_report
+from npr_jax.demo.page import write_page
+from npr_jax.demo.table import CHECKS, RATES, shortfalls
 from npr_jax.demo.task import DEFECTS, Teacher, ideal, make_tasks, true_value, write
 from npr_jax.model.tokenizer import demo_tokenizer
 from npr_jax.report.svg import draw_tree, tree_svg
@@ -140,7 +140,7 @@ def test_the_report_has_the_table_the_curves_and_the_answers(tmp_path):
     report_toy.write_traces(tmp_path / "traces" / "papo.parallel.jsonl", [shown] * 3)
     row = {"format": 1.0, "accuracy": 0.94, "tokens": 85.0}
     rows = {"papo parallel": row}
-    write_report(tmp_path, rows, shown, {"zero": "seed: <3>"}, {"zero": 61.2})
+    write_page(tmp_path, rows, shown, {"zero": "seed: <3>"}, {"zero": 61.2})
     page = (tmp_path / "index.html").read_text(encoding="utf-8")
     for part in ("<td>0.94</td>", "papo parallel", "Stages: zero 61 s", "seed: &lt;3&gt;"):
         assert part in page

@@ -14,9 +14,10 @@ import pytest
 import report_toy as toy
 from rich.console import Console
 
-from npr_jax.report import data, html, terminal
+from npr_jax.evaluate.judge import count
+from npr_jax.report import content, html, terminal
+from npr_jax.report.content import shares
 from npr_jax.report.curves import charts_of, thinned
-from npr_jax.report.data import Fact, shares
 from npr_jax.report.lines import sections, visible
 from npr_jax.report.svg import histogram, tree_svg
 from npr_jax.report.visibility import rectangles, visibility_svg
@@ -174,8 +175,11 @@ def test_curves_leave_out_what_is_not_finite_and_thin_long_lines():
 
 
 def test_accuracy_is_that_of_answers_of_like_length():
-    facts = [Fact(10 * i, 10 * i, 1, 0, 0, i < 20) for i in range(40)]
-    points = html.accuracy_by_tokens([*facts, Fact(1, 1, 1, 0, 0, None)])
+    def figures(tokens, correct):
+        return count(layout(tokens), "stop", True, None, correct)
+
+    judged = [figures(10 * i, i < 20) for i in range(40)]
+    points = html.accuracy_by_tokens([*judged, figures(1, None)])
     assert len(points) == 8 and points[0] == (20.0, 1.0) and points[-1] == (370.0, 0.0)
     assert html.accuracy_by_tokens([]) == []
 
@@ -188,16 +192,16 @@ def test_bars_are_shares():
 
 def test_a_directory_with_nothing_and_a_broken_file_are_errors(tmp_path):
     with pytest.raises(ValueError, match="is no directory"):
-        data.read(tmp_path / "none")
+        content.read(tmp_path / "none")
     with pytest.raises(ValueError, match=r"neither results\.json nor metrics\.jsonl"):
-        data.read(tmp_path)
+        content.read(tmp_path)
     (tmp_path / "traces").mkdir()
     (tmp_path / "traces" / "x.jsonl").write_text('{"problem": 1}\n')
     with pytest.raises(ValueError, match=r"x\.jsonl:1: this is no trace"):
-        data.read(tmp_path)
+        content.read(tmp_path)
     (tmp_path / "results.json").write_text("{")
     with pytest.raises(ValueError, match=r"results\.json is not valid JSON"):
-        data.read(tmp_path)
+        content.read(tmp_path)
 
 
 def covered(tree):

@@ -13,13 +13,13 @@ import npr_jax
 from npr_jax.answers import equal, extract
 from npr_jax.base.config import load_config
 from npr_jax.decode import Engine, SamplingParams
+from npr_jax.evaluate.judge import Answer
 from npr_jax.evaluate.traces import read_traces
 from npr_jax.model.pretrained import load
 from npr_jax.report import html
 from npr_jax.runs import loop
 from npr_jax.runs.metrics import read_metrics
 from npr_jax.train import beta, papo, zero
-from npr_jax.train.rollout import Rollout
 from npr_jax.tree import parse
 from npr_jax.tree.format import check_format
 
@@ -155,12 +155,12 @@ def test_papo_can_penalise_what_is_no_tree(home, tmp_path):
     for malformed, rewards in (("filter", [None, None]), ("penalty", [-2.0, None])):
         settings = config(home, "papo", tmp_path, f"malformed={malformed}")
         found = [
-            papo.reward_of(Rollout(trajectory, [], True), model.tags, settings)
+            papo.reward_of(Answer(trajectory, [], None, True), model.tags, settings)
             for trajectory in (cut, aborted)
         ]
         assert found == rewards
         for correct, reward in ((True, 1.0), (False, -1.0)):
-            assert papo.reward_of(Rollout(whole, [], correct), model.tags, settings) == reward
+            assert papo.reward_of(Answer(whole, [], None, correct), model.tags, settings) == reward
     with pytest.raises(ValueError, match="malformed is 'drop'"):
         config(home, "papo", tmp_path, "malformed=drop")
 

@@ -5,7 +5,9 @@ import pytest
 from train_toy import tiny
 
 from npr_jax.data.prompts import prompt_ids
+from npr_jax.data.sources import Problem
 from npr_jax.decode import Engine, EngineConfig, SamplingParams
+from npr_jax.evaluate.judge import Answer
 from npr_jax.evaluate.traces import make_trace, read_trace, read_traces
 
 
@@ -25,9 +27,9 @@ def answers():
 
 def test_what_is_written_is_read(answers, tmp_path):
     model, answers = answers
-    about = {"problem": "A:1+2;B:3+4?", "reference": "0", "prediction": "0", "correct": True}
+    question = Problem("A:1+2;B:3+4?", "0")
     traces = [
-        make_trace(answer, model.tokenizer, violations=[], id=str(i), **about)
+        make_trace(Answer(answer, [], "0", True), model.tokenizer, question, id=str(i))
         for i, answer in enumerate(answers)
     ]
     path = tmp_path / "traces.jsonl"

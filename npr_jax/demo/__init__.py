@@ -18,18 +18,18 @@ from npr_jax.base.config import dump_config, load_config
 from npr_jax.data.problems import Problem
 from npr_jax.data.prompts import prompt_ids
 from npr_jax.decode import Engine
-from npr_jax.demo.evaluate import MODES, RATES, evaluate, shortfalls
-from npr_jax.demo.report import write_report
+from npr_jax.demo.page import write_page
+from npr_jax.demo.table import MODES, RATES, evaluate, shortfalls
 from npr_jax.demo.task import Teacher, make_tasks
-from npr_jax.evaluate.traces import Trace, read_traces, write_traces
+from npr_jax.evaluate.judge import Answer
+from npr_jax.evaluate.traces import Trace, make_trace, read_traces, write_traces
 from npr_jax.model.pretrained import Model, load, save
 from npr_jax.report import html
 from npr_jax.report.svg import draw_tree
 from npr_jax.runs.directory import claim
 from npr_jax.train import beta, fit, papo, zero
 from npr_jax.train.optimizer import OptimizerConfig
-from npr_jax.train.packing import Example
-from npr_jax.train.rollout import trace_of
+from npr_jax.train.packing import Example, loss_mask
 from npr_jax.train.step import TrainConfig
 from npr_jax.tree import layout
 
@@ -95,7 +95,7 @@ def run(seed: int, output: Path, check: bool = False) -> int:
     settings = {"seed model": dump_config(SEED_FIT)} | {
         stage: dump_config(config) for stage, config in configs.items()
     }
-    write_report(output, results.rows, shown, settings, results.seconds)
+    write_page(output, results.rows, shown, settings, results.seconds)
     console.print(_table(results.rows))
     tree = draw_tree(shown.pieces, shown.layout)
     console.print(tree, highlight=False, markup=False, emoji=False)
@@ -128,11 +128,11 @@ def measure(
     prompts = [prompt_ids(model.tokenizer, problem.problem) for problem in problems]
     engine = Engine(model, config.engine)
     parallel = mode == "parallel"
-    row, rollouts = evaluate(engine, problems, prompts, parallel, config.max_tokens, seed)
-    best = max(range(len(rollouts)), key=lambda i: _worth_showing(rollouts[i]))
-    chosen = [best, *(i for i in range(min(SHOWN, len(rollouts))) if i != best)]
+    row, answers = evaluate(engine, problems, prompts, parallel, config.max_tokens, seed)
+    best = max(range(len(answers)), key=lambda i: _worth_showing(answers[i]))
+    chosen = [best, *(i for i in range(min(SHOWN, len(answers))) if i != best)]
     return row, [
-        trace_of(rollouts[i], model.tokenizer, problems[i], id=f"problem {i}") for i in chosen
+        make_trace(answers[i], model.tokenizer, problems[i], id=f"problem {i}") for i in chosen
     ]
 
 
@@ -145,8 +145,8 @@ def make_seed(seed: int, output: Path, held_out: set[str]) -> None:
         prompt = prompt_ids(model.tokenizer, task.problem)
         text = teacher.answer(task, rng)
         ids = [*prompt, *model.tokenizer.encode(text), model.tokenizer.eos_token_id]
-        mask = np.arange(len(ids)) >= len(prompt)
-        examples.append(Example(ids, layout(len(ids), prompt_len=len(prompt)), mask))
+        tree = layout(len(ids), prompt_len=len(prompt))
+        examples.append(Example(ids, tree, loss_mask(tree)))
     trained = fit.fit(model, examples, SEED_FIT, output / "seed", seed, "seed")
     save(trained, output / "seed" / "final")
 
@@ -164,9 +164,9 @@ def _paths(stage: str, output: Path) -> list[str]:
     return [f"{key}={json.dumps(str(value))}" for key, value in values.items()]
 
 
-def _worth_showing(rollout) -> tuple:
-    stats = rollout.trajectory.stats
-    return rollout.correct and not rollout.violations, stats["branches"], stats["tokens"]
+def _worth_showing(answer: Answer) -> tuple:
+    figures = answer.figures
+    return figures.correct and figures.formed, figures.branches, figures.tokens
 
 
 class _Results:

@@ -1,1 +1,1 @@
-"""Evaluation: benchmarks (where problems come from), metrics (pure functions), run (decoding)."""
+"""Evaluation: an answer judged (judge), kept as a file (traces), and summed up (statistics)."""

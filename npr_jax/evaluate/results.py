@@ -14,7 +14,8 @@ from npr_jax.base.config import dump_config
 from npr_jax.base.files import write_atomically
 from npr_jax.base.mesh import describe
 from npr_jax.data.benchmarks import Source
-from npr_jax.evaluate.metrics import Answer, Timing, speeds, summarize
+from npr_jax.evaluate.judge import Figures
+from npr_jax.evaluate.statistics import Timing, speeds, summarize
 
 TIMING = "timing.jsonl"  # a line for each answer: run, seconds since the one before, tokens
 _PACKAGES = ("jax", "jaxlib", "numpy", "transformers", "math-verify")
@@ -45,26 +46,26 @@ def sum_up(
     results: dict,
     output: Path,
     runs: Sequence[Run],
-    answers: Sequence[dict[tuple[str, int], Answer]],
+    answers: Sequence[dict[tuple[str, int], Figures]],
     samples: int,
 ) -> None:
     """Enters a benchmark into the results, and writes them. `runs` are the benchmark and, if there
-    is one, its sequential baseline; `answers` have their answers by (id, sample)."""
+    is one, its sequential baseline; `answers` have the figures of theirs by (id, sample)."""
     timings = [_timing(output, run) for run in runs]
     baseline = timings[1] if len(runs) > 1 else None
     for run, done, timing in zip(runs, answers, timings, strict=True):
-        problems = [[done[id, i] for i in range(samples)] for id in run.prompts]
+        problems = {id: [done[id, i] for i in range(samples)] for id in run.prompts}
         compared = baseline if run is runs[0] else None
         results["benchmarks"][run.name] = {
             "problems": len(problems),
             "samples": samples,
             "origin": run.source.origin,
             "parallel": run.parallel,
-            "metrics": summarize(problems) | speeds(timing, compared),
+            "metrics": summarize(list(problems.values())) | speeds(timing, compared),
             "timing": timing._asdict(),
             "by_problem": [
-                {"id": group[0].id, "correct": sum(a.correct for a in group), "samples": samples}
-                for group in problems
+                {"id": id, "correct": sum(a.correct for a in group), "samples": samples}
+                for id, group in problems.items()
             ],
         }
     write_atomically(output / "results.json", json.dumps(results, indent=1).encode())

@@ -8,26 +8,24 @@ so that it does not depend on what else is decoded, nor on where an evaluation w
 """
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from npr_jax.answers import equal, extract
 from npr_jax.base.compile_cache import DEFAULT_CACHE, use_cache
 from npr_jax.base.config import dump_config
 from npr_jax.base.files import cut_half_line
 from npr_jax.base.progress import Progress
+from npr_jax.base.seeds import seed_of
 from npr_jax.data.benchmarks import Question, Source, read_benchmark, split
 from npr_jax.data.prompts import INSTRUCTION, prompt_ids
-from npr_jax.decode import Engine, EngineConfig, SamplingParams, Trajectory
+from npr_jax.decode import Engine, EngineConfig, SamplingParams
 from npr_jax.evaluate.generate import compile_all
-from npr_jax.evaluate.metrics import Answer, measure
+from npr_jax.evaluate.judge import Figures, judge
 from npr_jax.evaluate.results import TIMING, Run, begin, sum_up
-from npr_jax.evaluate.traces import Trace, make_trace, read_traces
+from npr_jax.evaluate.traces import make_trace, read_traces
 from npr_jax.model.pretrained import Model, load
 from npr_jax.runs.directory import claim
-from npr_jax.tree.format import check_format
 
 # What may change from call to call: every answer that is there stays what it would be.
 _FREE = ("benchmarks", "samples", "data", "baseline", "compilation_cache")
@@ -110,12 +108,6 @@ def evaluate(config: EvalConfig, tell: Callable[[str], None] = lambda line: None
     return results
 
 
-def seed_of(seed: int, benchmark: str, question: str, sample: int) -> int:
-    """The seed of one answer, below 2**32."""
-    text = json.dumps([seed, benchmark, question, sample])
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
-
-
 def _check(model: Model, config: EvalConfig, tell: Callable[[str], None]) -> None:
     if model.tokenizer is None:
         raise ValueError(f"{config.model} has no tokenizer, and evaluation needs one")
@@ -152,8 +144,8 @@ def _path(output: Path, run: Run) -> Path:
     return output / "traces" / f"{run.name}.jsonl"
 
 
-def _resume(output: Path, run: Run) -> dict[tuple[str, int], Answer]:
-    """The answers of a run that are there; a last one that was not written whole is cut off."""
+def _resume(output: Path, run: Run) -> dict[tuple[str, int], Figures]:
+    """The figures of the answers that are there; a last one that was not written whole is cut."""
     path = _path(output, run)
     if not path.exists():
         return {}
@@ -166,7 +158,7 @@ def _resume(output: Path, run: Run) -> dict[tuple[str, int], Answer]:
                 f"{path}:{number} answers problem {trace.id!r}, which {run.source.origin} does "
                 "not have, or not so: set another output"
             )
-        done[trace.id, trace.sample] = measure(trace)
+        done[trace.id, trace.sample] = trace.figures
     return done
 
 
@@ -179,11 +171,12 @@ def _decode(
     engine: Engine,
     run: Run,
     todo: Sequence[tuple[Question, int]],
-    done: dict[tuple[str, int], Answer],
+    done: dict[tuple[str, int], Figures],
     config: EvalConfig,
     output: Path,
 ) -> None:
-    """Decodes `todo`, appends each answer to the run's file as it finishes, and adds it to `done`.
+    """Decodes `todo`, appends each answer to the run's file as it finishes, and adds its
+    figures to `done`.
 
     The clock is the engine's, which stands still while answers are judged. Its reading goes to
     timing.jsonl with every answer, so that a run which is cut off and gone on with adds up.
@@ -204,40 +197,19 @@ def _decode(
         Progress(run.name, len(todo) + len(done), "answer", len(done)) as progress,
     ):
         since = begun = engine.stats()["seconds"]
-        tokens, right = 0, sum(answer.correct for answer in done.values())
+        tokens, right = 0, sum(figures.correct for figures in done.values())
         for event in engine.stream(tokens=False):
             if event.kind != "finish":
                 continue
             question, i = of_request[event.request]
-            trace = _judge(engine, event.trajectory, question, benchmark=name, sample=i)
-            file.write(trace.dumps() + "\n")
+            (answer,) = judge(engine, [event.trajectory], [question.answer])
+            about = {"benchmark": name, "id": question.id, "sample": i}
+            file.write(make_trace(answer, engine.tokenizer, question, **about).dumps() + "\n")
             file.flush()
-            answer = done[question.id, i] = measure(trace)
+            figures = done[question.id, i] = answer.figures
             now = engine.stats()["seconds"]
-            record = {"run": run.name, "seconds": now - since, "tokens": answer.tokens}
+            record = {"run": run.name, "seconds": now - since, "tokens": figures.tokens}
             times.write(json.dumps(record) + "\n")
             times.flush()
-            since, tokens, right = now, tokens + answer.tokens, right + answer.correct
+            since, tokens, right = now, tokens + figures.tokens, right + figures.correct
             progress.advance(1, {"right": right / len(done), "tokens/s": tokens / (now - begun)})
-
-
-def _judge(engine: Engine, answer: Trajectory, question: Question, **about) -> Trace:
-    prediction = extract(answer.text or "")
-    if engine.tags is None:
-        violations = ["the tokenizer has no tags"]
-    else:
-        found = check_format(
-            answer.token_ids, answer.prompt_len, engine.tags, engine.config.max_branches
-        )
-        violations = [violation.reason for violation in found]
-    return make_trace(
-        answer,
-        engine.tokenizer,
-        problem=question.problem,
-        reference=question.answer,
-        prediction=prediction,
-        correct=equal(prediction, question.answer),
-        violations=violations,
-        id=question.id,
-        **about,
-    )

@@ -5,6 +5,7 @@ token has its text beside its id, and the spans of the blocks give the layout ba
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -12,8 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from npr_jax.base.files import write_atomically, writing
-from npr_jax.decode import Trajectory
+from npr_jax.data.benchmarks import Question
+from npr_jax.data.sources import Problem
 from npr_jax.decode.events import TextPieces
+from npr_jax.evaluate.judge import Answer, Figures, count
 from npr_jax.tree import Block, TreeLayout, layout
 
 
@@ -54,11 +57,17 @@ class Trace:
     id: str = ""
     sample: int = 0
 
-    @property
+    @functools.cached_property
     def layout(self) -> TreeLayout:
         """Positions, visibility and predictors of the tokens."""
         forced = np.array(self.forced, bool)
         return layout(len(self.token_ids), self.blocks, self.prompt_len, forced)
+
+    @functools.cached_property
+    def figures(self) -> Figures:
+        """What is counted of it."""
+        formed = not self.violations
+        return count(self.layout, self.finish_reason, formed, self.prediction, self.correct)
 
     @property
     def text(self) -> str:
@@ -71,21 +80,36 @@ class Trace:
         return json.dumps(values, ensure_ascii=False, separators=(",", ":"))
 
 
-def make_trace(answer: Trajectory, tokenizer, **about) -> Trace:
-    """The trace of an answer; `about` are the fields that the trajectory does not have."""
-    first = answer.step[answer.step >= 0].min(initial=np.iinfo(np.int32).max)
+def make_trace(
+    answer: Answer,
+    tokenizer,
+    problem: Problem | Question,
+    benchmark: str = "",
+    id: str = "",
+    sample: int = 0,
+) -> Trace:
+    """The trace of an answer to `problem`; the rest says which answer it is."""
+    made = answer.trajectory
+    first = made.step[made.step >= 0].min(initial=np.iinfo(np.int32).max)
     pieces = TextPieces(tokenizer)
     return Trace(
-        token_ids=answer.token_ids.tolist(),
-        pieces=[pieces.add(token) for token in answer.token_ids.tolist()],
-        prompt_len=answer.prompt_len,
-        logp=[round(x, 4) for x in answer.logp.tolist()],
-        step=np.where(answer.step < 0, -1, answer.step - first).tolist(),
-        forced=answer.forced.tolist(),
-        blocks=answer.layout.blocks,
-        finish_reason=answer.finish_reason,
-        detail=answer.detail,
-        **about,
+        problem=problem.problem,
+        reference=problem.answer,
+        token_ids=made.token_ids.tolist(),
+        pieces=[pieces.add(token) for token in made.token_ids.tolist()],
+        prompt_len=made.prompt_len,
+        logp=[round(x, 4) for x in made.logp.tolist()],
+        step=np.where(made.step < 0, -1, made.step - first).tolist(),
+        forced=made.forced.tolist(),
+        blocks=made.layout.blocks,
+        prediction=answer.prediction,
+        correct=answer.correct,
+        violations=[violation.reason for violation in answer.violations],
+        finish_reason=made.finish_reason,
+        detail=made.detail,
+        benchmark=benchmark,
+        id=id,
+        sample=sample,
     )
 
 

@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from npr_jax.base.files import write_atomically, writing
+from npr_jax.evaluate.judge import Figures
+from npr_jax.report.content import Content, read
 from npr_jax.report.curves import curve_charts
-from npr_jax.report.data import Content, Fact, read
 from npr_jax.report.lines import visible
 from npr_jax.report.svg import chart, histogram
 
@@ -25,7 +26,7 @@ _BINS = 8  # of the charts of accuracy and of lengths
 
 
 def write(directory: str | Path, most: int = 1000) -> Path:
-    """Writes `directory`/index.html about what is there (`data.read`); returns its path."""
+    """Writes `directory`/index.html about what is there (`content.read`); returns its path."""
     return write_page(Path(directory) / "index.html", page(read(directory, most)))
 
 
@@ -41,15 +42,15 @@ def page(content: Content, sections: Mapping[str, str] | None = None) -> str:
     found = dict(sections or {})
     if content.results and "benchmarks" in content.results:
         found["Summary"] = summary_table(content.results["benchmarks"])
-    elif content.facts and not content.curves:
+    elif content.figures and not content.curves:
         found["Summary"] = (
             "<p>There is no results.json yet: this is what the answers so far tell.</p>"
         )
     if content.curves:
         found["Learning curves"] = curve_charts(content.curves)
-    elif content.facts:
-        found["Answers in figures"] = answer_charts(content.facts)
-    if content.shown:
+    elif content.figures:
+        found["Answers in figures"] = answer_charts(content.figures)
+    if content.packed:
         found["Answers"] = viewer(content)
     found["Settings"] = settings(content)
     names = {title: title.lower().replace(" ", "-") for title in found}
@@ -107,19 +108,19 @@ def number(value: float) -> str:
     return f"{value:.3f}" if abs(value) < 1 else f"{value:.3g}"
 
 
-def answer_charts(facts: Mapping[str, Sequence[Fact]]) -> str:
+def answer_charts(figures: Mapping[str, Sequence[Figures]]) -> str:
     """Accuracy against tokens, lengths and widths, a row of charts per benchmark."""
     parts = []
-    names = dict.fromkeys(name.removesuffix(_BASELINE) for name in facts)
+    names = dict.fromkeys(name.removesuffix(_BASELINE) for name in figures)
     for number, name in enumerate(names):
         found = {
-            label: facts[key]
+            label: figures[key]
             for label, key in (("parallel", name), ("sequential", name + _BASELINE))
-            if facts.get(key)
+            if figures.get(key)
         }
         if not found:
             continue
-        everything = [fact for group in found.values() for fact in group]
+        everything = [answer for group in found.values() for answer in group]
         lengths = np.linspace(0, max(max(f.tokens for f in everything), 1), 2 * _BINS + 1)
         widest = max(f.width for f in everything)
         widths = np.arange(widest + 1) + 0.5
@@ -154,13 +155,13 @@ def answer_charts(facts: Mapping[str, Sequence[Fact]]) -> str:
     return "".join(parts)
 
 
-def _each(found: Mapping[str, Sequence[Fact]], name: str) -> dict[str, list[int]]:
-    return {label: [getattr(fact, name) for fact in group] for label, group in found.items()}
+def _each(found: Mapping[str, Sequence[Figures]], name: str) -> dict[str, list[int]]:
+    return {label: [getattr(answer, name) for answer in group] for label, group in found.items()}
 
 
-def accuracy_by_tokens(facts: Sequence[Fact]) -> list[tuple[float, float]]:
+def accuracy_by_tokens(figures: Sequence[Figures]) -> list[tuple[float, float]]:
     """(mean tokens, accuracy) of answers of like length, in at most eight sets of equal size."""
-    judged = sorted((fact for fact in facts if fact.correct is not None), key=lambda f: f.tokens)
+    judged = sorted((f for f in figures if f.correct is not None), key=lambda f: f.tokens)
     sets = np.array_split(np.arange(len(judged)), max(1, min(_BINS, len(judged) // 5)))
     return [
         (
@@ -192,23 +193,23 @@ def settings(content: Content) -> str:
 
 def viewer(content: Content) -> str:
     """The viewer's data and program; the program makes its own elements."""
-    left = content.num_answers - len(content.shown)
-    told = f"{len(content.shown):,} answers."
+    left = content.num_answers - len(content.packed)
+    told = f"{len(content.packed):,} answers."
     if left:
         told = (
-            f"{len(content.shown):,} of {content.num_answers:,} answers, spread evenly; {left:,} "
+            f"{len(content.packed):,} of {content.num_answers:,} answers, spread evenly; {left:,} "
             "are left out of this page (<code>npr-jax report DIR --answers N</code> shows more)."
         )
-    packed = "".join(
-        f'<script type="text/plain" id="answer-{i}">{answer.packed}</script>'
-        for i, answer in enumerate(content.shown)
+    scripts = "".join(
+        f'<script type="text/plain" id="answer-{i}">{packed}</script>'
+        for i, packed in enumerate(content.packed)
     )
     program = "".join(map(_asset, ("trace.js", "answer.js", "viewer.js")))
-    rows = _json([answer.row for answer in content.shown])
+    rows = _json(content.rows)
     return (
         f'<p>{told} Press <kbd>?</kbd> for the keys.</p><div id="viewer"></div>'
         "<noscript><p>The viewer needs JavaScript.</p></noscript>"
-        f'<script type="application/json" id="rows">{rows}</script>{packed}'
+        f'<script type="application/json" id="rows">{rows}</script>{scripts}'
         f'<script type="module">{program}</script>'
     )
 

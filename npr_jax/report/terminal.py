@@ -80,9 +80,10 @@ def draw(trace: Trace, width: int) -> Group:
     """The whole answer, to be printed on a console of that width."""
     tree = trace.layout
     steps = max(trace.step, default=-1) + 1
+    found = trace.figures
     figures = (
-        f"{tree.total_len} tokens, critical path {tree.critical_path_len}, width {tree.width}, "
-        f"depth {tree.depth}, {steps} decode steps, finished by {trace.finish_reason}"
+        f"{found.tokens} tokens, critical path {found.critical_path}, width {found.width}, "
+        f"depth {found.depth}, {steps} decode steps, finished by {trace.finish_reason}"
     )
     title = " ".join(visible(x) for x in (trace.benchmark, trace.id, f"sample {trace.sample}") if x)
     parts = [

@@ -16,20 +16,21 @@ from pathlib import Path
 from jax.sharding import Mesh
 
 from npr_jax.base.config import dump_config
-from npr_jax.base.distributed import gather, gather_all, is_main, mine
+from npr_jax.base.distributed import gather, gather_all, is_main
 from npr_jax.base.files import write_atomically, writing
 from npr_jax.base.mesh import MeshConfig, local_decode_mesh, make_mesh
 from npr_jax.base.progress import Scalar
 from npr_jax.data.problems import read_problems, shuffled
 from npr_jax.decode import Engine, EngineConfig, SamplingParams
+from npr_jax.evaluate.judge import Answer
 from npr_jax.model.pretrained import Model, load, publish_model
 from npr_jax.runs import loop, sigterm
 from npr_jax.runs.directory import claim
 from npr_jax.runs.log import Report
 from npr_jax.runs.loop import Body
 from npr_jax.train.fit import FitConfig, fit
-from npr_jax.train.packing import Example
-from npr_jax.train.rollout import BETA, Rollout, encode_problems, engine_params, roll_out
+from npr_jax.train.packing import Example, loss_mask
+from npr_jax.train.rollout import BETA, encode_problems, engine_params, roll_out
 from npr_jax.tree import TagIds, TraceError, layout, parse
 from npr_jax.tree.canonical import canonical
 
@@ -249,12 +250,12 @@ def _sample_batch(
         if not lacking:
             break
         prompts = [batch[i][1] for i in lacking]
-        answers = [batch[i][0].answer for i in lacking]
-        rollouts = roll_out(engine, prompts, answers, sampling, (*seeds, attempt))
+        references = [batch[i][0].answer for i in lacking]
+        answers = roll_out(engine, prompts, references, sampling, (*seeds, attempt))
         accepted = [
-            (i, rollout.trajectory.token_ids.tolist(), rollout.trajectory.text)
-            for i, (rollout,) in zip(mine(lacking), rollouts, strict=True)
-            if accepts(rollout, engine.tags, row_len)
+            (lacking[number], answer.trajectory.token_ids.tolist(), answer.trajectory.text)
+            for number, (answer,) in answers.items()
+            if accepts(answer, engine.tags, row_len)
         ]
         for i in lacking:
             records[i]["tries"] += 1
@@ -270,11 +271,11 @@ def _sample_batch(
     }
 
 
-def accepts(rollout: Rollout, tags: TagIds, row_len: int) -> bool:
+def accepts(answer: Answer, tags: TagIds, row_len: int) -> bool:
     """Whether Beta trains on an answer: finished, well-formed, correct, and fit for a row of
     `row_len` tokens with canonical framing."""
-    trajectory = rollout.trajectory
-    if trajectory.finish_reason != "stop" or rollout.violations or not rollout.correct:
+    trajectory = answer.trajectory
+    if trajectory.finish_reason != "stop" or answer.violations or not answer.correct:
         return False
     try:
         tokens = canonical(trajectory.token_ids, trajectory.prompt_len, tags, MAX_DEPTH)
@@ -293,8 +294,7 @@ def make_examples(
             tokens = canonical(ids, record["prompt_len"], tags, MAX_DEPTH)
             known = "strict" if rule == "causal" else rule
             tree = parse(tokens, record["prompt_len"], tags, known, max_depth=MAX_DEPTH)
-            mask = ~tree.forced | train_forced
-            mask[: tree.prompt_len] = False
+            mask = loss_mask(tree, train_forced)
             if rule == "causal":
                 tree = layout(len(tokens), prompt_len=tree.prompt_len)
             examples.append(Example(tokens, tree, mask))

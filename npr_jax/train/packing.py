@@ -49,6 +49,14 @@ class Example:
             raise ValueError(f"loss_mask marks tokens of the prompt (the first {prompt_len})")
 
 
+def loss_mask(layout: tree.TreeLayout, train_forced: bool = False) -> np.ndarray:
+    """bool[T], the tokens that count: those of the response, but for what the engine writes unless
+    `train_forced`."""
+    mask = ~layout.forced | train_forced
+    mask[: layout.prompt_len] = False
+    return mask
+
+
 def make_rows(groups: Sequence[Sequence[Example]], row_len: int, depth: int) -> list[Row]:
     """Lays groups of examples into as few rows of `row_len` tokens as best fit finds.
 

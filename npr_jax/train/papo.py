@@ -11,15 +11,16 @@ from pathlib import Path
 
 import numpy as np
 
-from npr_jax.base.distributed import gather, gather_all, mine
+from npr_jax.base.distributed import gather, gather_all
 from npr_jax.decode import Engine, SamplingParams, Trajectory
+from npr_jax.evaluate.judge import Answer
 from npr_jax.runs import loop
 from npr_jax.runs.log import Report
 from npr_jax.train import rl
 from npr_jax.train.advantages import batch_std, group_std
 from npr_jax.train.packing import Example
 from npr_jax.train.rewards import papo_reward
-from npr_jax.train.rollout import PAPO, Rollout, roll_out, sampled_example, summary
+from npr_jax.train.rollout import PAPO, roll_out, sampled_example, summary
 from npr_jax.train.step import Objective
 from npr_jax.tree import TagIds, TraceError, parse
 
@@ -100,17 +101,15 @@ def collect_groups(engine: Engine, feed: rl.Feed, step: int, config: PapoConfig)
     No groups come back where fewer than two answers are left or all rewards are equal.
     """
     sampling = SamplingParams(n=config.samples, max_tokens=config.max_tokens, parallel=True)
-    prompts, answers = feed.take(config.prompts)
-    seeds = (config.seed, PAPO, step)
-    rollouts = roll_out(engine, prompts, answers, sampling, seeds)
-    numbers = mine(range(len(prompts)))
-    everything = [rollout for group in rollouts for rollout in group]
+    prompts, references = feed.take(config.prompts)
+    answers = roll_out(engine, prompts, references, sampling, (config.seed, PAPO, step))
+    everything = [answer for group in answers.values() for answer in group]
     first = everything[: config.samples]
     kept = [
-        (number, rollout, reward)
-        for number, group in zip(numbers, rollouts, strict=False)
-        for rollout in group
-        if (reward := reward_of(rollout, engine.tags, config)) is not None
+        (number, answer, reward)
+        for number, group in answers.items()
+        for answer in group
+        if (reward := reward_of(answer, engine.tags, config)) is not None
     ]
     # Advantages are about the rewards of all processes; they come in the order of the prompts.
     batch = sorted(gather_all([(n, i, reward) for i, (n, _, reward) in enumerate(kept)]))
@@ -133,8 +132,8 @@ def collect_groups(engine: Engine, feed: rl.Feed, step: int, config: PapoConfig)
         )
     }
     groups: dict[int, list[Example]] = {}
-    for i, (number, rollout, _) in enumerate(kept):
-        example = example_of(rollout.trajectory, advantages[number, i], engine.tags, config)
+    for i, (number, answer, _) in enumerate(kept):
+        example = example_of(answer.trajectory, advantages[number, i], engine.tags, config)
         groups.setdefault(number, []).append(example)
     return rl.Collected(list(groups.values()), rl.places(list(groups)), metrics, first)
 
@@ -143,25 +142,21 @@ def example_of(
     trajectory: Trajectory, advantage: float, tags: TagIds, config: PapoConfig
 ) -> Example:
     """What is trained of one answer, and under which layout."""
-    example = sampled_example(trajectory, advantage)
-    if config.train_forced:
-        everything = np.arange(len(example.token_ids)) >= trajectory.prompt_len
-        example = dataclasses.replace(example, loss_mask=everything)
+    example = sampled_example(trajectory, advantage, config.train_forced)
     if config.layout == "reference":
         tree = parse(trajectory.token_ids, trajectory.prompt_len, tags, rule="reference")
         example = dataclasses.replace(example, layout=tree)
     return example
 
 
-def reward_of(rollout: Rollout, tags: TagIds, config: PapoConfig) -> float | None:
+def reward_of(answer: Answer, tags: TagIds, config: PapoConfig) -> float | None:
     """The reward of one answer; None leaves it out."""
-    trajectory = rollout.trajectory
+    trajectory = answer.trajectory
     if is_whole(trajectory, tags, config.engine.max_depth):
-        stats = trajectory.stats
         return papo_reward(
-            rollout.correct,
-            stats["tokens"],
-            stats["critical_path"],
+            answer.correct,
+            answer.figures.tokens,
+            answer.figures.critical_path,
             config.acceleration,
             config.acceleration_cap,
         )

@@ -17,7 +17,8 @@ from npr_jax.base.mesh import MeshConfig, local_decode_mesh, make_mesh
 from npr_jax.base.progress import Scalar
 from npr_jax.data.problems import Problem, read_problems, shuffled
 from npr_jax.decode import Engine, EngineConfig
-from npr_jax.evaluate.traces import write_traces
+from npr_jax.evaluate.judge import Answer
+from npr_jax.evaluate.traces import make_trace, write_traces
 from npr_jax.model.pretrained import load, publish_model
 from npr_jax.runs import sigterm
 from npr_jax.runs.checkpoint import Checkpoints
@@ -26,7 +27,7 @@ from npr_jax.runs.guards import check_gap
 from npr_jax.runs.loop import Body
 from npr_jax.train.optimizer import TrainState, learning_rate, new_state, state_shardings
 from npr_jax.train.packing import Example, Row, empty_row, make_rows
-from npr_jax.train.rollout import STAGES, Rollout, encode_problems, engine_params, trace_of
+from npr_jax.train.rollout import STAGES, encode_problems, engine_params
 from npr_jax.train.rollout_cache import Pending, fingerprint
 from npr_jax.train.step import Objective, TrainConfig, optimize
 
@@ -106,7 +107,7 @@ class Collected(NamedTuple):
     groups: Groups
     places: list[int]
     metrics: dict[str, Scalar]
-    shown: Sequence[Rollout] = ()
+    shown: Sequence[Answer] = ()
 
 
 def places(keys: Sequence[Any]) -> list[int]:
@@ -239,8 +240,8 @@ class Policy(Body[TrainState, Path]):
         if is_main() and (number % self.every == 0 or number == self.total):
             path = self.directory / f"traces/step-{number:06d}.jsonl"
             kept = [
-                trace_of(rollout, self.engine.tokenizer, first, id=path.stem, sample=sample)
-                for sample, rollout in enumerate(collected.shown)
+                make_trace(answer, self.engine.tokenizer, first, id=path.stem, sample=sample)
+                for sample, answer in enumerate(collected.shown)
             ]
             write_traces(path, kept)
         position = {"problem": feed.position, "places": collected.places}

@@ -11,14 +11,15 @@ from pathlib import Path
 
 import numpy as np
 
-from npr_jax.base.distributed import gather, gather_all, mine
+from npr_jax.base.distributed import gather, gather_all
 from npr_jax.decode import Engine, SamplingParams
+from npr_jax.evaluate.judge import Answer
 from npr_jax.runs import loop
 from npr_jax.runs.log import Report
 from npr_jax.train import rl
 from npr_jax.train.advantages import group_std
 from npr_jax.train.rewards import RIGHT, RULES, WRONG, zero_reward
-from npr_jax.train.rollout import ZERO, Rollout, roll_out, sampled_example, summary
+from npr_jax.train.rollout import ZERO, roll_out, sampled_example, summary
 from npr_jax.train.step import Objective
 
 DEPTH = 2  # no tree; one interval for the group, one for the row
@@ -71,11 +72,11 @@ def collect_groups(engine: Engine, feed: rl.Feed, step: int, config: ZeroConfig)
     groups, keys, everything, all_rewards = [], [], [], []
     taken = found = rounds = 0
     while found < config.prompts and rounds <= config.max_refills:
-        prompts, answers = feed.take(config.prompts - found)
+        prompts, references = feed.take(config.prompts - found)
         taken += len(prompts)
-        rollouts = roll_out(engine, prompts, answers, sampling, (config.seed, ZERO, step, rounds))
-        for number, group in zip(mine(range(len(prompts))), rollouts, strict=True):
-            rewards = [reward_of(rollout, config) for rollout in group]
+        seeds = (config.seed, ZERO, step, rounds)
+        for number, group in roll_out(engine, prompts, references, sampling, seeds).items():
+            rewards = [reward_of(answer, config) for answer in group]
             everything += group
             all_rewards += rewards
             if min(rewards) == max(rewards):
@@ -83,8 +84,8 @@ def collect_groups(engine: Engine, feed: rl.Feed, step: int, config: ZeroConfig)
             advantages = group_std(rewards, [0] * len(group))
             groups.append(
                 [
-                    sampled_example(rollout.trajectory, advantage)
-                    for rollout, advantage in zip(group, advantages, strict=True)
+                    sampled_example(answer.trajectory, advantage)
+                    for answer, advantage in zip(group, advantages, strict=True)
                 ]
             )
             keys.append((rounds, number))
@@ -103,12 +104,12 @@ def collect_groups(engine: Engine, feed: rl.Feed, step: int, config: ZeroConfig)
     return rl.Collected(groups, rl.places(keys), metrics, everything[: config.samples])
 
 
-def reward_parts(rollouts: list[Rollout], rewards: list[float], rule: str) -> dict[str, float]:
+def reward_parts(answers: list[Answer], rewards: list[float], rule: str) -> dict[str, float]:
     """What the mean reward of all processes is made of; the parts add up to it."""
     parts = []
-    for rollout, reward in zip(rollouts, rewards, strict=True):
-        base = RIGHT if rollout.correct else WRONG
-        malformed = bool(rollout.violations) and rule != "accuracy"
+    for answer, reward in zip(answers, rewards, strict=True):
+        base = RIGHT if answer.correct else WRONG
+        malformed = bool(answer.violations) and rule != "accuracy"
         parts.append((reward if malformed else 0.0, 0.0 if malformed else base))
     table = np.array(gather_all([(*part, r) for part, r in zip(parts, rewards, strict=True)]))
     form, accuracy, whole = table.mean(axis=0)
@@ -119,13 +120,13 @@ def reward_parts(rollouts: list[Rollout], rewards: list[float], rule: str) -> di
     }
 
 
-def reward_of(rollout: Rollout, config: ZeroConfig) -> float:
+def reward_of(answer: Answer, config: ZeroConfig) -> float:
     """The reward of one answer under the config's rule."""
     return zero_reward(
-        rollout.violations,
-        rollout.correct,
-        rollout.trajectory.prompt_len,
-        len(rollout.trajectory.token_ids),
+        answer.violations,
+        answer.correct,
+        answer.trajectory.prompt_len,
+        len(answer.trajectory.token_ids),
         config.reward,
         config.max_tokens,
         config.overlong_buffer,

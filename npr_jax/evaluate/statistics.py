@@ -1,6 +1,6 @@
-"""What an evaluation reports, computed from answers: pure functions on the host.
+"""What an evaluation reports of the figures of its answers: pure functions on the host.
 
-    trace --measure--> Answer; answers of each problem --summarize--> {metric: value, low, high}
+    figures of the answers to each problem --summarize--> {metric: value, low, high}
 
 Every metric is a sum over the problems divided by another, so that one bootstrap over problems
 serves all of them. Definitions: docs/metrics.md.
@@ -13,28 +13,9 @@ from typing import NamedTuple
 import numpy as np
 
 from npr_jax.answers import equal
-from npr_jax.decode.trajectory import TRUNCATED
-from npr_jax.evaluate.traces import Trace
+from npr_jax.evaluate.judge import Figures
 
 RESAMPLES, LEVEL = 10_000, 0.95
-
-
-class Answer(NamedTuple):
-    """The figures of one answer. Tokens are those of the response, forced ones included."""
-
-    id: str
-    sample: int
-    prediction: str | None
-    correct: bool
-    formed: bool
-    truncated: bool
-    tokens: int
-    critical_path: int
-    parallel_tokens: int
-    blocks: int
-    branches: int
-    depth: int
-    width: int
 
 
 class Timing(NamedTuple):
@@ -46,30 +27,6 @@ class Timing(NamedTuple):
 
     def __add__(self, other: "Timing") -> "Timing":
         return Timing(*(a + b for a, b in zip(self, other, strict=True)))
-
-
-def measure(trace: Trace) -> Answer:
-    """The figures of a trace that has a reference."""
-    tree = trace.layout
-    in_parallel = np.zeros(len(tree), bool)  # so that a token of nested branches counts once
-    for block in trace.blocks:
-        if len(block.steps) > 1:
-            in_parallel[block.branches[0][0] : block.branches[-1][1]] = True
-    return Answer(
-        id=trace.id,
-        sample=trace.sample,
-        prediction=trace.prediction,
-        correct=bool(trace.correct),
-        formed=not trace.violations,
-        truncated=trace.finish_reason in TRUNCATED,
-        tokens=tree.total_len,
-        critical_path=tree.critical_path_len,
-        parallel_tokens=int(in_parallel.sum()),
-        blocks=sum(bool(block.steps) for block in trace.blocks),
-        branches=tree.num_branches,
-        depth=tree.depth,
-        width=tree.width,
-    )
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
@@ -128,10 +85,10 @@ def bootstrap(
     return low, high
 
 
-def summarize(problems: Sequence[Sequence[Answer]]) -> dict[str, dict[str, float]]:
+def summarize(problems: Sequence[Sequence[Figures]]) -> dict[str, dict[str, float]]:
     """Every metric that needs no clock, {"value", "low", "high"} each; no bounds for one problem.
 
-    `problems` holds the answers to each problem, the same number k for all.
+    `problems` holds the figures of the answers to each problem, the same number k for all.
     """
     k = len(problems[0])
     if any(len(answers) != k for answers in problems):
@@ -140,10 +97,10 @@ def summarize(problems: Sequence[Sequence[Answer]]) -> dict[str, dict[str, float
         )
     columns: dict[str, list[tuple[float, float]]] = {}  # a pair (top, bottom) for each problem
 
-    def add(name: str, value: Callable[[Sequence[Answer]], float], per=lambda answers: 1) -> None:
+    def add(name: str, value: Callable[[Sequence[Figures]], float], per=lambda answers: 1) -> None:
         columns[name] = [(value(answers), per(answers)) for answers in problems]
 
-    def total(field: str) -> Callable[[Sequence[Answer]], float]:
+    def total(field: str) -> Callable[[Sequence[Figures]], float]:
         return lambda answers: sum(getattr(answer, field) for answer in answers)
 
     def share(field: str) -> None:
@@ -160,7 +117,7 @@ def summarize(problems: Sequence[Sequence[Answer]]) -> dict[str, dict[str, float
         lambda answers: majority([a.prediction for a in answers], [a.correct for a in answers]),
     )
     share("formed")
-    add("parallel_rate", lambda answers: sum(a.parallel_tokens > 0 for a in answers), len)
+    add("parallel_rate", lambda answers: sum(a.parallel for a in answers), len)
     add("parallel_token_share", total("parallel_tokens"), total("tokens"))
     for field in ("blocks", "branches", "depth", "width", "tokens", "critical_path", "truncated"):
         share(field)

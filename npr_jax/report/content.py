@@ -15,31 +15,13 @@ import gzip
 import json
 import math
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from npr_jax.base.progress import Scalar
+from npr_jax.evaluate.judge import Figures
 from npr_jax.evaluate.traces import Trace, read_trace
 from npr_jax.runs.metrics import read_metrics
-
-
-class Fact(NamedTuple):
-    """What the charts and the list of answers need of one answer."""
-
-    tokens: int
-    critical_path: int
-    width: int
-    branches: int
-    depth: int
-    correct: bool | None
-
-
-class Shown(NamedTuple):
-    """An answer in the viewer: its row of the list, and all of it, packed."""
-
-    row: dict
-    packed: str
 
 
 @dataclasses.dataclass
@@ -50,21 +32,23 @@ class Content:
       title: of the page.
       results: results.json of an evaluation.
       curves: lines of metrics by run directory, "" for the directory itself.
-      facts: of every answer, by file of traces; shown: the answers in the viewer.
+      figures: of every answer, by file of traces.
+      rows, packed: of the answers in the viewer, the row of the list, and all of it.
       settings: YAML texts by name.
     """
 
     title: str
     results: dict | None = None
     curves: dict[str, list[dict[str, Scalar]]] = dataclasses.field(default_factory=dict)
-    facts: dict[str, list[Fact]] = dataclasses.field(default_factory=dict)
-    shown: list[Shown] = dataclasses.field(default_factory=list)
+    figures: dict[str, list[Figures]] = dataclasses.field(default_factory=dict)
+    rows: list[dict] = dataclasses.field(default_factory=list)
+    packed: list[str] = dataclasses.field(default_factory=list)
     settings: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def num_answers(self) -> int:
         """Of all that there are, shown or not."""
-        return sum(map(len, self.facts.values()))
+        return sum(map(len, self.figures.values()))
 
 
 def read(directory: str | Path, most: int = 1000) -> Content:
@@ -89,7 +73,7 @@ def read(directory: str | Path, most: int = 1000) -> Content:
             name = path.parent.relative_to(directory).as_posix()
             content.curves["" if name == "." else name] = read_metrics(path.parent)
     add_traces(content, sorted(directory.glob("traces/*.jsonl")), most)
-    if not (content.results or content.curves or content.facts):
+    if not (content.results or content.curves or content.figures):
         raise ValueError(
             f"{directory} has neither results.json nor metrics.jsonl nor traces/*.jsonl: needed is "
             "the directory of `npr-jax eval` or of a training run"
@@ -101,11 +85,12 @@ def add_traces(content: Content, paths: list[Path], most: int) -> None:
     """Reads files of traces; each shows its share of `most`, spread over the whole file."""
     sizes = [_num_lines(path) for path in paths]
     for path, size, share in zip(paths, sizes, shares(sizes, most), strict=True):
-        facts = content.facts[path.stem] = []
+        figures = content.figures[path.stem] = []
         for number, trace in enumerate(_whole_traces(path, size)):
-            facts.append(fact_of(trace))
+            figures.append(trace.figures)
             if (number + 1) * share // size > number * share // size:
-                content.shown.append(shown(trace, path.stem, facts[-1]))
+                content.rows.append(row_of(trace, path.stem))
+                content.packed.append(pack(trace))
 
 
 def shares(sizes: list[int], most: int) -> list[int]:
@@ -118,22 +103,10 @@ def shares(sizes: list[int], most: int) -> list[int]:
     return taken
 
 
-def fact_of(trace: Trace) -> Fact:
-    """The figures of one answer."""
-    tree = trace.layout
-    return Fact(
-        tree.total_len,
-        tree.critical_path_len,
-        tree.width,
-        tree.num_branches,
-        tree.depth,
-        trace.correct,
-    )
-
-
-def shown(trace: Trace, name: str, fact: Fact) -> Shown:
-    """An answer for the viewer; `name` is that of its file."""
-    row = {
+def row_of(trace: Trace, name: str) -> dict:
+    """An answer in the viewer's list; `name` is that of its file."""
+    figures = trace.figures
+    return {
         "group": name,
         "id": trace.id,
         "sample": trace.sample,
@@ -142,13 +115,12 @@ def shown(trace: Trace, name: str, fact: Fact) -> Shown:
         "correct": trace.correct,
         "broken": len(trace.violations),
         "finish": trace.finish_reason,
-        "tokens": fact.tokens,
-        "critical": fact.critical_path,
-        "width": fact.width,
-        "branches": fact.branches,
-        "depth": fact.depth,
+        "tokens": figures.tokens,
+        "critical": figures.critical_path,
+        "width": figures.width,
+        "branches": figures.branches,
+        "depth": figures.depth,
     }
-    return Shown(row, pack(trace))
 
 
 def pack(trace: Trace) -> str:

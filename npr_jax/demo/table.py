@@ -3,14 +3,20 @@
 import time
 from collections.abc import Sequence
 
-import numpy as np
-
 from npr_jax.data.problems import Problem
 from npr_jax.decode import Engine, SamplingParams
-from npr_jax.train.rollout import Rollout, roll_out
+from npr_jax.evaluate.judge import Answer
+from npr_jax.train.rollout import roll_out, summary
 
 MODES = ("sequential", "parallel")
-RATES = ("format", "accuracy", "both", "parallel")  # the columns of a row that are rates
+# column: the metric of a rollout batch that it shows
+RATES = {
+    "format": "format_rate",
+    "accuracy": "accuracy",
+    "both": "both_rate",
+    "parallel": "parallel_rate",
+}
+MEANS = {"tokens": "response_tokens", "critical_path": "critical_path"}
 EVALUATION = 99  # the seed path of these samples, apart from those of the stages
 
 
@@ -21,30 +27,19 @@ def evaluate(
     parallel: bool,
     max_tokens: int,
     seed: int,
-) -> tuple[dict[str, float], list[Rollout]]:
+) -> tuple[dict[str, float], list[Answer]]:
     """One answer to every problem at temperature 1: rates and means, and the answers."""
     sampling = SamplingParams(max_tokens=max_tokens, parallel=parallel)
-    answers, seeds = [p.answer for p in problems], (seed, EVALUATION)
+    references, seeds = [p.answer for p in problems], (seed, EVALUATION)
     engine.warmup(sampling)
     steps, begun = engine.stats()["decode_steps"], time.perf_counter()
-    groups = roll_out(engine, prompts, answers, sampling, seeds)
+    groups = roll_out(engine, prompts, references, sampling, seeds)
     seconds = time.perf_counter() - begun
     steps = engine.stats()["decode_steps"] - steps
-    rollouts = [rollout for (rollout,) in groups]
-
-    def mean(values) -> float:
-        return float(np.mean(list(values)))
-
-    return {
-        "format": mean(not r.violations for r in rollouts),
-        "accuracy": mean(r.correct for r in rollouts),
-        "both": mean(r.correct and not r.violations for r in rollouts),
-        "parallel": mean(r.trajectory.layout.width > 1 for r in rollouts),
-        "tokens": mean(r.trajectory.stats["tokens"] for r in rollouts),
-        "critical_path": mean(r.trajectory.stats["critical_path"] for r in rollouts),
-        "decode_steps": steps,
-        "seconds": seconds,
-    }, rollouts
+    answers = [answer for (answer,) in groups.values()]
+    means = summary(answers)
+    row = {column: means[metric] for column, metric in (RATES | MEANS).items()}
+    return row | {"decode_steps": steps, "seconds": seconds}, answers
 
 
 # (what it shows, measured from the rows by name, at least)

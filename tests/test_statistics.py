@@ -7,95 +7,15 @@ import math
 import numpy as np
 import pytest
 
-from npr_jax.evaluate.metrics import (
-    Answer,
+from npr_jax.evaluate.judge import Figures
+from npr_jax.evaluate.statistics import (
     Timing,
     bootstrap,
     majority,
-    measure,
     pass_at_k,
     speeds,
     summarize,
 )
-from npr_jax.evaluate.traces import Trace, read_trace
-from npr_jax.tree import Block
-
-
-def trace(num, prompt_len, *blocks, **fields):
-    """A trace of `num` tokens; what the layout does not depend on is made up."""
-    made = Trace(
-        problem="?",
-        reference="1",
-        token_ids=[0] * num,
-        pieces=["x"] * num,
-        prompt_len=prompt_len,
-        logp=[0.0] * num,
-        step=[-1] * num,
-        forced=[False] * num,
-        blocks=blocks,
-        **{
-            "prediction": "1",
-            "correct": True,
-            "violations": [],
-            "finish_reason": "stop",
-            "id": "a",
-            "sample": 3,
-        }
-        | fields,
-    )
-    return read_trace(made.dumps())
-
-
-def figures(*args, **fields):
-    found = measure(trace(*args, **fields))
-    names = "tokens critical_path parallel_tokens blocks branches depth width"
-    return tuple(getattr(found, name) for name in names.split())
-
-
-# (start, guideline_close, plans, steps, join, takeaway, end, depth)
-TWO = Block(2, 7, (), ((8, 11), (11, 16)), 16, (16, 18), 18, 0)
-OUTER = Block(1, 3, (), ((4, 16), (16, 20)), 20, (20, 22), 22, 0)
-INNER = Block(5, 7, (), ((8, 10), (10, 13)), 13, (13, 15), 15, 1)
-
-
-@pytest.mark.parametrize(
-    "args, expected",
-    [
-        ((9, 4), (5, 5, 0, 0, 0, 0, 1)),  # plain text
-        # Trunk 2..7, the longer branch, 16..19: 6 + 5 + 4.
-        ((20, 2, TWO), (18, 15, 8, 1, 2, 1, 2)),
-        # Trunk 1..3; branch 4..7, its inner block 3, 13..15 (the other has 4); 20..23.
-        ((24, 1, OUTER, INNER), (23, 3 + 4 + 3 + 3 + 4, 16, 2, 4, 2, 3)),
-        # A block of one branch: nothing in parallel, but for the block within it.
-        (
-            (20, 1, OUTER._replace(steps=((4, 16),), join=16, takeaway=(16, 18), end=18), INNER),
-            (19, 3 + 4 + 3 + 3 + 4, 5, 2, 3, 2, 2),
-        ),
-        # Two blocks one after the other.
-        (
-            (27, 2, TWO, Block(18, 20, (), ((21, 23), (23, 25)), 25, (25, 26), 26, 0)),
-            (25, 6 + 5 + 2 + 3 + 2 + 2, 12, 2, 4, 1, 2),
-        ),
-        # Cut off inside the second branch.
-        (
-            (12, 1, Block(1, 3, (), ((4, 7), (7, 12)), 12, None, 12, 0)),
-            (11, 3 + 5, 8, 1, 2, 1, 2),
-        ),
-    ],
-    ids=["text", "block", "nested", "one-branch", "two-blocks", "truncated"],
-)
-def test_shapes(args, expected):
-    assert figures(*args) == expected
-
-
-@pytest.mark.parametrize("reason", ["length", "branch_length", "pages_exhausted", "stop"])
-def test_verdicts_are_those_of_the_trace(reason):
-    found = measure(
-        trace(9, 4, finish_reason=reason, violations=["no"], correct=False, prediction=None)
-    )
-    assert (found.id, found.sample, found.prediction) == ("a", 3, None)
-    assert not found.correct and not found.formed
-    assert found.truncated == (reason != "stop")
 
 
 def test_pass_at_k_is_the_mean_over_all_choices_of_k():
@@ -146,7 +66,7 @@ def answer(correct, prediction="1", **figures):
         "depth": 0,
         "width": 1,
     }
-    return Answer(id="a", sample=0, prediction=prediction, correct=correct, **(plain | figures))
+    return Figures(prediction=prediction, correct=correct, **(plain | figures))
 
 
 def test_a_summary_worked_out_by_hand():

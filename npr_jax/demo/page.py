@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 
-from npr_jax.demo.evaluate import RATES
+from npr_jax.demo.table import RATES
 from npr_jax.evaluate.traces import Trace
-from npr_jax.report.data import read
-from npr_jax.report.html import page, write_page
+from npr_jax.report import html as report
+from npr_jax.report.content import read
 from npr_jax.report.svg import beside, chart, tree_svg
 from npr_jax.runs.metrics import read_metrics
 
@@ -25,7 +25,7 @@ Critical path: the tokens of an answer that have to be decoded one after the oth
 On a CPU this small a model is bound by compute: no wall-clock gain is claimed.</p>"""
 
 
-def write_report(
+def write_page(
     output: Path,
     rows: Mapping[str, Mapping[str, float]],
     shown: Trace,
@@ -64,7 +64,7 @@ def write_report(
         "One answer as a tree": "<p>Columns run side by side, and none sees another; grey tokens "
         f'are written by the engine.</p><div class="wide">{tree}</div>',
     }
-    write_page(output / "index.html", page(content, sections))
+    report.write_page(output / "index.html", report.page(content, sections))
 
 
 def _html_table(rows) -> str:
