@@ -1,5 +1,9 @@
 """A trace read from its line is the answer that was decoded."""
 
+import dataclasses
+import json
+import math
+
 import numpy as np
 import pytest
 from train_toy import tiny
@@ -9,6 +13,7 @@ from npr_jax.data.sources import Problem
 from npr_jax.decode import Engine, EngineConfig, SamplingParams
 from npr_jax.evaluate.judge import Answer
 from npr_jax.evaluate.traces import make_trace, read_trace, read_traces
+from npr_jax.report.terminal import view
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +51,56 @@ def test_what_is_written_is_read(answers, tmp_path):
     assert traces[0].layout.num_branches == 2
 
 
-def test_a_line_that_is_no_trace_is_named(tmp_path):
-    path = tmp_path / "traces.jsonl"
-    path.write_text('{"problem": "?"}\n')
-    with pytest.raises(ValueError, match=r"traces.jsonl:1: this is no trace"):
-        list(read_traces(path))
-    with pytest.raises(ValueError):
-        read_trace("[1]")
+WHOLE = {
+    "problem": "?",
+    "reference": None,
+    "token_ids": [1, 2, 3],
+    "pieces": ["a", "b", "c"],
+    "prompt_len": 1,
+    "logp": [0, -0.5, None],
+    "step": [-1, 0, 1],
+    "forced": [False, False, False],
+    "blocks": [],
+    "prediction": None,
+    "correct": None,
+    "violations": [],
+    "finish_reason": "stop",
+}
+ANSWER = {"line": 1, "sample": 0, "input": {"problem": "1+1"}, "text": "2", "prediction": "2"}
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        (json.dumps(ANSWER), "it lacks problem, reference, token_ids, "),
+        ("{", "Expecting property name"),  # as results.json begins
+        ("[1]", "it is list, needed is an object"),
+        (json.dumps(WHOLE | {"score": 1}), "'score' is no key of one"),
+        (json.dumps(WHOLE | {"problem": 1}), "problem is 1, needed is str"),
+        (json.dumps(WHOLE | {"pieces": "abc"}), "pieces is 'abc', needed is list"),
+        (json.dumps(WHOLE | {"pieces": ["a", None, "c"]}), "pieces holds what is no str"),
+        (json.dumps(WHOLE | {"step": [0, 1]}), "its columns have .*'step': 2"),
+        (json.dumps(WHOLE | {"prompt_len": 4}), "prompt_len is 4"),
+        (json.dumps(WHOLE | {"logp": 3}), "'int' object is not iterable"),
+        (json.dumps(WHOLE | {"blocks": [[0, 1]]}), "missing 6 required"),
+        (json.dumps(WHOLE | {"blocks": [[0, 1, [], [[2, 9]], 9, None, 9, 0]]}), "out of order"),
+    ],
+)
+def test_a_line_that_is_no_trace_is_named_and_says_what_one_is(line, message, tmp_path):
+    path = tmp_path / "answers.jsonl"
+    path.write_text(line + "\n")
+    with pytest.raises(
+        ValueError, match=rf"answers\.jsonl:1: this is no trace: .*{message}"
+    ) as caught:
+        view(path)
+    for part in ("A trace has the keys problem, reference,", "finish_reason; traces are the lines"):
+        assert part in str(caught.value)
+    assert "DIR/traces/*.jsonl" in str(caught.value)
+
+
+def test_a_log_prob_that_is_no_number_is_null():
+    """JSON has no NaN, and other programs refuse what Python would write for it."""
+    trace = read_trace(json.dumps(WHOLE))
+    assert trace.logp[:2] == [0.0, -0.5] and math.isnan(trace.logp[2])
+    line = dataclasses.replace(trace, logp=[math.nan, -math.inf, -1.0]).dumps()
+    assert json.loads(line, parse_constant=pytest.fail)["logp"] == [None, None, -1.0]

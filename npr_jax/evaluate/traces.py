@@ -7,8 +7,10 @@ token has its text beside its id, and the spans of the blocks give the layout ba
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any, get_args, get_origin
 
 import numpy as np
 
@@ -75,9 +77,16 @@ class Trace:
         return "".join(self.pieces[self.prompt_len :])
 
     def dumps(self) -> str:
-        """One line of JSON, without its end."""
+        """One line of JSON, without its end; log-probs that are no numbers are null."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return json.dumps(values, ensure_ascii=False, separators=(",", ":"))
+        values["logp"] = [x if math.isfinite(x) else None for x in self.logp]
+        return json.dumps(values, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+_COLUMNS = ("token_ids", "pieces", "logp", "step", "forced")
+_REQUIRED = tuple(
+    field.name for field in dataclasses.fields(Trace) if field.default is dataclasses.MISSING
+)
 
 
 def make_trace(
@@ -114,13 +123,45 @@ def make_trace(
 
 
 def read_trace(line: str | bytes) -> Trace:
-    """A trace from its line; ValueError where the line is none."""
+    """A trace from its line; ValueError, which says what a trace is, where the line is none."""
     try:
         values = json.loads(line)
-        values["blocks"] = tuple(_block(*block) for block in values["blocks"])
-        return Trace(**values)
-    except (TypeError, KeyError, ValueError) as error:
-        raise ValueError(f"this is no trace: {error}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"it is {type(values).__name__}, needed is an object")
+        trace = Trace(**_fields(values))
+        length, sizes = len(trace.layout), {name: len(getattr(trace, name)) for name in _COLUMNS}
+        if set(sizes.values()) != {length} or not 0 <= trace.prompt_len <= length:
+            raise ValueError(f"its columns have {sizes} entries, prompt_len is {trace.prompt_len}")
+    except (TypeError, ValueError, IndexError) as error:
+        raise ValueError(
+            f"this is no trace: {error}. A trace has the keys {', '.join(_REQUIRED)}; traces are "
+            "the lines of DIR/traces/*.jsonl, DIR being the output of `npr-jax eval` or of a stage"
+        ) from error
+    return trace
+
+
+def _fields(values: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a trace from its JSON; ValueError or TypeError names what is wrong."""
+    known = {field.name: field.type for field in dataclasses.fields(Trace)}
+    missing = [name for name in _REQUIRED if name not in values]
+    if missing:
+        raise ValueError(f"it lacks {', '.join(missing)}")
+    if unknown := [name for name in values if name not in known]:
+        raise ValueError(f"{', '.join(map(repr, unknown))} is no key of one")
+    values = dict(values)
+    values["logp"] = [math.nan if x is None else float(x) for x in values["logp"]]
+    values["blocks"] = tuple(_block(*block) for block in values["blocks"])
+    for name, value in values.items():
+        kind, inner = known[name], Any
+        if get_origin(kind) in (list, tuple):
+            kind, inner = get_origin(kind), get_args(kind)[0]
+        if not isinstance(value, kind):
+            raise ValueError(
+                f"{name} is {value!r:.60}, needed is {getattr(kind, '__name__', kind)}"
+            )
+        if inner is not Any and not all(isinstance(item, inner) for item in value):
+            raise ValueError(f"{name} holds what is no {inner.__name__}")
+    return values
 
 
 def read_traces(path: str | Path) -> Iterator[Trace]:
