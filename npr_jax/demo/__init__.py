@@ -12,14 +12,13 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from npr_jax.base.config import dump_config, load_config
 from npr_jax.data.problems import Problem
 from npr_jax.data.prompts import prompt_ids
 from npr_jax.decode import Engine
 from npr_jax.demo.page import write_page
-from npr_jax.demo.table import MODES, RATES, evaluate, shortfalls
+from npr_jax.demo.table import MODES, evaluate, shortfalls, table
 from npr_jax.demo.task import Teacher, make_tasks
 from npr_jax.evaluate.judge import Answer
 from npr_jax.evaluate.traces import Trace, make_trace, read_traces, write_traces
@@ -96,7 +95,7 @@ def run(seed: int, output: Path, check: bool = False) -> int:
         stage: dump_config(config) for stage, config in configs.items()
     }
     write_page(output, results.rows, shown, settings, results.seconds)
-    console.print(_table(results.rows))
+    console.print(table(results.rows, EVAL_PROBLEMS))
     tree = draw_tree(shown.pieces, shown.layout)
     console.print(tree, highlight=False, markup=False, emoji=False)
     missing = shortfalls(results.rows)
@@ -182,20 +181,3 @@ class _Results:
         self.rows[name] = row
         content = {"rows": self.rows, "seconds": self.seconds}
         self.path.write_text(json.dumps(content, indent=1), encoding="utf-8")
-
-
-def _table(rows: dict[str, dict]) -> Table:
-    table = Table(
-        title=f"{EVAL_PROBLEMS} fresh problems, one sampled answer each",
-        box=None,  # 80 columns are just enough
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-    )
-    names = list(next(iter(rows.values())))
-    for title in ("model", "decoded", *names):
-        justify = "right" if title in names else "left"
-        table.add_column(title.replace("_", "\n"), justify=justify, vertical="bottom")
-    for name, row in rows.items():
-        cells = [f"{row[n]:.2f}" if n in RATES else f"{row[n]:.0f}" for n in names]
-        table.add_row(*name.split(), *cells)
-    return table

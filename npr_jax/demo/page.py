@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 
-from npr_jax.demo.table import RATES
+from npr_jax.demo.table import cells
 from npr_jax.evaluate.traces import Trace
 from npr_jax.report import html as report
 from npr_jax.report.content import read
@@ -68,11 +68,10 @@ def write_page(
 
 
 def _html_table(rows) -> str:
-    names = list(next(iter(rows.values())))
-    head = "".join(f"<th>{name.replace('_', ' ')}</th>" for name in names)
+    head = "".join(f"<th>{name.replace('_', ' ')}</th>" for name in next(iter(rows.values())))
     body = "".join(
         f"<tr><td>{html.escape(label)}</td>"
-        + "".join(f"<td>{row[name]:{'.2f' if name in RATES else '.0f'}}</td>" for name in names)
+        + "".join(f"<td>{cell}</td>" for cell in cells(row))
         + "</tr>"
         for label, row in rows.items()
     )

@@ -3,6 +3,8 @@
 import time
 from collections.abc import Sequence
 
+from rich.table import Table
+
 from npr_jax.data.problems import Problem
 from npr_jax.decode import Engine, SamplingParams
 from npr_jax.evaluate.judge import Answer
@@ -87,3 +89,25 @@ def shortfalls(rows: dict[str, dict[str, float]]) -> list[str]:
         for name, measure, least in CHECKS
         if measure(rows) < least
     ]
+
+
+def table(rows: dict[str, dict[str, float]], num: int) -> Table:
+    """The rows for a terminal; `num` is the number of problems."""
+    made = Table(
+        title=f"{num} fresh problems, one sampled answer each",
+        box=None,  # 80 columns are just enough
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    for title in ("model", "decoded"):
+        made.add_column(title, vertical="bottom")
+    for title in next(iter(rows.values())):
+        made.add_column(title.replace("_", "\n"), justify="right", vertical="bottom")
+    for name, row in rows.items():
+        made.add_row(*name.split(), *cells(row))
+    return made
+
+
+def cells(row: dict[str, float]) -> list[str]:
+    """The figures of a row as text: rates with two digits, the others whole."""
+    return [f"{value:.2f}" if name in RATES else f"{value:.0f}" for name, value in row.items()]
