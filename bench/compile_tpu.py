@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from npr_jax.decode.compiled import LaneState, Rows, compiled, pool_shape
 from npr_jax.decode.sampling import LaneSampling
+from npr_jax.decode.steps import LaneState, Rows, compiled_steps, pool_shape
 from npr_jax.model import PRESETS, abstract_params
 from npr_jax.train.optimizer import OptimizerConfig, abstract_state
 from npr_jax.train.step import Objective, compiled_step
@@ -131,7 +131,7 @@ def _decode(config, sharding):
         penalty=floats(),
     )
     state = LaneState(*(ints() for _ in range(4)), _array((LANES,), "bool", sharding))
-    return compiled(config, "pallas", STEPS).decode.lower(
+    return compiled_steps(config, "pallas", STEPS).decode.lower(
         _shapes(abstract_params(config, "bfloat16"), sharding),
         _pool(config, sharding),
         _rows(LANES, sharding),
@@ -147,7 +147,7 @@ def _decode(config, sharding):
 
 def _prefill(config, sharding):
     chunk = [_array((PREFILL_ROWS, PREFILL_CHUNK), "int32", sharding) for _ in range(3)]
-    return compiled(config, "pallas", STEPS).prefill.lower(
+    return compiled_steps(config, "pallas", STEPS).prefill.lower(
         _shapes(abstract_params(config, "bfloat16"), sharding),
         _pool(config, sharding),
         _rows(PREFILL_ROWS, sharding),

@@ -44,13 +44,13 @@ def measure(prefix: int) -> dict[str, float]:
 
         setattr(owner, name, wrapped)
 
-    timed(engine._grower, "_wait", lambda *_: "fork_us")
-    timed(engine._grower, "_join", lambda *_: "join_us")
-    # A branch sits down after a fork, the trunk after a join; before that it is a new request.
+    timed(engine._replay, "_wait", lambda *_: "fork_us")
+    timed(engine._replay, "_join", lambda *_: "join_us")
+    # A branch is bound after a fork, the trunk after a join; before that it is a new request.
     timed(
-        engine.runner,
-        "_sit_down",
-        lambda _, line: "fork_us" if line.depth else "join_us" if len(line.items) > 2 else "new_us",
+        engine.runner._lanes,
+        "_bind",
+        lambda _, s: "fork_us" if s.depth else "join_us" if len(s.items) > 2 else "new_us",
     )
     rounds: list[dict[str, float]] = []
     for _ in range(ROUNDS):

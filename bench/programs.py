@@ -30,9 +30,9 @@ def _some(seed: int, count: int) -> Counter:
     import bigram
     from fake_device import CONFIGS, OPERATIONS, run_program
 
-    from npr_jax.decode import grow
+    from npr_jax.decode import fork_join
 
-    grow.check_block = bigram.check_block_without_numbers
+    fork_join.check_block = bigram.check_block_without_numbers
     rng, happened = np.random.default_rng(seed), Counter()
     for number in range(count):
         length = int(rng.integers(8, 31))

@@ -24,7 +24,7 @@ def same(answer, other) -> int:
 def recount(scheduler):
     """Segments as the tables of all running answers list them, and pages as the live segments do,
     against the counts; free, cached and held pages are disjoint and are all there are."""
-    tables = [table for job in scheduler.running for table in job.tables()]
+    tables = [table for request in scheduler.running for table in request.tables()]
     segments = {id(segment): segment for table in tables for segment in table}
     for segment in segments.values():
         assert segment.refs == sum(segment in table for table in tables)
@@ -33,7 +33,8 @@ def recount(scheduler):
     for segment in segments.values():
         np.add.at(refs, segment.pages, 1)
     np.testing.assert_array_equal(refs, pool.refs)
-    writable = [p for job in scheduler.running for line in job.lines() for p in line.tail.pages]
+    growing = [sequence for request in scheduler.running for sequence in request.growing()]
+    writable = [page for sequence in growing for page in sequence.tail.pages]
     assert (refs[writable] == 1).all(), "a page that grows is shared"
     held = set(np.flatnonzero(refs).tolist())
     free, cached = set(pool._free), set(pool._cached)

@@ -12,7 +12,8 @@ import numpy as np
 from engine_checks import recount
 
 from npr_jax.decode import Engine, EngineConfig, SamplingParams
-from npr_jax.decode.compiled import Drawn, LaneState, Steps
+from npr_jax.decode.lanes import Lanes
+from npr_jax.decode.steps import LaneState, SamplerOutput, Steps
 
 _TABLE = np.cumsum(bigram.table(eos=0.01, nested=0.12), axis=1)
 PROMPTS = [[12, 13, 20], [22], list(range(9, 23)), [*range(9, 23), 20, 21, 22], [12] * 9]
@@ -82,7 +83,9 @@ class Device:
         return (
             pool,
             LaneState(tokens, positions, ranks, left, frozen),
-            Drawn(drawn, figures, figures, figures, count, stopped, count * 0 + count.max()),
+            SamplerOutput(
+                drawn, figures, figures, figures, count, stopped, count * 0 + count.max()
+            ),
         )
 
 
@@ -109,10 +112,9 @@ def engine_on_fake_device(config: EngineConfig) -> Engine:
 
     runner._steps = runner._prompt_steps = Steps(device.prefill, decode)
     runner._put = lambda tree: tree
-    for name in ("_resting", "_sampling", "_lanes_state", "_device_rows", "_device_knobs"):
-        setattr(runner, name, jax.tree.map(np.array, getattr(runner, name)))
+    runner._lanes = Lanes(config, config.lanes, runner._put)
     keys = lambda key, count: [np.zeros(2, np.uint32)] * count  # noqa: E731
-    runner.fold = engine._grower._fold_keys = keys
+    engine._maker._fold = engine._fork_join._fold_keys = keys
     return engine
 
 
@@ -173,7 +175,7 @@ def run_program(config: EngineConfig, program: list[tuple[str, int]]) -> dict[st
             prompt = [*PROMPTS[value % len(PROMPTS)], 9 + value // 5 % 14]
             sampling = SamplingParams(n=1 + value % 3, max_tokens=budget - value % 8 * budget // 9)
             asked += engine.submit([prompt], sampling)
-        elif operation == "visit" and engine._jobs:
+        elif operation == "visit" and engine._requests:
             engine._visit()
         elif operation == "abort" and asked:
             engine.abort(asked[value % len(asked)])
@@ -184,7 +186,7 @@ def run_program(config: EngineConfig, program: list[tuple[str, int]]) -> dict[st
         recount(scheduler)
         collect()
     for _ in range(3000):
-        if not engine._jobs:
+        if not engine._requests:
             break
         engine._visit()
         recount(scheduler)
@@ -193,6 +195,6 @@ def run_program(config: EngineConfig, program: list[tuple[str, int]]) -> dict[st
     for answer in answers.values():
         check_answer(answer)
     assert scheduler.pages.num_held == 0
-    engine._flight = None
+    engine._pending = None
     reasons = {f"ends_{a.finish_reason}": 1 for a in answers.values()}
     return engine.stats() | reasons

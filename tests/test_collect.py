@@ -8,7 +8,7 @@ import pytest
 from train_toy import encode, problem, tiny
 
 from npr_jax.base.config import load_config
-from npr_jax.decode.trajectory import Trajectory
+from npr_jax.decode.outputs import Trajectory
 from npr_jax.evaluate.judge import Answer
 from npr_jax.runs.guards import check_gap
 from npr_jax.train import beta, papo, zero

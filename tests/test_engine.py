@@ -10,7 +10,7 @@ import pytest
 from bigram import EOS, GC, GO, NL, PC, PO, SC, SO, TAGS, TC, TO
 from engine_checks import recount, same
 
-from npr_jax.decode import Engine, EngineConfig, SamplingParams, grow
+from npr_jax.decode import Engine, EngineConfig, SamplingParams, fork_join
 from npr_jax.model import token_logp
 from npr_jax.tree import layout, parse
 
@@ -31,7 +31,7 @@ PROMPTS = [[12, 13, 20], [GO, SC, TO, 21], [22], list(range(10, 21)) * 3]
 
 @pytest.fixture(autouse=True)
 def plans_without_numbers(monkeypatch):
-    monkeypatch.setattr(grow, "check_block", bigram.check_block_without_numbers)
+    monkeypatch.setattr(fork_join, "check_block", bigram.check_block_without_numbers)
 
 
 @functools.cache
@@ -188,8 +188,8 @@ def test_pages_add_up_after_every_operation(monkeypatch, pages):
     for owner, name in (
         (engine.schedulers[0], "admit"),
         (engine.schedulers[0], "reserve"),
-        (engine._grower, "advance"),
-        (engine._grower, "_finish"),
+        (engine._fork_join, "advance"),
+        (engine._fork_join, "_finish"),
     ):
         monkeypatch.setattr(owner, name, counting(getattr(owner, name)))
     params = SamplingParams(n=5, max_tokens=150, seed=tuple(range(12)))

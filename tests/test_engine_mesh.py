@@ -12,7 +12,7 @@ import two_processes
 from engine_checks import recount, same
 
 from npr_jax.base.distributed import initialize
-from npr_jax.decode import Engine, EngineConfig, SamplingParams, grow
+from npr_jax.decode import Engine, EngineConfig, SamplingParams, fork_join
 from npr_jax.model.params import Weight
 from npr_jax.model.sharding import DECODE_RULES, decode_shardings, resolve
 
@@ -43,7 +43,7 @@ def decode_all(mesh):
 
 @pytest.fixture(autouse=True)
 def plans_without_numbers(monkeypatch):
-    monkeypatch.setattr(grow, "check_block", bigram.check_block_without_numbers)
+    monkeypatch.setattr(fork_join, "check_block", bigram.check_block_without_numbers)
 
 
 @functools.cache
@@ -114,7 +114,7 @@ def test_two_processes_give_the_tokens_of_one_device():
 def _process() -> None:
     jax.config.update("jax_default_matmul_precision", "highest")
     initialize()
-    grow.check_block = bigram.check_block_without_numbers
+    fork_join.check_block = bigram.check_block_without_numbers
     mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     _, answers = decode_all(mesh)
     rows = [

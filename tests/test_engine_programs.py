@@ -9,7 +9,7 @@ from fake_device import CONFIGS, OPERATIONS, Device, run_program
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from npr_jax.decode import grow
+from npr_jax.decode import fork_join
 from npr_jax.decode.pages import PagePool
 from npr_jax.decode.scheduler import Scheduler
 
@@ -19,7 +19,7 @@ operation = st.tuples(st.sampled_from(OPERATIONS), st.integers(0, 255))
 
 @pytest.fixture(autouse=True)
 def plans_without_numbers(monkeypatch):
-    monkeypatch.setattr(grow, "check_block", bigram.check_block_without_numbers)
+    monkeypatch.setattr(fork_join, "check_block", bigram.check_block_without_numbers)
 
 
 def test_random_programs_keep_every_page_right(report):
@@ -58,14 +58,14 @@ def faults():
             segment.refs += 1
         table[-1].refs += 1 if len(table) < 3 else 0
 
-    def keep_reserved(self, line):
-        self._stand_up(line)
-        line.tail.pages = line.tail.pages[:1]
+    def keep_reserved(self, sequence):
+        self._free_lane(sequence)
+        sequence.tail.pages = sequence.tail.pages[:1]
 
     yield PagePool, "drop", drop_too_early
     yield PagePool, "hold", forget_to_hold
     yield Scheduler, "hold", hold_once_too_few
-    yield Scheduler, "leave_lane", keep_reserved
+    yield Scheduler, "release", keep_reserved
 
 
 PAGE_DROP = PagePool.drop

@@ -11,7 +11,7 @@ import pytest
 from bigram import EOS, GC, GO, NL, PC, PO, SC, SO, TC, TO
 from engine_checks import recount, same
 
-from npr_jax.decode import Engine, EngineConfig, SamplingParams, grow
+from npr_jax.decode import Engine, EngineConfig, SamplingParams, fork_join
 
 CONFIG = EngineConfig(
     lanes=6,
@@ -30,7 +30,7 @@ VICTIM = (23, 24, 25, 26, 27)  # tokens that no hostile table touches
 
 @pytest.fixture(autouse=True)
 def plans_without_numbers(monkeypatch):
-    monkeypatch.setattr(grow, "check_block", bigram.check_block_without_numbers)
+    monkeypatch.setattr(fork_join, "check_block", bigram.check_block_without_numbers)
 
 
 @functools.cache
@@ -43,7 +43,7 @@ def idle(engine):
     for scheduler in engine.schedulers:
         recount(scheduler)
         assert scheduler.pages.num_held == 0
-        assert not scheduler.running and not scheduler.waiting and not scheduler.active
+        assert not scheduler.running and not scheduler.waiting and not scheduler.bound
 
 
 NUMBERS = bigram.STEP_NUMBERS
@@ -257,11 +257,11 @@ def test_every_key_is_held_once():
     checked = 0
     for _ in stream:
         scheduler = engine.schedulers[0]
-        tables = [table for job in scheduler.running for table in job.tables()]
+        tables = [table for request in scheduler.running for table in request.tables()]
         segments = {id(s): s for table in tables for s in table}.values()
         least = sum(-(-len(s.tokens) // config.page_size) for s in segments)
         tokens = sum(len(s.tokens) for s in segments)
-        ahead = len(scheduler.active) * -(-2 * config.steps // config.page_size)
+        ahead = len(scheduler.bound) * -(-2 * config.steps // config.page_size)
         assert scheduler.pages.num_held <= least + ahead
         assert least * config.page_size <= tokens + len(segments) * (config.page_size - 1)
         checked += bool(tables)

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from npr_jax.base.config import load_config
 from npr_jax.cli import app
-from npr_jax.decode import grow
+from npr_jax.decode import fork_join
 from npr_jax.evaluate import run as module
 from npr_jax.evaluate.results import tables
 from npr_jax.evaluate.run import EvalConfig, evaluate, seed_of
@@ -278,7 +278,7 @@ def branching():
 
 def test_answers_that_branch_are_shorter_than_they_are_long(place, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "load", lambda *args, **kwargs: branching())
-    monkeypatch.setattr(grow, "check_block", bigram.check_block_without_numbers)
+    monkeypatch.setattr(fork_join, "check_block", bigram.check_block_without_numbers)
     evaluate(config(place, tmp_path / "out", "sampling.max_tokens=64", samples=8))
     found = results(tmp_path / "out")["benchmarks"]
     parallel, sequential = (

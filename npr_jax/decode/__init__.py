@@ -2,8 +2,7 @@
 
 from npr_jax.decode.config import EngineConfig
 from npr_jax.decode.engine import Engine
-from npr_jax.decode.events import Event
+from npr_jax.decode.outputs import Event, Trajectory
 from npr_jax.decode.sampling import SamplingParams
-from npr_jax.decode.trajectory import Trajectory
 
 __all__ = ["Engine", "EngineConfig", "Event", "SamplingParams", "Trajectory"]

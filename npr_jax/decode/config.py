@@ -10,12 +10,12 @@ class EngineConfig:
     """Sizes and limits of an engine; every compiled shape follows from them.
 
     Attributes:
-      lanes: lines that decode at the same time.
+      lanes: slots of the batch: sequences that decode at the same time.
       pages, page_size: of the KV pool, one page of which is a dummy.
-      table_pages: the longest table of a line; 0 allows the whole pool.
+      table_pages: the longest table of a sequence; 0 allows the whole pool.
       steps: decode steps per host visit.
-      header_rows, header_chunk: prefill of many lines, this many tokens each (headers, tags, short
-        prompts).
+      header_rows, header_chunk: prefill of many sequences, this many tokens each (headers, tags,
+        short prompts).
       prefill_rows, prefill_chunk: prefill of long prompts; decoding waits for one call at most.
       max_branches, max_depth: blocks beyond them are refused.
       on_invalid_block: "end" the answer, or go on "sequential"ly.
@@ -61,5 +61,5 @@ class EngineConfig:
 
     @property
     def longest_table(self) -> int:
-        """Pages that the table of one line may list."""
+        """Pages that the table of one sequence may list."""
         return self.table_pages or self.pages - 1

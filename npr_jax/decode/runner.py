@@ -1,52 +1,53 @@
 """The device side of a visit: host tables and tokens become the arrays of the compiled steps.
 
-What is asked for is on its way when a call returns; `Flight.read` waits for it. The device does
-everything in the order in which it was asked, so a page may be given to another line while a call
-that still writes to it is in flight.
+What is asked for is on its way when a call returns; `PendingStep.read` waits for it. The device
+does everything in the order in which it was asked, so a page may be given to another sequence while
+a call that still writes to it is on its way.
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections import abc
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from npr_jax.decode.attention import default_implementation, table_width
-from npr_jax.decode.compiled import (
-    Drawn,
-    LaneState,
+from npr_jax.decode.attention import default_implementation
+from npr_jax.decode.config import EngineConfig
+from npr_jax.decode.lanes import Lanes, write_row
+from npr_jax.decode.sampling import fold_branches
+from npr_jax.decode.scheduler import Scheduler
+from npr_jax.decode.sequence import Segment, Sequence
+from npr_jax.decode.steps import (
     Rows,
+    SamplerOutput,
     Steps,
-    compiled,
+    compiled_steps,
     pool_shape,
     pool_spec,
 )
-from npr_jax.decode.config import EngineConfig
-from npr_jax.decode.lines import Line, Segment
-from npr_jax.decode.sampling import LaneSampling, SamplingParams, fold_branches
-from npr_jax.decode.scheduler import Scheduler
 from npr_jax.model.params import unstack
 from npr_jax.model.sharding import decode_shardings, place_params
 
 
 @dataclasses.dataclass(frozen=True)
-class Flight:
-    """Decode steps that were asked for: (line, its seat, most tokens it may draw) in each lane."""
+class PendingStep:
+    """N decode steps that were asked for, and not read yet: (sequence, its epoch, most tokens it
+    may draw) in each lane."""
 
-    lines: list[tuple[Line, int, int]]
-    drawn: Drawn
+    sequences: list[tuple[Sequence, int, int]]
+    output: SamplerOutput
 
-    def landed(self) -> bool:
+    def is_ready(self) -> bool:
         """Whether the device has finished it."""
-        return self.drawn.count.is_ready()
+        return self.output.count.is_ready()
 
-    def read(self) -> Drawn:
+    def read(self) -> SamplerOutput:
         """Waits for the arrays on the host."""
-        return jax.device_get(self.drawn)
+        return jax.device_get(self.output)
 
 
 class Runner:
@@ -57,16 +58,16 @@ class Runner:
         self.replicas = mesh.shape["data"] if mesh else 1
         attention = config.attention or default_implementation(model_config.head_dim)
         dtype = jax.numpy.dtype(config.cache_dtype or params["embed"].dtype)
-        self._steps = compiled(model_config, attention, config.steps, mesh)
+        self._steps = compiled_steps(model_config, attention, config.steps, mesh)
         # Prompts, whose pages are full but the last, are what the stock kernel of a TPU can do.
         stock = attention == "pallas" and jax.default_backend() == "tpu"
         stock = stock and model_config.head_dim % 128 == 0 and dtype == jax.numpy.bfloat16
         self._prompt_steps = self._steps
         if stock and params["embed"].dtype == dtype:
-            self._prompt_steps = compiled(model_config, "plain", config.steps, mesh)
+            self._prompt_steps = compiled_steps(model_config, "plain", config.steps, mesh)
         self.set_params(params)
-        lanes = self.replicas * config.lanes
         self._pool = self._make_pool(dtype)
+        self._lanes = Lanes(config, self.replicas * config.lanes, self._put)
         self._shapes = tuple(
             dict.fromkeys(
                 (
@@ -76,27 +77,6 @@ class Runner:
             )
         )
         self.stats = dict.fromkeys(("decode_steps", "prefill_calls", "prefill_tokens"), 0)
-        # What the lanes hold, as the device was last told; each is sent again where it has changed.
-        width = table_width(config.longest_table, config.page_size)
-        self._table = np.zeros((lanes, width), np.int32)
-        self._base = np.zeros((lanes, width + 1), np.int32)
-        self._pages = [0] * lanes  # of `_table` that count
-        self._seats: list[tuple[Line, int] | None] = [None] * lanes
-        self._knobs = LaneSampling(
-            key=np.zeros((lanes, 2), np.uint32),
-            temperature=np.ones(lanes, np.float32),
-            top_p=np.ones(lanes, np.float32),
-            top_k=np.zeros(lanes, np.int32),
-            min_p=np.zeros(lanes, np.float32),
-            penalty=np.ones(lanes, np.float32),
-            stops=np.full((lanes, config.max_stops), -1, np.int32),
-        )
-        none = np.zeros(lanes, np.int32)
-        self._resting = self._put(np.zeros(lanes, bool)), self._put(self._state(none, none))
-        self._sampling = self._put(np.full((lanes, config.steps), -1, np.int32))
-        self._lanes_state = self._put(self._state(none, none, frozen=True))
-        self._device_rows = self._put(Rows(self._table.copy(), self._base.copy()))
-        self._device_knobs = self._put(jax.tree.map(np.copy, self._knobs))
 
     def set_params(self, params) -> None:
         """Takes these weights from the next call on."""
@@ -106,7 +86,9 @@ class Runner:
             params = _unstack(params)
         self.params = params
 
-    def warmup(self, penalised: bool, progress: Callable[[int, int], None] | None = None) -> int:
+    def warmup(
+        self, penalised: bool, progress: abc.Callable[[int, int], None] | None = None
+    ) -> int:
         """Compiles every shape this engine can need; returns how many."""
         calls = [
             functools.partial(self._prefill_call, [], *shape, steps)
@@ -132,8 +114,8 @@ class Runner:
             keys += list(np.asarray(fold_branches(key, numbers)))
         return keys[:count]
 
-    def prefill(self, schedulers: Sequence[Scheduler]) -> None:
-        """Computes what the lines with lanes must have before they decode, but at most one long
+    def prefill(self, schedulers: abc.Sequence[Scheduler]) -> None:
+        """Computes what the sequences with lanes must have before they decode, but at most one long
         chunk of it, so that decoding lanes wait for no more than that."""
         while True:
             rows, chunk = self._prefill_shape(schedulers)
@@ -152,39 +134,41 @@ class Runner:
             if (rows, chunk) == self._shapes[-1]:
                 return
 
-    def decode(self, lines: Sequence[Line]) -> Flight | None:
-        """Asks for N steps of these lines; None where none of them can draw.
+    def decode(self, sequences: abc.Sequence[Sequence]) -> PendingStep | None:
+        """Asks for N steps of these sequences; None where none of them can draw.
 
         For a few steps only while other lanes wait for a chunk of their prompts: a step takes its
         time however few lanes are in it.
         """
-        ready = [line for line in lines if _ready(line)]
-        limit = self.config.steps if len(ready) == len(lines) else max(1, self.config.steps // 16)
-        lines = ready
-        counts = [min(self._most(line), limit) for line in lines]
+        ready = [sequence for sequence in sequences if _is_ready(sequence)]
+        few = max(1, self.config.steps // 16)
+        limit = self.config.steps if len(ready) == len(sequences) else few
+        counts = [min(self._most(sequence), limit) for sequence in ready]
         if not any(counts):
             return None
-        drawn = self._decode_call(lines, any(line.job.penalised for line in lines), counts, limit)
-        for line, count in zip(lines, counts, strict=True):
-            line.flying += count
-        flown = [(line, line.seat, n) for line, n in zip(lines, counts, strict=True)]
-        return Flight(flown, drawn)
+        penalised = any(sequence.request.penalised for sequence in ready)
+        output = self._decode_call(ready, penalised, counts, limit)
+        for sequence, count in zip(ready, counts, strict=True):
+            sequence.pending += count
+        asked = [(sequence, sequence.epoch, n) for sequence, n in zip(ready, counts, strict=True)]
+        return PendingStep(asked, output)
 
-    def _most(self, line: Line) -> int:
+    def _most(self, sequence: Sequence) -> int:
         """The most tokens a lane draws in its next visit; for given tokens this is exact."""
-        room = len(line.tail.pages) * self.config.page_size - len(line.tail.tokens) + 1
-        return max(0, min(self.config.steps, line.left - line.flying, room - line.flying))
+        tail, pending = sequence.tail, sequence.pending
+        room = len(tail.pages) * self.config.page_size - len(tail.tokens) + 1
+        return max(0, min(self.config.steps, sequence.left - pending, room - pending))
 
     def _prefill_shape(self, schedulers) -> tuple[int, int]:
-        """Of the two shapes, the one that computes what is pending at less cost."""
+        """Of the two shapes, the one that computes what is missing at less cost."""
         counts = []
         for scheduler in schedulers:
-            pending = {
-                id(segment): goal(segment, line) - segment.computed
-                for line in scheduler.active
-                for segment in line.table
+            missing = {
+                id(segment): _goal(segment, sequence) - segment.computed
+                for sequence in scheduler.bound
+                for segment in sequence.table
             }
-            counts.append([count for count in pending.values() if count > 0])
+            counts.append([count for count in missing.values() if count > 0])
 
         def cost(shape):  # tokens computed, padding included, and a call's reading of the weights
             rows, chunk = shape
@@ -197,14 +181,15 @@ class Runner:
 
     def _prefill_call(self, work, rows: int, chunk: int, steps: Steps | None = None) -> None:
         rows *= self.replicas
+        width = self._lanes.rows.table.shape[1]
         tokens = np.zeros((rows, chunk), np.int32)
         positions = np.zeros((rows, chunk), np.int32)
         ranks = np.full((rows, chunk), -1, np.int32)
-        table = np.zeros((rows, self._table.shape[1]), np.int32)
-        base = np.zeros((rows, self._base.shape[1]), np.int32)
+        table = np.zeros((rows, width), np.int32)
+        base = np.zeros((rows, width + 1), np.int32)
         for r, _, segment, count in work:
             first, number = segment.computed, np.arange(count)
-            _write_row(table[r], base[r], segment.table, self.config.page_size)
+            write_row(table[r], base[r], segment.table, self.config.page_size)
             tokens[r, :count] = segment.tokens[first : first + count]
             positions[r, :count] = segment.start + first + number
             ranks[r, :count] = segment.offset + first + number
@@ -214,96 +199,28 @@ class Runner:
             steps = self._steps if branches else self._prompt_steps
         self._pool = steps.prefill(self.params, self._pool, *arrays)
 
-    def _decode_call(self, lines: Sequence[Line], penalised: bool, counts=(), limit=0) -> Drawn:
-        restart, state = self._update_lanes(lines)
-        given = self._sampling
-        if any(line.script for line in lines):
-            given = np.full(self._sampling.shape, -1, np.int32)
-            for line, count in zip(lines, counts, strict=True):
-                done = len(line.tail.tokens) + line.flying
-                given[line.lane, :count] = line.script.pieces[line.piece][done : done + count]
-            given = self._put(given)
+    def _decode_call(
+        self, sequences: abc.Sequence[Sequence], penalised: bool, counts=(), limit=0
+    ) -> SamplerOutput:
+        lanes = self._lanes
+        restart, state = lanes.update(sequences)
+        given = lanes.given(sequences, counts)
         seen = None
         if penalised:  # the caller has read all that was drawn
-            seen = np.zeros((len(self._seats), self.model_config.padded_vocab_size), bool)
-            for line in lines:
-                for segment in line.table:
-                    seen[line.lane, segment.tokens] = True
-            seen = self._put(seen)
-        self._pool, self._lanes_state, drawn = self._steps.decode(
+            seen = lanes.seen(sequences, self.model_config.padded_vocab_size)
+        self._pool, lanes.state, output = self._steps.decode(
             self.params,
             self._pool,
-            self._device_rows,
-            self._lanes_state,
+            lanes.rows,
+            lanes.state,
             restart,
             state,
             given,
-            self._device_knobs,
+            lanes.knobs,
             seen,
             np.int32(limit),
         )
-        return drawn
-
-    def _update_lanes(self, lines: Sequence[Line]):
-        """Brings the lanes' arrays up to date; returns which lanes restart, and where."""
-        seats: list[Line | None] = [None] * len(self._seats)
-        for line in lines:
-            seats[line.lane] = line
-        restarted, changed = [], False
-        for lane, line in enumerate(seats):
-            seat = line and (line, line.seat)
-            if seat != self._seats[lane]:
-                self._seats[lane] = seat
-                restarted.append(lane)
-                if line:
-                    self._sit_down(lane, line)
-            elif line and len(line.tail.pages) != self._pages[lane]:
-                self._grow_row(lane, line)
-                changed = True
-        if restarted or changed:
-            self._device_rows = self._put(Rows(self._table.copy(), self._base.copy()))
-        if not restarted:
-            return self._resting
-        self._device_knobs = self._put(jax.tree.map(np.copy, self._knobs))
-        mask = np.zeros(len(seats), bool)
-        mask[restarted] = True
-        here = [line if mask[lane] else None for lane, line in enumerate(seats)]
-        state = LaneState(
-            tokens=_column(here, lambda line: line.tail.tokens[-1]),
-            positions=_column(here, lambda line: line.position),
-            ranks=_column(here, lambda line: line.tail.offset + len(line.tail.tokens) - 1),
-            left=_column(here, lambda line: line.left),
-            frozen=np.array([line is None for line in here]),
-        )
-        return self._put((mask, state))
-
-    def _sit_down(self, lane: int, line: Line) -> None:
-        """Writes a line's table and knobs into its lane."""
-        _write_row(self._table[lane], self._base[lane], line.table, self.config.page_size)
-        self._pages[lane] = len(line.tail.pages)
-        knobs, sampling = self._knobs, line.job.sampling
-        knobs.key[lane] = line.key
-        knobs.temperature[lane] = sampling.temperature
-        knobs.top_p[lane] = sampling.top_p
-        knobs.top_k[lane] = sampling.top_k
-        knobs.min_p[lane] = sampling.min_p
-        knobs.penalty[lane] = sampling.repetition_penalty
-        if line.depth and sampling.step_repetition_penalty:
-            knobs.penalty[lane] = sampling.step_repetition_penalty
-        knobs.stops[lane] = -1
-        if not line.script:
-            knobs.stops[lane, : len(line.job.stops)] = line.job.stops
-
-    def _grow_row(self, lane: int, line: Line) -> None:
-        """Appends the pages that the line's last segment got since."""
-        pages, size = line.tail.pages, self.config.page_size
-        new = pages[self._pages[lane] :]
-        used = sum(len(segment.pages) for segment in line.tail.before) + self._pages[lane]
-        self._table[lane, used : used + len(new)] = new
-        start = self._base[lane, used]
-        self._base[lane, used:] = start + size * len(new)
-        self._base[lane, used : used + len(new)] = start + size * np.arange(len(new))
-        self._pages[lane] = len(pages)
+        return output
 
     def _make_pool(self, dtype) -> jax.Array:
         config = self.config
@@ -322,29 +239,8 @@ class Runner:
             lambda x: jax.make_array_from_callback(x.shape, whole, lambda i: x[i]), tree
         )
 
-    def _state(self, tokens, left, frozen: bool = False) -> LaneState:
-        return LaneState(tokens, tokens, tokens, left, np.full(len(tokens), frozen))
-
 
 _unstack = jax.jit(unstack)
-
-
-def _column(lines: list[Line | None], value: Callable[[Line], int]) -> np.ndarray:
-    return np.array([value(line) if line else 0 for line in lines], np.int32)
-
-
-def _write_row(table: np.ndarray, base: np.ndarray, segments: Sequence[Segment], size: int) -> None:
-    """Pages of the segments in order, and the entries before each; the last segment's are open."""
-    used = entries = 0
-    for segment in segments:
-        count = len(segment.pages)
-        if segment.row is None:
-            segment.row = np.array(segment.pages, np.int32)
-        table[used : used + count] = segment.row
-        base[used : used + count] = entries + size * np.arange(count)
-        used += count
-        entries += size * count if segment is segments[-1] else len(segment.tokens)
-    base[used:] = entries
 
 
 def _prefill_work(scheduler: Scheduler, rows: int, chunk: int):
@@ -352,10 +248,10 @@ def _prefill_work(scheduler: Scheduler, rows: int, chunk: int):
     work: list[tuple[Scheduler, Segment, int]] = []
     planned: dict[int, int] = {}  # segment: its computed tokens after this call
     pages = set()  # prompt pages that this call begins: an equal prompt waits, then adopts them
-    for line in scheduler.active:
-        for segment in line.table:
+    for sequence in scheduler.bound:
+        for segment in sequence.table:
             scheduler.stats["cached_tokens"] += scheduler.adopt(segment)
-            end = goal(segment, line)
+            end = _goal(segment, sequence)
             begin = max(segment.computed, planned.get(id(segment), 0))
             if begin == end:
                 continue
@@ -374,16 +270,12 @@ def _prefill_work(scheduler: Scheduler, rows: int, chunk: int):
     return work
 
 
-def goal(segment: Segment, line: Line) -> int:
-    """How many tokens of a segment must be computed before `line` decodes: all, but its last."""
-    return len(segment.tokens) - (segment is line.tail)
+def _goal(segment: Segment, sequence: Sequence) -> int:
+    """How many tokens of a segment must be computed before `sequence` decodes: all, but its own
+    last."""
+    return len(segment.tokens) - (segment is sequence.tail)
 
 
-def _ready(line: Line) -> bool:
-    """Whether everything the line sees is computed, or will be by what is in flight."""
-    return all(segment.computed >= goal(segment, line) for segment in line.table)
-
-
-def penalised(sampling: SamplingParams) -> bool:
-    """Whether any token's logit is changed because it was seen."""
-    return sampling.repetition_penalty != 1 or (sampling.step_repetition_penalty or 1) != 1
+def _is_ready(sequence: Sequence) -> bool:
+    """Whether everything the sequence sees is computed, or will be by what is on its way."""
+    return all(segment.computed >= _goal(segment, sequence) for segment in sequence.table)

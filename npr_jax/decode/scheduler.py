@@ -1,118 +1,126 @@
-"""Who runs: lanes for lines, pages for their tables, answers that wait and answers that yield.
+"""Who runs: lanes for sequences, pages for their tables, answers that wait and answers that yield.
 
 Answers keep their order of arrival as priority. The oldest always runs; short of pages, first what
 is cached of old prompts goes, then the youngest answer gives its own back and is computed again
 later from its tokens.
 
 Invariants: a page's count is the number of live segments that list it, and a segment's count is
-the number of tables that list it; only a line's last segment grows, and no other table lists it.
-So forks and joins count segments, whatever the length of what is shared.
+the number of tables that list it; only a sequence's last segment grows, and no other table lists
+it. So forks and joins count segments, whatever the length of what is shared.
+
+Only here is written: who has which lane and which page (`lane`, `epoch`; `pages`, `row`, `refs`,
+`published` and, but for what was drawn, `computed`), who is `running`, and the pool's counts.
 """
 
 import heapq
 import math
-from collections.abc import Sequence
+from collections import abc
 
 from npr_jax.decode.config import EngineConfig
-from npr_jax.decode.lines import Job, Line, Segment
 from npr_jax.decode.pages import PagePool
+from npr_jax.decode.sequence import Request, Segment, Sequence
 
 
 class Scheduler:
-    """Lanes and pages of one replica, on the host; its lanes are numbered from `first_lane`."""
+    """Lanes and pages of one replica, on the host; its lanes are numbered from `first_lane`.
+
+    A lane is a slot of the batch: what one row of the compiled step decodes.
+    """
 
     def __init__(self, config: EngineConfig, first_lane: int = 0):
         self.config, self.first_lane = config, first_lane
         self.pages = PagePool(config.pages)
-        self.lanes: list[Line | None] = [None] * config.lanes
-        self.running: list[Job] = []
+        self.lanes: list[Sequence | None] = [None] * config.lanes
+        self.running: list[Request] = []
         self.stats = dict.fromkeys(("preemptions", "cached_tokens"), 0)
-        self._waiting: list[tuple[int, Job]] = []  # a heap by order of arrival
+        self._waiting: list[tuple[int, Request]] = []  # a heap by order of arrival
 
     @property
-    def waiting(self) -> list[Job]:
+    def waiting(self) -> list[Request]:
         """Answers that have not started, or were preempted."""
-        return [job for _, job in self._waiting]
+        return [request for _, request in self._waiting]
 
     @property
-    def active(self) -> list[Line]:
-        """The lines that have a lane, by priority."""
-        return sorted(filter(None, self.lanes), key=lambda line: line.path)
+    def bound(self) -> list[Sequence]:
+        """The sequences that have a lane, by priority."""
+        return sorted(filter(None, self.lanes), key=lambda sequence: sequence.path)
 
     @property
-    def num_jobs(self) -> int:
+    def num_requests(self) -> int:
         """Answers that are not finished."""
         return len(self.running) + len(self._waiting)
 
-    def add(self, job: Job) -> None:
+    def add(self, request: Request) -> None:
         """Queues an answer by its order of arrival."""
-        heapq.heappush(self._waiting, (job.order, job))
+        heapq.heappush(self._waiting, (request.id, request))
 
     def admit(self) -> None:
-        """Gives free lanes to lines of running answers, then to waiting answers whose pages fit."""
+        """Gives free lanes to running answers, then to waiting ones whose pages fit."""
         if None not in self.lanes:
             return
-        self._seat([line for job in self.running for line in job.lines() if line.lane is None])
+        growing = [sequence for request in self.running for sequence in request.growing()]
+        self._bind([sequence for sequence in growing if sequence.lane is None])
         while None in self.lanes and self._waiting:
-            job = self._waiting[0][1]
-            job.running = True
+            request = self._waiting[0][1]
+            request.running = True
             found = 0
-            for table in job.tables():
+            for table in request.tables():
                 self.hold(table)
                 found += sum(self.adopt(segment) for segment in table)
-            if self.running and self._pages_to_start(job) > self.pages.num_available:
-                for table in job.tables():
+            if self.running and self._pages_to_start(request) > self.pages.num_available:
+                for table in request.tables():
                     self.drop(table)
-                job.running = False
+                request.running = False
                 return
             heapq.heappop(self._waiting)
-            self.running.append(job)
+            self.running.append(request)
             self.stats["cached_tokens"] += found
-            self._seat(list(job.lines()))
+            self._bind(list(request.growing()))
 
-    def _seat(self, lines: list[Line]) -> None:
-        free = [i for i, line in enumerate(self.lanes) if line is None]
-        for lane, line in zip(free, sorted(lines, key=lambda line: line.path), strict=False):
-            self.lanes[lane] = line
-            line.lane = self.first_lane + lane
-            line.seat += 1
-            line.flying = 0
+    def _bind(self, sequences: list[Sequence]) -> None:
+        free = [i for i, sequence in enumerate(self.lanes) if sequence is None]
+        sequences = sorted(sequences, key=lambda sequence: sequence.path)
+        for lane, sequence in zip(free, sequences, strict=False):
+            self.lanes[lane] = sequence
+            sequence.lane = self.first_lane + lane
+            sequence.epoch += 1
+            sequence.pending = 0
 
-    def _pages_to_start(self, job: Job) -> int:
-        """Pages an answer takes at its first visit: its known tokens, and N steps of each line."""
-        size, lines = self.config.page_size, list(job.lines())
-        segments = {id(segment): segment for line in lines for segment in line.table}
+    def _pages_to_start(self, request: Request) -> int:
+        """Pages an answer takes at first: its known tokens, and N steps of each sequence."""
+        size, sequences = self.config.page_size, list(request.growing())
+        segments = {id(segment): segment for sequence in sequences for segment in sequence.table}
         known = sum(math.ceil(len(s.tokens) / size) - len(s.pages) for s in segments.values())
-        return known + len(lines) * (1 + math.ceil(self.config.steps / size))
+        return known + len(sequences) * (1 + math.ceil(self.config.steps / size))
 
-    def reserve(self) -> list[tuple[Job, str]]:
+    def reserve(self) -> list[tuple[Request, str]]:
         """Pages for every lane's known tokens, those being drawn and the steps to come; the oldest
         answer first. A lane that gets fewer waits at the end of its table.
 
         Returns the answers that cannot go on, with why.
         """
-        exhausted: list[tuple[Job, str]] = []
-        for line in self.active:
-            want = min(line.left, line.flying + self.config.steps)
-            while line.lane is not None:  # else its answer was preempted or given up in this loop
-                lack = self._grow(line, want)
+        exhausted: list[tuple[Request, str]] = []
+        for sequence in self.bound:
+            want = min(sequence.left, sequence.pending + self.config.steps)
+            while sequence.lane is not None:  # else its answer was preempted or given up
+                lack = self._grow(sequence, want)
                 if lack is None:
                     break
                 if lack == "pages" and len(self.running) > 1:
-                    self._preempt(max(self.running, key=lambda job: job.order))
+                    self._preempt(max(self.running, key=lambda request: request.id))
                 elif want > 1:
                     want //= 2
-                elif line.flying:
+                elif sequence.pending:
                     break
                 else:
-                    exhausted.append((line.job, f"no {lack} left"))
-                    self._leave_lanes(line.job)
+                    exhausted.append((sequence.request, f"no {lack} left"))
+                    self._free_lanes(sequence.request)
         return exhausted
 
-    def _grow(self, line: Line, steps: int) -> str | None:
-        """Allocates what the line's table lacks; says what is short if it cannot have it."""
+    def _grow(self, sequence: Sequence, steps: int) -> str | None:
+        """Allocates what the sequence's table lacks; says what is short if it cannot have it."""
         size = self.config.page_size
-        table, total = line.table, 0
+        table, total = sequence.table, 0
         for segment in table:
             entries = len(segment.tokens) + (steps - 1 if segment is table[-1] else 0)
             need = math.ceil(entries / size)
@@ -127,27 +135,27 @@ class Scheduler:
                 segment.row = None
         return None
 
-    def leave_lane(self, line: Line) -> None:
-        """Takes the line off its lane and gives back pages reserved for steps it did not take."""
-        self._stand_up(line)
-        segment = line.tail
+    def release(self, sequence: Sequence) -> None:
+        """Takes the sequence off its lane, and the pages reserved for steps it did not take."""
+        self._free_lane(sequence)
+        segment = sequence.tail
         if isinstance(segment, Segment):
             keep = math.ceil(len(segment.tokens) / self.config.page_size)
             self.pages.drop(segment.pages[keep:])
             del segment.pages[keep:]
             segment.row = None
 
-    def _stand_up(self, line: Line) -> None:
-        if line.lane is not None:
-            self.lanes[line.lane - self.first_lane] = None
-            line.lane = None
+    def _free_lane(self, sequence: Sequence) -> None:
+        if sequence.lane is not None:
+            self.lanes[sequence.lane - self.first_lane] = None
+            sequence.lane = None
 
-    def hold(self, table: Sequence[Segment]) -> None:
+    def hold(self, table: abc.Sequence[Segment]) -> None:
         """One more table lists these segments."""
         for segment in table:
             segment.refs += 1
 
-    def drop(self, table: Sequence[Segment]) -> None:
+    def drop(self, table: abc.Sequence[Segment]) -> None:
         """One table less; a segment in no table loses its pages, and its keys with them."""
         for segment in table:
             segment.refs -= 1
@@ -203,25 +211,25 @@ class Scheduler:
             segment.computed += size
         segment.computed = goal
 
-    def stop(self, job: Job) -> None:
+    def stop(self, request: Request) -> None:
         """Takes an answer off its lanes and pages, or off the queue."""
-        self._leave_lanes(job)
-        if job.running:
-            for table in list(job.tables()):
+        self._free_lanes(request)
+        if request.running:
+            for table in list(request.tables()):
                 self.drop(table)
-            job.running = False
-            self.running.remove(job)
-        elif any(waiting is job for waiting in self.waiting):
-            self._waiting = [(order, other) for order, other in self._waiting if other is not job]
+            request.running = False
+            self.running.remove(request)
+        elif any(waiting is request for waiting in self.waiting):
+            self._waiting = [entry for entry in self._waiting if entry[1] is not request]
             heapq.heapify(self._waiting)
 
-    def _leave_lanes(self, job: Job) -> None:
-        for line in job.lines():
-            self._stand_up(line)
+    def _free_lanes(self, request: Request) -> None:
+        for sequence in request.growing():
+            self._free_lane(sequence)
 
-    def _preempt(self, job: Job) -> None:
+    def _preempt(self, request: Request) -> None:
         """The answer gives its pages back; later its tokens are computed again by prefill."""
-        self.stop(job)
-        job.preempted += 1
+        self.stop(request)
+        request.preempted += 1
         self.stats["preemptions"] += 1
-        self.add(job)
+        self.add(request)

@@ -14,7 +14,7 @@ import numpy as np
 
 from npr_jax.answers import equal_many, extract
 from npr_jax.decode import Engine, Trajectory
-from npr_jax.decode.trajectory import TRUNCATED
+from npr_jax.decode.outputs import TRUNCATED
 from npr_jax.tree import TreeLayout
 from npr_jax.tree.format import Violation, check_format
 

@@ -25,9 +25,9 @@ from jax.sharding import PartitionSpec as P
 from npr_jax.base.config import load_config
 from npr_jax.base.mesh import BATCH, MeshConfig, batch_shards, local_decode_mesh, make_mesh
 from npr_jax.decode.attention import table_width
-from npr_jax.decode.compiled import LaneState, Rows, compiled, pool_shape, pool_spec
 from npr_jax.decode.config import EngineConfig
 from npr_jax.decode.sampling import LaneSampling
+from npr_jax.decode.steps import LaneState, Rows, compiled_steps, pool_shape, pool_spec
 from npr_jax.model import PRESETS, ModelConfig, abstract_params, num_params
 from npr_jax.model.attention import default_implementation
 from npr_jax.model.sharding import decode_shardings
@@ -308,7 +308,7 @@ def _decode_figures(config: ModelConfig, run: Run, mesh: Mesh, chip: Chip) -> di
         stops=row(jnp.int32, engine.max_stops),
     )
     attention = engine.attention or ("pallas" if config.head_dim % 128 == 0 else "blockwise")
-    decode = compiled(config, attention, steps, mesh).decode
+    decode = compiled_steps(config, attention, steps, mesh).decode
     _, seconds, temp = _compile(
         decode.lower(
             params,

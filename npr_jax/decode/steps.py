@@ -2,7 +2,8 @@
 
 Both run the model over rows of tokens; each layer writes the rows' keys and values into pages of
 one pool, then every row attends over the pages of its own table (decode/attention.py). Visibility
-is what is listed: a line's table holds its ancestors, its joined branches and itself, no sibling.
+is what is listed: a sequence's table holds its ancestors, its joined branches and itself, but no
+sibling.
 
 Rows may depend on each other within one call (a branch's header on its parent's last token),
 because in every layer all keys are written before any row attends.
@@ -55,7 +56,7 @@ class LaneState:
 
 
 @struct.dataclass
-class Drawn:
+class SamplerOutput:
     """What a visit drew: arrays [R, N], of which the first `count[r]` entries of row r count;
     `frozen` bool[R]: the lanes whose last token is one of their stops; `steps` i32[R]: that ran."""
 
@@ -120,7 +121,7 @@ def _decode(
       seen: bool[R, V] or None, for repetition penalties.
 
     Returns:
-      (pool, LaneState, Drawn).
+      (pool, LaneState, SamplerOutput).
     """
     num_rows = given.shape[0]
     room = rows.base[:, -1]
@@ -154,7 +155,7 @@ def _decode(
 
         logp, logp_sampled, margin = figures
         stop = on & jnp.any(new[:, None] == lanes.stops, axis=1)
-        drawn = Drawn(
+        drawn = SamplerOutput(
             tokens=put(drawn.tokens, new),
             logp=put(drawn.logp, logp),
             logp_sampled=put(drawn.logp_sampled, logp_sampled),
@@ -177,7 +178,7 @@ def _decode(
     def empty(dtype):
         return jnp.zeros((num_rows, steps), dtype)
 
-    drawn = Drawn(
+    drawn = SamplerOutput(
         tokens=empty(jnp.int32),
         logp=empty(jnp.float32),
         logp_sampled=empty(jnp.float32),
@@ -195,14 +196,16 @@ def _decode(
 class Steps(NamedTuple):
     """The compiled steps: prefill(params, pool, rows, tokens, positions, ranks) -> pool and
     decode(params, pool, rows, state, restart, restarted, given, lanes, seen, limit)
-    -> (pool, state, Drawn); the pool is donated."""
+    -> (pool, state, SamplerOutput); the pool is donated."""
 
     prefill: Callable
     decode: Callable
 
 
 @functools.cache
-def compiled(config: ModelConfig, attention: str, steps: int, mesh: Mesh | None = None) -> Steps:
+def compiled_steps(
+    config: ModelConfig, attention: str, steps: int, mesh: Mesh | None = None
+) -> Steps:
     """The steps for one device, or for a mesh with axes (data, tensor).
 
     On a mesh every replica of `data` runs on its own: rows and pages are split over it, tables

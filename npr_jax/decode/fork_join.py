@@ -1,0 +1,206 @@
+"""How answers grow: what was drawn is read by the automaton, and sequences fork, join and end.
+
+A branch that ends badly (end of text, no tokens left, an illegal tag) does not stop its siblings;
+when all are done, the sequence above ends with the first such reason in the order of the plans.
+"""
+
+from collections import abc
+
+from npr_jax.decode.config import EngineConfig
+from npr_jax.decode.scheduler import Scheduler
+from npr_jax.decode.sequence import Fork, Request, Segment, Sequence
+from npr_jax.tree import STEPS, Automaton, TagIds, TraceError
+from npr_jax.tree.format import check_block
+
+NO_DEPTH_LIMIT = 1 << 20  # the automaton's; the engine's own is asked when a guideline closes
+
+
+class ForkJoin:
+    """Advances sequences by what was drawn for them.
+
+    `fold(key, n)` gives the keys of n branches; `finish(request, reason, detail)` is called once
+    for every answer, when its trunk has ended; `emit(sequence, kind, **what)` hears what happens.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        tags: TagIds | None,
+        schedulers: abc.Sequence[Scheduler],
+        fold: abc.Callable,
+        finish: abc.Callable[[Request, str, str], None],
+        emit: abc.Callable[..., None],
+        stats: dict[str, int],
+    ):
+        self.config, self.tags, self.schedulers = config, tags, schedulers
+        self._fold_keys, self._finish, self._emit, self._stats = fold, finish, emit, stats
+
+    def advance(self, sequence: Sequence, tokens: list[int], *figures: list) -> None:
+        """Takes the tokens drawn for a sequence, with log-probs, margins and steps, and acts on the
+        last."""
+        request, automaton, tags = sequence.request, sequence.automaton, self.tags
+        ended = tokens[-1] in request.ends
+        text = tokens[:-1] if ended else tokens
+        keep, error = len(tokens), None
+        if automaton is not None:
+            begin = automaton.index
+            try:
+                automaton.read(text)
+            except TraceError as found:
+                error = found
+                keep = min(found.index - begin + 1, len(text))
+        self._append(sequence, tokens[:keep], [figure[:keep] for figure in figures])
+        if error is not None:
+            self._end(sequence, "malformed", error.reason)
+        elif ended and automaton is not None and automaton.stack and sequence.parent is None:
+            self._end(sequence, "malformed", "end of text inside a block")
+        elif ended:
+            self._end(sequence, "stop", "")
+        elif automaton is not None and automaton.closed:
+            self._branch_ended(sequence)
+        elif (
+            automaton is not None
+            and automaton.state == STEPS
+            and tokens[-1] == tags.guideline_close
+        ):
+            self._fork(sequence)
+        else:
+            self._check_limits(sequence)
+
+    def _append(self, sequence: Sequence, tokens: list[int], figures: abc.Sequence[list]) -> None:
+        sequence.tail.append(tokens, *figures)
+        sequence.budget -= len(tokens)
+        self._stats["sampled_tokens"] += len(tokens)
+        self._emit(sequence, "token", tokens=tokens, logp=figures[0])
+
+    def _check_limits(self, sequence: Sequence) -> None:
+        request = sequence.request
+        if sequence.budget < 1:
+            limit = request.sampling.max_tokens
+            self._end(sequence, "length", f"max_tokens={limit} (the line's share)")
+        elif sequence.position + 1 >= request.max_position:
+            self._end(sequence, "length", f"max_position={request.max_position}")
+
+    def _fork(self, sequence: Sequence) -> None:
+        """Starts the branches of the block that has just closed its guideline, or refuses it."""
+        tags, block = self.tags, sequence.automaton.stack[-1]
+        num = len(block.plans)
+        problem = self._refuse_block(sequence)
+        if problem:
+            if self.config.on_invalid_block == "end":
+                self._end(sequence, "invalid_block", problem)
+            else:
+                sequence.request.refused.append(problem)
+                self._check_limits(sequence)
+            return
+        heads = tags.step_headers[:num]
+        spare = sequence.budget - sum(map(len, heads))
+        share = (spare - len(tags.takeaway_header)) // (num + 1)  # the join keeps one as well
+        sequence.budget = spare - num * share
+        self._emit(sequence, "fork", branches=num)
+        branches = []
+        for number, (key, head) in enumerate(
+            zip(self._fold_keys(sequence.key, num), heads, strict=True)
+        ):
+            branch = Sequence(sequence.request, sequence, number, key)
+            branch.budget = share
+            branch.automaton = Automaton(
+                tags, NO_DEPTH_LIMIT, index=len(head), depth=branch.depth, in_step=True
+            )
+            self._start_segment(branch, list(head), sequence.position + 1, sequence.table)
+            branches.append(branch)
+        self._wait(sequence, Fork(block, branches, [head.index(tags.step_open) for head in heads]))
+
+    def _refuse_block(self, sequence: Sequence) -> str | None:
+        """Why the block that has just closed its guideline cannot be forked, or None."""
+        automaton, tags, config = sequence.automaton, self.tags, self.config
+        block, limit = automaton.stack[-1], sequence.request.max_position
+        broken = check_block(
+            sequence.own_tokens(), block.close(automaton.index), tags, config.max_branches
+        )
+        if broken:
+            return broken.reason
+        if sequence.depth >= config.max_depth:
+            return f"nested {sequence.depth + 1} deep, at most {config.max_depth}"
+        num = len(block.plans)
+        heads = tags.step_headers[:num]
+        spare = sequence.budget - sum(map(len, heads)) - len(tags.takeaway_header)
+        if spare < num + 1:
+            return f"{sequence.budget} tokens are left, too few for {num} steps and a takeaway"
+        if sequence.position + max(map(len, heads)) + 1 >= limit:
+            return f"max_position={limit} leaves no room for a step"
+        return None
+
+    def _start_segment(self, sequence: Sequence, head: list[int], start: int, before) -> None:
+        segment = Segment(start, before)
+        segment.append_known(head, forced=True)
+        sequence.items.append(segment)
+        self._emit(sequence, "token", tokens=head, logp=None)
+
+    def _wait(self, sequence: Sequence, fork: Fork) -> None:
+        """The sequence gives its lane up and waits for the branches of `fork`."""
+        scheduler = self.schedulers[sequence.request.replica]
+        scheduler.release(sequence)
+        sequence.items.append(fork)
+        sequence.waiting = True
+        for branch in fork.branches:
+            scheduler.hold(branch.table)
+        self._stats["forks"] += 1
+
+    def _branch_ended(self, branch: Sequence) -> None:
+        """A branch is done, well or not; after its last sibling the parent goes on or ends."""
+        branch.done = True
+        self.schedulers[branch.request.replica].release(branch)
+        parent = branch.parent
+        fork = parent.items[-1]
+        if not all(branch.done for branch in fork.branches):
+            return
+        failure = next((b.failure for b in fork.branches if b.failure), None)
+        if failure:
+            self._end(parent, *failure)
+        else:
+            self._resume(parent, fork)
+
+    def _resume(self, sequence: Sequence, fork: Fork) -> None:
+        """The branches have reached their ends: on with the takeaway, if there is room."""
+        head, limit = list(self.tags.takeaway_header), sequence.request.max_position
+        sequence.budget += sum(branch.budget for branch in fork.branches)
+        if _after(fork) + len(head) >= limit:
+            self._end(sequence, "length", f"max_position={limit} leaves no room for a takeaway")
+            return
+        sequence.budget -= len(head)
+        sequence.automaton.skip_steps()
+        sequence.automaton.read(head)
+        self._join(sequence, fork, head)
+        self._check_limits(sequence)
+
+    def _join(self, sequence: Sequence, fork: Fork, head: list[int]) -> None:
+        """The sequence goes on after its branches, with a header, and sees them all."""
+        before = sequence.table
+        old = [before, *(branch.table for branch in fork.branches)]
+        for branch in fork.branches:
+            before += branch.table[len(old[0]) :]
+        fork.joined = True
+        sequence.waiting = False
+        self._emit(sequence, "join")
+        self._start_segment(sequence, head, _after(fork), before)
+        scheduler = self.schedulers[sequence.request.replica]
+        scheduler.hold(sequence.table)
+        for table in old:
+            scheduler.drop(table)
+        self._stats["joins"] += 1
+
+    def _end(self, sequence: Sequence, reason: str, detail: str) -> None:
+        """A sequence ends without reaching its own end: a branch lets its siblings run on."""
+        if sequence.parent is None:
+            self._finish(sequence.request, reason, detail)
+            return
+        inside = {"stop": "branch_eos", "length": "branch_length"}.get(reason, reason)
+        detail = ": ".join(filter(None, (f"step {sequence.number + 1}", detail)))
+        sequence.failure = inside, detail
+        self._branch_ended(sequence)
+
+
+def _after(fork: Fork) -> int:
+    """The position after the longest branch."""
+    return 1 + max(branch.position for branch in fork.branches)

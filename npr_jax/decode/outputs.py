@@ -1,0 +1,203 @@
+"""What the engine gives out: events while an answer is decoded, and the finished answer.
+
+A finished answer is a `Trajectory`: its tokens with their tree, log-probs and figures.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from npr_jax.decode.sequence import Fork, Request, Segment, Sequence
+from npr_jax.tree import Block, TreeLayout, layout
+
+KINDS = ("token", "fork", "join", "finish")
+FINISH_REASONS = (
+    "stop",
+    "length",
+    "branch_eos",
+    "branch_length",
+    "malformed",
+    "invalid_block",
+    "pages_exhausted",
+    "aborted",
+    "error",
+)
+TRUNCATED = ("length", "branch_length", "pages_exhausted")  # of these, cut off by a limit
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Trajectory:
+    """One answer, flat in depth-first order: T tokens, prompt and response.
+
+    Attributes:
+      token_ids: i32[T].
+      prompt_len: number of prompt tokens.
+      layout: what was really forked; a block decoded sequentially is plain text in it.
+      logp: f32[T], raw log-prob (temperature 1, no penalty, no filter) of every sampled token; 0
+        for the prompt and for forced tokens.
+      logp_sampled: f32[T], the same under the distribution that was sampled from.
+      margin: f32[T], by how much the token won (the perturbed logits, best minus second).
+      step: i32[T], the engine's decode step (`Engine.stats`) that drew the token; -1 for the prompt
+        and for forced tokens.
+      forced: bool[T], tokens of the response that the engine wrote.
+      text: of the response; None without a tokenizer.
+      finish_reason: one of FINISH_REASONS; `detail` says more.
+      stats: figures: tokens, critical_path, branches, width, depth, sampled, preempted.
+    """
+
+    token_ids: np.ndarray
+    prompt_len: int
+    layout: TreeLayout
+    logp: np.ndarray
+    logp_sampled: np.ndarray
+    margin: np.ndarray
+    step: np.ndarray
+    forced: np.ndarray
+    text: str | None
+    finish_reason: str
+    detail: str
+    stats: dict
+
+    @property
+    def response_ids(self) -> np.ndarray:
+        """Token ids of the response, i32[T - prompt_len]."""
+        return self.token_ids[self.prompt_len :]
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """One thing that happened to one answer.
+
+    Attributes:
+      kind: "token" (of the response, sampled or forced), "fork" (a block's branches start), "join"
+        (its trunk goes on), or "finish".
+      request: the id that `Engine.submit` returned for the answer.
+      branch: where it happened: (block, branch) on the way from the trunk, counted from 0; () is
+        the trunk. Tokens of one sequence come in order; sequences are interleaved.
+      token_id, logp, forced: of a token; logp is raw, 0 for a forced token.
+      text: what the token adds to its sequence's text: "" while a character is incomplete, None
+        without a tokenizer.
+      branches: of a fork, their number.
+      trajectory: of a finish, the answer.
+    """
+
+    kind: str
+    request: int
+    branch: tuple[tuple[int, int], ...] = ()
+    token_id: int | None = None
+    logp: float | None = None
+    forced: bool = False
+    text: str | None = None
+    branches: int | None = None
+    trajectory: Trajectory | None = None
+
+
+class TextPieces:
+    """Text of a growing list of tokens, in pieces that never cut a character."""
+
+    def __init__(self, tokenizer):
+        self._decode = lambda ids: tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        self._ids: list[int] = []  # from the last whole piece on, and that piece before them
+        self._known = 0  # of `_ids`, those whose text was given out
+
+    def add(self, token: int) -> str:
+        """The text that this token completes."""
+        self._ids.append(token)
+        before = self._decode(self._ids[: self._known])
+        text = self._decode(self._ids)
+        incomplete = text.endswith("\N{REPLACEMENT CHARACTER}")  # a character's first bytes, or
+        if incomplete and len(self._ids) - self._known < 4:  # bytes that are none at all
+            return ""
+        self._ids, self._known = self._ids[self._known :], len(self._ids) - self._known
+        return text[len(before) :]
+
+
+def make_trajectory(request: Request, reason: str, detail: str, tokenizer) -> Trajectory:
+    """The answer as far as it has come; a tokenizer that fails makes its reason `error`."""
+    segments, blocks = _flatten(request.trunk)
+
+    def column(name: str, dtype) -> np.ndarray:
+        return np.array([x for s in segments for x in getattr(s, name)], dtype)
+
+    tokens, forced = column("tokens", np.int32), column("forced", bool)
+    tree = request.tree
+    if tree is None or len(tree) != len(tokens):
+        tree = layout(len(tokens), blocks, request.prompt_len, forced)
+    positions = np.concatenate([s.start + np.arange(len(s.tokens)) for s in segments])
+    assert (positions == tree.positions).all(), "the engine left the layout's positions"
+    response = tokens[request.prompt_len :].tolist()
+    if response and response[-1] in request.ends:
+        response = response[:-1]
+    text = None
+    if tokenizer is not None:
+        try:
+            text = tokenizer.decode(response, clean_up_tokenization_spaces=False)
+        except Exception as error:  # only this answer fails
+            reason, detail = "error", f"{type(error).__name__}: {error}"
+    return Trajectory(
+        token_ids=tokens,
+        prompt_len=request.prompt_len,
+        layout=tree,
+        logp=column("logp", np.float32),
+        logp_sampled=column("logp_sampled", np.float32),
+        margin=column("margin", np.float32),
+        step=column("step", np.int32),
+        forced=forced,
+        text=text,
+        finish_reason=reason,
+        detail=detail,
+        stats={
+            "tokens": tree.total_len,
+            "critical_path": tree.critical_path_len,
+            "branches": tree.num_branches,
+            "width": tree.width,
+            "depth": tree.depth,
+            "sampled": int((~forced[request.prompt_len :]).sum()),
+            "preempted": request.preempted,
+            "refused_blocks": list(request.refused),
+        },
+    )
+
+
+def _flatten(trunk: Sequence) -> tuple[list[Segment], list[Block]]:
+    """The segments of an answer in depth-first order, and the spans of its forked blocks."""
+    segments: list[Segment] = []
+    found: list[tuple] = []
+    total = 0
+
+    def walk(sequence: Sequence, depth: int) -> None:
+        nonlocal total
+        own = 0  # tokens of this sequence so far
+        for item in sequence.items:
+            if isinstance(item, Segment):
+                segments.append(item)
+                total += len(item.tokens)
+                own += len(item.tokens)
+                continue
+            before, slot, steps = total - own, len(found), []
+            found.append(())
+            for branch, opens in zip(item.branches, item.opens, strict=True):
+                start = total
+                walk(branch, depth + 1)
+                steps.append((start + opens, total))
+            found[slot] = (item, depth, before, tuple(steps), total, total - own)
+
+    def block(item: Fork, depth, before, steps, join, after) -> Block:
+        """`before` and `after`: what to add to the sequence's own token counts around the fork."""
+        b, takeaway = item.block, None
+        if item.joined:
+            end = b.takeaway[1]  # None where it is open; of a replay it may lie ahead
+            takeaway = (b.takeaway[0] + after, total if end is None else min(end + after, total))
+        return Block(
+            start=b.start + before,
+            guideline_close=b.guideline_close + before,
+            plans=tuple((start + before, end + before) for start, end in b.plans),
+            steps=steps,
+            join=join if item.joined else total,
+            takeaway=takeaway,
+            end=takeaway[1] if takeaway else total,
+            depth=depth,
+        )
+
+    walk(trunk, 0)
+    return segments, [block(*parts) for parts in found]

@@ -1,0 +1,135 @@
+"""What is asked for becomes requests: refused with numbers, or ready to be queued."""
+
+import math
+from collections import abc
+from numbers import Integral
+
+import jax
+import numpy as np
+
+from npr_jax.decode.config import EngineConfig
+from npr_jax.decode.fork_join import NO_DEPTH_LIMIT
+from npr_jax.decode.sampling import SamplingParams
+from npr_jax.decode.sequence import Request, Segment, Sequence
+from npr_jax.tree import Automaton
+
+
+class RequestMaker:
+    """Checks prompts and sampling, and makes requests, which it numbers.
+
+    `fold(key, n)` gives the keys of n samples; `replicas`: among which the samples of one prompt
+    are split where there are more of them than prompts.
+    """
+
+    def __init__(self, model, config: EngineConfig, fold: abc.Callable, replicas: int):
+        self.config, self.model_config = config, model.config
+        self.tokenizer, self.tags = model.tokenizer, model.tags
+        self._fold, self._replicas = fold, replicas
+        self._count = 0
+
+    def groups(self, prompts: abc.Sequence, sampling: SamplingParams) -> list[list[Request]]:
+        """`sampling.n` requests to every prompt, in groups of one prompt and one replica; raises
+        the ValueErrors of `Engine.submit`."""
+        seeds = sampling.seed
+        if isinstance(seeds, int):
+            seeds = [seeds] * len(prompts)
+        if len(seeds) != len(prompts):
+            raise ValueError(f"seed has {len(seeds)} entries, needed is one, or {len(prompts)}")
+        if sampling.parallel and (self.tags is None or self.tags.decode is None):
+            raise ValueError(
+                "parallel decoding needs a tokenizer with the eight tags; this model has none "
+                "(parallel=False decodes it as plain text)"
+            )
+        ids = [self.check(prompt, sampling, f"prompt {i}") for i, prompt in enumerate(prompts)]
+        # Fewer prompts than replicas: the answers to one are split among some of them.
+        split = math.ceil(self._replicas / max(1, len(prompts)))
+        size = math.ceil(sampling.n / split)
+        groups = []
+        for prompt, seed in zip(ids, seeds, strict=True):
+            keys = self._fold(np.asarray(jax.random.key_data(jax.random.key(seed))), sampling.n)
+            for first in range(0, sampling.n, size):
+                shared = Segment(0, ())
+                shared.append_known(prompt[:-1], forced=False)
+                some = keys[first : first + size]
+                groups.append([self.make(prompt, shared, sampling, key) for key in some])
+        return groups
+
+    def check(self, prompt: str | abc.Sequence[int], sampling: SamplingParams, name: str):
+        """The ids of a prompt; raises the ValueError with which it would be refused."""
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ValueError(f"{name} is text, but the model has no tokenizer")
+            prompt = self.tokenizer.encode(prompt)
+        if isinstance(prompt, bytes) or not isinstance(prompt, abc.Sequence | np.ndarray):
+            raise ValueError(f"{name} is {type(prompt).__name__}, needed is text or token ids")
+        if not len(prompt):
+            raise ValueError(f"{name} is empty, needed is at least one token")
+        vocab = self.model_config.vocab_size
+        wrong = next((x for x in prompt if not _is_id(x, vocab)), None)
+        if wrong is not None:
+            raise ValueError(
+                f"{name} holds {wrong!r}, needed are token ids from 0 to {vocab - 1} (outside the "
+                f"vocabulary of {vocab})"
+            )
+        ids = [int(token) for token in prompt]
+        for token in sampling.stop_token_ids:
+            if token >= vocab:
+                raise ValueError(f"stop_token_ids holds {token}, needed are ids below {vocab}")
+        self.refuse_too_long(len(ids), sampling, name)
+        return ids
+
+    def refuse_too_long(self, prompt_len: int, sampling: SamplingParams, name: str) -> None:
+        """Refuses what could never fit an empty pool without any branch."""
+        size = self.config.page_size
+        limit = self._max_position(sampling)
+        if prompt_len >= limit:
+            raise ValueError(
+                f"{name} has {prompt_len} tokens, but max_position is {limit}: shorten it or raise "
+                "max_position"
+            )
+        tokens = min(prompt_len + sampling.max_tokens, limit)
+        need = math.ceil((prompt_len - 1) / size) + math.ceil((tokens - prompt_len + 1) / size)
+        have = self.config.longest_table
+        if need > have:
+            raise ValueError(
+                f"{name} needs {need} pages of {size} for {prompt_len} prompt tokens and "
+                f"max_tokens={sampling.max_tokens}; a line can have {have} (EngineConfig pages, "
+                "table_pages)"
+            )
+
+    def make(self, prompt: list[int], shared: Segment, sampling: SamplingParams, key) -> Request:
+        """A request: the prompt without its last token is one segment, shared by n samples; the
+        trunk's own segment starts with the last, from which its first token is drawn."""
+        request = Request(self._count, sampling, len(prompt), self._max_position(sampling))
+        self._count += 1
+        eos = (*self.model_config.eos_token_ids, *sampling.stop_token_ids)
+        request.ends = frozenset(eos)
+        request.stops = eos
+        if sampling.parallel and self.tags is not None:
+            request.stops = (*eos, self.tags.guideline_close, self.tags.step_close)
+        if len(request.stops) > self.config.max_stops:
+            raise ValueError(
+                f"{len(request.stops)} ids end or stop a line, max_stops is {self.config.max_stops}"
+            )
+        trunk = request.trunk = Sequence(request, None, 0, key)
+        own = Segment(len(prompt) - 1, (shared,) if shared.tokens else ())
+        own.append_known(prompt[-1:], forced=False)
+        trunk.items = [shared, own]
+        trunk.budget = sampling.max_tokens
+        request.penalised = penalised(sampling)
+        if sampling.parallel and self.tags is not None:
+            trunk.automaton = Automaton(self.tags, NO_DEPTH_LIMIT, index=len(prompt))
+        return request
+
+    def _max_position(self, sampling: SamplingParams) -> int:
+        limit = self.model_config.max_position_embeddings
+        return limit if sampling.max_position is None else min(limit, sampling.max_position)
+
+
+def penalised(sampling: SamplingParams) -> bool:
+    """Whether any token's logit is changed because it was seen."""
+    return sampling.repetition_penalty != 1 or (sampling.step_repetition_penalty or 1) != 1
+
+
+def _is_id(token, vocab: int) -> bool:
+    return isinstance(token, Integral) and not isinstance(token, bool) and 0 <= token < vocab

@@ -1,0 +1,179 @@
+"""The host's picture of answers in the making: requests, sequences, segments and forks.
+
+A `Request` is one answer that was asked for. A `Sequence` is a run of its text that counts its
+positions up by one: the trunk, or a branch. It consists of `Segment`s (tokens and the pages that
+hold their keys) with a `Fork` between two of them. Forking and joining move no token and no page: a
+branch's table is its parent's segments and its own; after the join the trunk's table is what it saw
+before, then every branch's segments.
+
+A segment's tokens and what was computed of them are two things: a preempted answer gives up its
+pages, and later its segments are computed again from their tokens.
+
+Who writes what, after something was made:
+
+    Segment    tokens and their figures: fork_join and replay; pages, row, published, refs and
+               computed: the scheduler (computed also the engine, of what was drawn)
+    Fork       joined: fork_join
+    Sequence   items, automaton, budget, given, waiting, done, failure: fork_join and replay;
+               lane, epoch: the scheduler; pending: the runner adds, the engine takes away, the
+               scheduler clears; text: outputs
+    Request    replica, on_event: the engine, when it queues it; running, preempted: the scheduler;
+               refused: fork_join; failure: the engine
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from npr_jax.decode.sampling import SamplingParams
+from npr_jax.tree import Automaton, TreeLayout
+
+
+class Segment:
+    """Tokens at positions start, start + 1, ...; `before`: the segments they see, in order."""
+
+    def __init__(self, start: int, before: tuple["Segment", ...]):
+        self.start, self.before = start, before
+        self.table = (*before, self)
+        self.offset = sum(len(segment.tokens) for segment in before)  # entries before its own
+        self.tokens: list[int] = []
+        self.logp: list[float] = []
+        self.logp_sampled: list[float] = []
+        self.margin: list[float] = []
+        self.step: list[int] = []
+        self.forced: list[bool] = []
+        self.pages: list[int] = []
+        self.row: np.ndarray | None = None  # `pages` as an array; None where they have changed
+        self.computed = 0  # tokens whose keys are in `pages`
+        self.published = 0  # pages of a prompt that the pool's cache knows
+        self.refs = 0  # tables that list it
+
+    def append_known(self, tokens, forced: bool) -> None:
+        """Adds tokens that were not sampled: the prompt (forced False) or a header."""
+        zeros = [0.0] * len(tokens)
+        self.append(tokens, zeros, zeros, zeros, [-1] * len(tokens), forced)
+
+    def append(self, tokens, logp, logp_sampled, margin, step, forced: bool = False) -> None:
+        """Adds tokens with their figures."""
+        self.tokens.extend(tokens)
+        self.logp.extend(logp)
+        self.logp_sampled.extend(logp_sampled)
+        self.margin.extend(margin)
+        self.step.extend(step)
+        self.forced.extend([forced] * len(tokens))
+
+
+@dataclasses.dataclass
+class Fork:
+    """A block that was forked.
+
+    `block` has start, guideline_close, plans and takeaway, counted in the sequence's own tokens;
+    `opens`: where in each branch its `<step>` stands.
+    """
+
+    block: object
+    branches: list["Sequence"]
+    opens: list[int]
+    joined: bool = False
+
+
+class Sequence:
+    """The trunk of an answer or one of its branches."""
+
+    def __init__(self, request: "Request", parent: "Sequence | None", number: int, key: np.ndarray):
+        self.request, self.parent, self.number, self.key = request, parent, number, key
+        self.path: tuple = (*parent.path, len(parent.items), number) if parent else (request.id,)
+        self.depth: int = parent.depth + 1 if parent else 0
+        # The same for callers: (block, branch) of every sequence above, both counted from 0.
+        self.branch: tuple[tuple[int, int], ...] = ()
+        if parent:
+            block = sum(isinstance(item, Fork) for item in parent.items)
+            self.branch = (*parent.branch, (block, number))
+        self.items: list[Segment | Fork] = []
+        self.automaton: Automaton | None = None
+        self.budget = 0
+        self.given: list[int] | None = None  # what its last segment will hold, if not drawn
+        self.lane: int | None = None
+        self.epoch = 0  # counts starts on a lane: what was drawn in an earlier one is dropped
+        self.pending = 0  # tokens that may have been drawn and were not read yet
+        self.text = None  # outputs.TextPieces, where somebody listens
+        self.waiting = False  # for its branches
+        self.done = False
+        self.failure: tuple[str, str] | None = None
+
+    @property
+    def tail(self) -> Segment:
+        """The segment that grows."""
+        return self.items[-1]
+
+    @property
+    def position(self) -> int:
+        """Position of the sequence's last token."""
+        return self.tail.start + len(self.tail.tokens) - 1
+
+    @property
+    def table(self) -> tuple[Segment, ...]:
+        """The segments the sequence's next token sees, in order."""
+        last = self.items[-1] if isinstance(self.items[-1], Segment) else self.items[-2]
+        return last.table
+
+    @property
+    def left(self) -> int:
+        """Tokens the sequence may still draw by its budget or its positions."""
+        return min(self.budget, self.request.max_position - 1 - self.position)
+
+    def own_tokens(self) -> list[int]:
+        """The sequence's own tokens, without those of its branches."""
+        return [t for item in self.items if isinstance(item, Segment) for t in item.tokens]
+
+
+class Request:
+    """One answer in the making: what was asked, and the trunk with all that grew from it.
+
+    `id`: the order of arrival, which is the priority; `replica`: where it decodes; `penalised`:
+    whether tokens it has seen change the logits; `on_event`: the caller's; `failure`: what this
+    raised; `ends`: ids that end the text; `stops`: ids at which a lane freezes; `running`: whether
+    its tables hold pages; `refused`: why blocks went on sequentially; `tree`: the layout that is
+    replayed.
+    """
+
+    def __init__(self, number: int, sampling: SamplingParams, prompt_len: int, max_position: int):
+        self.id, self.sampling, self.prompt_len = number, sampling, prompt_len
+        self.max_position = max_position
+        self.replica = 0
+        self.penalised = False
+        self.failure: str | None = None
+        self.on_event: Callable | None = None
+        self.ends: frozenset[int] = frozenset()
+        self.stops: tuple[int, ...] = ()
+        self.trunk: Sequence | None = None
+        self.tree: TreeLayout | None = None
+        self.running = False
+        self.preempted = 0
+        self.refused: list[str] = []
+
+    def growing(self) -> Iterator[Sequence]:
+        """The sequences that can go on: not ended, not waiting for branches."""
+
+        def walk(sequence: Sequence):
+            if not sequence.done and not sequence.waiting:
+                yield sequence
+            if sequence.waiting:
+                for branch in sequence.items[-1].branches:
+                    yield from walk(branch)
+
+        yield from walk(self.trunk)
+
+    def tables(self) -> Iterator[tuple[Segment, ...]]:
+        """The tables that hold pages: of the sequences that have not ended, and of branches that
+        have ended and wait to be joined."""
+
+        def walk(sequence: Sequence):
+            yield sequence.table
+            if sequence.waiting:
+                for branch in sequence.items[-1].branches:
+                    yield from walk(branch)
+
+        if self.running:
+            yield from walk(self.trunk)
