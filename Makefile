@@ -1,5 +1,5 @@
 # Every target sets up what it needs; nothing is installed outside this folder.
-.PHONY: help install libtpu demo test lint same test-real clean
+.PHONY: help install libtpu demo test lint same test-real announce-real clean
 .DEFAULT_GOAL := help
 
 VENV := .venv
@@ -71,7 +71,10 @@ $(REAL_DIR)/greedy.json: $(REAL_DIR)/model.safetensors scripts/transformers_gree
 	$(REAL_VENV)/bin/python scripts/transformers_greedy.py $(REAL_DIR) \
 	  tests/data/benchmarks/gsm8k_test.jsonl.gz $@
 
-test-real: install $(REAL_DIR)/greedy.json  ## compare with transformers on real weights
+announce-real:
+	@echo "Compares with transformers on a model of 135M parameters: about 18 minutes on two cores"
+
+test-real: announce-real install $(REAL_DIR)/greedy.json  ## compare with transformers on real weights
 	NPR_SMOLLM2=$(REAL_DIR) $(VENV)/bin/python -m pytest -m real
 
 clean:  ## remove what was built, the virtual environments too

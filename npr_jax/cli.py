@@ -1,7 +1,9 @@
 """The command line: one verb, one function. Heavy modules are imported when a verb runs."""
 
 import contextlib
+import dataclasses
 import functools
+import importlib.metadata
 import json
 import os
 import signal
@@ -13,8 +15,11 @@ from typing import Annotated, Any
 
 import typer
 
+from npr_jax.base.files import describe, lasting, read_text
+
+LEFT_OUT = 4  # exit code of `generate`: done, but for lines that are no requests
+
 app = typer.Typer(
-    help="Native Parallel Reasoner in JAX: train a model to reason in parallel, and decode it so.",
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -31,6 +36,9 @@ Overrides = Annotated[
 Output = Annotated[
     Path | None, typer.Option(metavar="DIR", help="Run directory, in place of the config's.")
 ]
+Instruction = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Replaces the instruction's text.")
+]
 Distributed = Annotated[
     bool, typer.Option("--distributed", help="One of several processes (docs/launch.md).")
 ]
@@ -39,6 +47,8 @@ Distributed = Annotated[
 def main() -> None:
     """Entry point of `npr-jax`: an error that a user can mend is one line, and an exit code."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it asks for PyTorch
+    for stream in (sys.stdout, sys.stderr):  # a console may lack the characters of an answer
+        stream.reconfigure(errors="backslashreplace")
     try:
         app(prog_name="npr-jax")
     except SystemExit as ending:
@@ -52,26 +62,30 @@ def main() -> None:
         sys.exit(_tell(error))
 
 
-# Other errors of the system may pass: a full disk is emptied, a network comes back.
-_LASTING = (
-    ValueError,
-    FloatingPointError,
-    FileNotFoundError,
-    IsADirectoryError,
-    NotADirectoryError,
-    PermissionError,
-)
-
-
 def _tell(error: BaseException) -> int:
     """Prints an error; 2 where the same command would fail again, 1 where it may not."""
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 1
     if isinstance(error, (ValueError, OSError, FloatingPointError)):
-        typer.echo("error: " + "; ".join(str(error).splitlines()), err=True)
-        return 2 if isinstance(error, _LASTING) else 1
+        typer.echo(f"error: {describe(error)}", err=True)
+        return 2 if lasting(error) else 1
     traceback.print_exception(error)
     return 1
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"npr-jax {importlib.metadata.version('npr_jax')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say it and end.")
+    ] = False,
+) -> None:
+    """Native Parallel Reasoner in JAX: train a model to reason in parallel, and decode it so."""
 
 
 @app.command()
@@ -137,20 +151,27 @@ def generate(
     config: Annotated[
         str, typer.Option(metavar="CONFIG", help="YAML file or preset: engine and sampling.")
     ] = "generate",
+    instruction: Instruction = None,
     overrides: Overrides = None,
 ) -> None:
     """Answer every line of a file; lines that the output has are skipped.
 
-    Example: --set sampling.temperature=0.6 --set sampling.max_tokens=4096 --set engine.lanes=64
+    Example: --set sampling.temperature=0.6 --set sampling.max_tokens=4096
+
+    Exit code 4: answered, but for lines that are no requests, which are named.
     """
     from npr_jax.base.config import load_config
     from npr_jax.evaluate.generate import GenerateConfig
     from npr_jax.evaluate.generate import generate as run
 
     settings = load_config(GenerateConfig, config, overrides or ())
+    if instruction is not None:
+        settings = dataclasses.replace(settings, instruction=_instruction(instruction))
     tell = functools.partial(typer.echo, err=True)
     written, bad = run(model, source, target, settings, warn=tell, tell=tell)
     typer.echo(f"{written} answers written to {target}, {bad} bad lines left out")
+    if bad:
+        raise typer.Exit(LEFT_OUT)
 
 
 @app.command("eval")
@@ -166,9 +187,7 @@ def evaluate(
     data: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Local files: NAME.jsonl.")
     ] = None,
-    instruction: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Replaces the instruction's text.")
-    ] = None,
+    instruction: Instruction = None,
     sequential: Annotated[
         bool, typer.Option("--sequential", help="Decode so too, for the speed-ups.")
     ] = False,
@@ -193,7 +212,7 @@ def evaluate(
         "output": str(output),
         "samples": samples,
         "data": data and str(data),
-        "instruction": instruction and instruction.read_text(encoding="utf-8").strip(),
+        "instruction": instruction and _instruction(instruction),
         "baseline": sequential or None,
     }
     changes = [
@@ -313,6 +332,10 @@ def demo(
     from npr_jax.demo import run
 
     sys.exit(run(seed=seed, output=output, check=check))
+
+
+def _instruction(path: Path) -> str:
+    return read_text(path, "the text of an instruction (--instruction)").strip()
 
 
 @contextlib.contextmanager

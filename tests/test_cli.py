@@ -1,5 +1,7 @@
 """The command line: what is listed works, help fits a screen, a user's error is one line."""
 
+import importlib.metadata
+import os
 import re
 import subprocess
 import sys
@@ -7,7 +9,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from npr_jax.cli import app
+from npr_jax.cli import app, main
 
 VERBS = ("zero", "beta", "papo", "generate", "eval", "view", "report", "plan", "data", "demo")
 COMMANDS = (*VERBS, "data prepare")
@@ -49,6 +51,66 @@ def test_a_users_error_is_one_line(args, words, tmp_path):
     assert len(result.stderr.splitlines()) == 1
     assert all(word in result.stderr for word in words), result.stderr
     assert not list(tmp_path.iterdir())
+
+
+GENERATE = ("generate", "--model", "tiny", "--input")
+PREPARE = ("data", "prepare", "jsonl", "--source")
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        ([*GENERATE, "none", "--output", "o"], ("there is no none in", "--input")),
+        ([*GENERATE, ".", "--output", "o"], ("is a directory", "--input")),
+        ([*GENERATE, "pipe", "--output", "o"], ("pipe", "needed is a file")),
+        ([*GENERATE, "good/x", "--output", "o"], ("good/x cannot be read", "not a directory")),
+        ([*GENERATE, "good", "--output", "/proc/x"], ("/proc/x cannot be written", "--output")),
+        ([*GENERATE, "good", "--output", "."], ("is a directory", "--output")),
+        ([*GENERATE, "good", "--output", "pipe"], ("pipe", "--output")),
+        ([*GENERATE, "good", "--output", "good"], ("good:1 is no answer", "--output")),
+        ([*GENERATE, "good", "--output", "o", "--instruction", "none"], ("none", "--instruction")),
+        ([*GENERATE, "good", "--output", "o", "--instruction", "raw"], ("UTF-8", "--instruction")),
+        ([*GENERATE, "good", "--output", "o", "--set", "stats=/proc/x"], ("/proc/x", "stats")),
+        ([*GENERATE, "good", "--output", "o", "--model", "nope"], ("no nope in", "qwen3-4b")),
+        ([*GENERATE, "good", "--output", "o", "--model", "good"], ("is a file", "directory")),
+        ([*GENERATE, "good", "--output", "o", "--model", "./a/b"], ("a/b", "Hugging Face")),
+        (["zero", "tiny_zero"], ("runs/demo/seed/final", "`npr-jax demo` first")),
+        (["zero", "tiny_zero", "--set", "model=tiny"], ("problems.jsonl", "`npr-jax demo` first")),
+        (["zero", "tiny_zero", "--set", "model=tiny", "--set", "problems=pipe"], ("pipe",)),
+        (["zero", "tiny_zero", "--output", "/proc/x"], ("/proc/x cannot be written",)),
+        (["zero", "raw"], ("raw", "UTF-8")),
+        (["view", "none"], ("there is no none in", "traces/NAME.jsonl")),
+        (["view", "."], ("is a directory", "traces/NAME.jsonl")),
+        (["view", "pipe"], ("pipe", "traces/NAME.jsonl")),
+        (["view", "good"], ("good:1", "lacks", "token_ids", "traces/*.jsonl")),
+        ([*PREPARE, "none"], ("there is no none in", "--source")),
+        ([*PREPARE, "."], ("is a directory", "--source")),
+        ([*PREPARE, "pipe"], ("pipe", "--source")),
+        ([*PREPARE, "good", "--output", "/proc/x"], ("/proc/x cannot be written", "--output")),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_named_in_one_line(args, words, tmp_path, monkeypatch, capfd):
+    """As what it is, with what is needed there, in the command line's words; exit code 2."""
+    (tmp_path / "good").write_text('{"problem": "A:1*1?"}\n')
+    (tmp_path / "raw").write_bytes(b"\xff\xfe")
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["npr-jax", *args])
+    with pytest.raises(SystemExit) as ending:
+        main()
+    said = capfd.readouterr()
+    assert ending.value.code == 2 and not said.out
+    *before, last = said.err.splitlines()
+    assert last.startswith("error: ") and "Errno" not in last and "Traceback" not in said.err
+    assert all(word in last for word in words), last
+    assert all(" devices " in line for line in before), before
+    assert not (tmp_path / "o").exists()
+
+
+def test_version():
+    result = CliRunner().invoke(app, ["--version"])
+    assert result.exit_code == 0
+    assert result.output == f"npr-jax {importlib.metadata.version('npr-jax')}\n"
 
 
 def test_help_is_quick():

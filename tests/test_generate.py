@@ -1,8 +1,11 @@
 """Batch inference: bad lines cost nothing but themselves, and a run goes on where it was cut."""
 
 import dataclasses
+import errno
+import gzip
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -10,10 +13,11 @@ import pytest
 from train_toy import tiny
 
 from npr_jax.base.config import load_config
-from npr_jax.base.files import cut_half_line
+from npr_jax.base.files import cut_half_line, lasting
 from npr_jax.data.prompts import prompt_ids
 from npr_jax.decode import Engine, SamplingParams
-from npr_jax.evaluate.generate import GenerateConfig, generate
+from npr_jax.evaluate import generate as module
+from npr_jax.evaluate.generate import GenerateConfig, adding, generate
 from npr_jax.model.pretrained import save
 
 GOOD = [{"problem": "A:1+2;B:3+4?"}, {"prompt": "A:1*1?", "id": "x7"}, {"problem": "B:9+9?"}]
@@ -28,6 +32,16 @@ BAD = [
     b'{"problem": "' + b"A" * 5000 + b'"}',
     b'{"prompt": "\xd0\x96"}',  # not in the tokenizer's alphabet: nothing is left of it
     b'{"prompt": "\\ud800"}',
+    b'{"prompt": "A?", "x": "\\ud83d"}',  # could not be written as text
+    b'{"prompt": "A?", "\\udc00": 1}',
+    b'{"prompt": "A?", "x": [NaN]}',
+    b'{"prompt": "A?", "x": [1e999]}',  # could not be written as JSON
+    b'{"prompt": "A?", "x": ' + b"9" * 5000 + b"}",
+    b'{"prompt": "A?", "prompt": "B?"}',
+    b'{"prompt": "A?", "x": ' + b"[" * 101 + b"]" * 101 + b"}",
+    b"[" * 100_000,
+    b"\x00\x00",
+    b"\xff\xfe{\x00",
 ]
 
 
@@ -36,7 +50,7 @@ def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("generate")
     save(tiny(), home / "model")
     lines = [json.dumps(row).encode() for row in GOOD]
-    text = b"\n".join([lines[0], *BAD, b"", *lines[1:]]) + b"\n"
+    text = b"\n".join([b"\xef\xbb\xbf" + lines[0] + b"\r", *BAD, b"", *lines[1:]]) + b"\n"
     (home / "input.jsonl").write_bytes(text)
     return home
 
@@ -68,7 +82,7 @@ def test_answers_and_bad_lines(home, tmp_path):
     assert [int(w.split(":")[1]) for w in warnings] == list(range(2, 2 + len(BAD)))
     found = sorted(records(target), key=lambda r: (r["line"], r["sample"]))
     assert [(r["line"], r["sample"]) for r in found] == [
-        (line, sample) for line in (1, 13, 14) for sample in (0, 1)
+        (line, sample) for line in (1, len(BAD) + 3, len(BAD) + 4) for sample in (0, 1)
     ]
     assert [r["input"] for r in found[::2]] == GOOD
     assert {r["finish_reason"] for r in found} <= {"stop", "length", "malformed", "invalid_block"}
@@ -99,6 +113,106 @@ def test_a_cut_off_run_goes_on(home, tmp_path):
         run(cut)
 
 
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        (b"", "is empty"),
+        (b"\xef\xbb\xbf\r\n\n", "is empty"),
+        (b"\n{}\n", "no line of .* can be answered"),
+        (b"[" + json.dumps(GOOD[0]).encode() + b"]", "no line of .* can be answered"),
+        (gzip.compress(json.dumps(GOOD[0]).encode())[:-9], "no whole gzip file"),
+        (json.dumps({"prompt": "A" * 5000}).encode(), "no line of .* can be answered"),
+    ],
+)
+def test_an_input_without_a_line_to_answer_is_an_error(data, message, home, tmp_path):
+    (tmp_path / "in").write_bytes(data)
+    with pytest.raises(ValueError, match=message):
+        generate(home / "model", tmp_path / "in", tmp_path / "out", config(), lambda _: None)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+ANSWER = b'{"line": 1, "sample": 0, "input": {"problem": "A:1+2;B:3+4?"}}\n'
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"my notes", "out:1 is no answer"),
+        (ANSWER + b"my notes", "out:2 is no answer"),
+        (ANSWER + b'{"line": [1], "sample": 0, "input": 1}\n', "out:2 is no answer"),
+        (b"\xff\n", "out:1 is no answer"),
+        (b"[1]\n", "out:1 is no answer"),
+        (b"7\n", "out:1 is no answer"),
+        (b"\n", "out:1 is no answer"),
+        (b'{"line": 1, "sample": 0, "input": 5}\n{"li', "out:1 answers another line"),
+    ],
+)
+def test_an_output_of_something_else_is_left_as_it_is(content, message, home, tmp_path):
+    (tmp_path / "out").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        generate("no model", home / "input.jsonl", tmp_path / "out", config(), lambda _: None)
+    assert (tmp_path / "out").read_bytes() == content
+
+
+def test_an_input_is_no_output(home, tmp_path):
+    source = shutil.copy(home / "input.jsonl", tmp_path / "in")
+    before = source.read_bytes()
+    with pytest.raises(ValueError, match="is no answer"):
+        generate("no model", source, source, config(), lambda _: None)
+    assert source.read_bytes() == before
+
+
+def test_two_do_not_write_one_output(home, tmp_path):
+    with adding(tmp_path / "out"):
+        with pytest.raises(ValueError, match=r"another process is writing .*out"):
+            generate("no model", home / "input.jsonl", tmp_path / "out", config(), print)
+        assert (tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists()  # it got nothing
+
+
+def test_a_disk_that_is_full_costs_one_answer(home, tmp_path, monkeypatch):
+    """It is told with the file's name, and may pass; what is half a line is no harm."""
+    target, write = tmp_path / "out", module._write
+
+    def full(file, data):
+        write(file, data[:30])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(module, "_write", full)
+    with pytest.raises(OSError, match=r"out cannot be written \(no space left") as error:
+        generate(home / "model", home / "input.jsonl", target, config(), lambda _: None)
+    assert not lasting(error.value)
+    monkeypatch.setattr(module, "_write", write)
+    counts = generate(home / "model", home / "input.jsonl", target, config(), lambda _: None)
+    assert counts == (len(GOOD), len(BAD)) and len(records(target)) == len(GOOD)
+
+
+def test_missing_folders_of_an_output_are_made(home, tmp_path):
+    target = tmp_path / "a" / "b" / "out.jsonl"
+    generate(home / "model", home / "input.jsonl", target, config(), lambda _: None)
+    assert len(records(target)) == len(GOOD)
+
+
+def test_a_model_without_tags_is_refused_at_once(home, tmp_path, monkeypatch):
+    bare = dataclasses.replace(tiny(), tags=None)
+    monkeypatch.setattr(module, "load", lambda *args, **kwargs: bare)
+    with pytest.raises(ValueError, match=r"has no tags.*--set sampling.parallel=false"):
+        generate("bare", home / "input.jsonl", tmp_path / "out", config(), lambda _: None)
+
+
+def test_the_instruction_is_asked(home, tmp_path, monkeypatch):
+    loaded = tiny()
+    loaded.tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    monkeypatch.setattr(module, "load", lambda *args, **kwargs: loaded)
+    asked = []
+    monkeypatch.setattr(module, "_answer", lambda engine, requests, *rest: asked.extend(requests))
+    settings = dataclasses.replace(config(), instruction="B:9+9?")
+    generate("chat", home / "input.jsonl", tmp_path / "out", settings, lambda _: None)
+    texts = {request.line: loaded.tokenizer.decode(request.prompt) for request in asked}
+    assert texts[1] == GOOD[0]["problem"] + "\n\nB:9+9?"
+    assert "B:9+9?" not in texts[len(BAD) + 3]  # a "prompt" is continued as it is
+
+
 def test_seed_must_be_one_number():
     with pytest.raises(ValueError, match=r"sampling\.seed"):
         GenerateConfig(sampling=SamplingParams(seed=(1, 2)))
@@ -122,7 +236,7 @@ def test_a_second_run_compiles_nothing_and_says_so(home, tmp_path):
         done = subprocess.run(
             [sys.executable, "-c", script, *map(str, command)], capture_output=True, text=True
         )
-        assert done.returncode == 0, done.stderr
+        assert done.returncode == 4, done.stderr  # lines were left out
         said.append(done.stderr)
     assert "compile: 1/4 programs" in said[0]
     assert re.search(r"compile: \d+ compiled, 0 from the cache", said[0])

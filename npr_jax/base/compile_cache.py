@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import jax
 
+from npr_jax.base.files import writing
+
 DEFAULT_CACHE = Path("~/.cache/npr_jax/compiled")
 
 
@@ -43,7 +45,8 @@ def use_cache(directory: str | Path = DEFAULT_CACHE) -> Path:
     """Keeps every compiled program in `directory` (JAX's persistent compilation cache), so that a
     later run with the same shapes, versions and devices compiles nothing."""
     path = Path(directory).expanduser()
-    path.mkdir(parents=True, exist_ok=True)
+    with writing(path, "set another compilation_cache"):
+        path.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -18,6 +18,8 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 import pydantic
 import yaml
 
+from npr_jax.base.files import read_text
+
 T = TypeVar("T")
 
 # Scalars as in YAML 1.2's core schema. PyYAML's own are those of 1.1, where 1e-6 is a string,
@@ -94,7 +96,7 @@ def load_config(cls: type[T], path_or_name: str | Path, overrides: Sequence[str]
     Raises ValueError as the module says.
     """
     path = config_path(path_or_name)
-    raw = _parse(path.read_text(encoding="utf-8"), str(path))
+    raw = _parse(read_text(path, "a config as YAML"), str(path))
     raw = {} if raw is None else raw
     if not isinstance(raw, dict):
         raise ValueError(f"{path}: needs a mapping of keys to values, got {raw!r}")

@@ -1,8 +1,12 @@
-"""Writing that a crash leaves whole: the old file or the new one, never half of one."""
+"""Files: what an error of theirs means, and writing that a crash leaves whole: the old file or the
+new one, never half of one."""
 
 import contextlib
+import errno
+import fcntl
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +17,125 @@ REMEDY = (
     "make room there, or move the run to where it can be written, and run the same command again: "
     "it goes on from the last checkpoint"
 )
+
+DEMO = Path("runs/demo")  # what the tiny presets start from
+
+# What may pass without anybody changing the command: a full disk is emptied, a network comes back.
+_PASSING = {
+    *(errno.EAGAIN, errno.EINTR, errno.EIO, errno.EBUSY, errno.ETXTBSY, errno.ENOLCK, errno.ESTALE),
+    *(errno.ENOMEM, errno.ENOBUFS, errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE),
+    *(errno.EPIPE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNREFUSED, errno.ECONNRESET),
+    *(errno.ECONNABORTED, errno.ENETDOWN, errno.ENETUNREACH, errno.ENETRESET, errno.EHOSTDOWN),
+    *(errno.EHOSTUNREACH, errno.EADDRINUSE, errno.EADDRNOTAVAIL),
+}
+
+
+def lasting(error: BaseException | None) -> bool:
+    """Whether the same command would meet this error again, so that trying again helps nobody.
+
+    An error of the system is judged by its errno, or by that of the error that it was raised from;
+    one that has none by its class.
+    """
+    if not isinstance(error, OSError):
+        return isinstance(error, ValueError | FloatingPointError)
+    if error.errno is not None:
+        return error.errno not in _PASSING
+    classes = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
+    return isinstance(error, classes) or lasting(error.__cause__)
+
+
+def describe(error: BaseException) -> str:
+    """An error in one line, without the number that Python puts before one of the system."""
+    text = str(error)
+    if isinstance(error, OSError) and error.errno is not None and error.strerror:
+        names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+        text = ": ".join([*dict.fromkeys(names), _reason(error)])
+    return "; ".join(line.strip() for line in text.splitlines() if line.strip()) or repr(error)
+
+
+def absent(path: str | Path) -> str:
+    """Says that nothing is at a path, where it was looked for, and that the demo would make it."""
+    path = Path(path)
+    where = "" if path.is_absolute() else f" in {Path.cwd()}"
+    hint = f"; run `npr-jax demo` first, which makes {DEMO}" if DEMO in path.parents else ""
+    return f"there is no {path}{where}{hint}"
+
+
+@contextlib.contextmanager
+def reading(path: str | Path, needed: str) -> Iterator[None]:
+    """An error of opening or reading `path` in here says what is wrong with it and what is `needed`
+    there. Raises the same class of error; ValueError at once for what is no regular file, such as
+    a pipe: it would be waited for, and could not be read a second time."""
+    try:
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise ValueError(f"{path} is a pipe or a device, needed is a file: {needed}")
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{absent(path)}; needed is {needed}") from error
+    except IsADirectoryError as error:
+        raise IsADirectoryError(f"{path} is a directory, needed is {needed}") from error
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise type(error)(
+            f"{path} cannot be read ({_reason(error)}), needed is {needed}"
+        ) from error
+
+
+def read_text(path: str | Path, needed: str) -> str:
+    """The text of a file, without byte order mark; errors as in `reading`, ValueError where it is
+    not UTF-8."""
+    with reading(path, needed):
+        data = Path(path).read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8 (byte {error.start + 1}), needed is {needed}"
+        ) from error
+
+
+def hub_error(message: str, error: Exception) -> FileNotFoundError:
+    """What is raised where the Hugging Face hub gave nothing. It is no lasting error where the hub
+    could not be reached and may be another time."""
+    from huggingface_hub.constants import is_offline_mode
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    found = FileNotFoundError(f"{message}: {describe(error)}")
+    status = getattr(getattr(error, "response", None), "status_code", 0)
+    unreached = isinstance(error, LocalEntryNotFoundError) and not is_offline_mode()
+    if unreached or status == 429 or status >= 500:
+        found.errno = errno.EHOSTUNREACH
+    return found
+
+
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Keeps other processes out of a file or directory that is there: ValueError if one is in.
+
+    The system forgets it when the process ends, however it ends. A file system that has no locks
+    keeps nobody out.
+    """
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"another process is writing {path}: wait for it, or give another output"
+            ) from error
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+                raise
+        yield
+    finally:
+        os.close(handle)
+
+
+def _reason(error: OSError) -> str:
+    text = error.strerror or str(error)
+    return text[:1].lower() + text[1:]
 
 
 def is_url(path: epath.PathLike) -> bool:
@@ -68,7 +191,7 @@ def writing(path: epath.PathLike, remedy: str = REMEDY) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
+        reason = _reason(error) if isinstance(error, OSError) else error
         raise OSError(f"{path} cannot be written ({reason}): {remedy}") from error
 
 

@@ -9,12 +9,14 @@ brought to this form first. What is read where, and what was never fetched: docs
 import csv
 import functools
 import hashlib
+import io
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from npr_jax.base.files import hub_error, read_text, reading
 from npr_jax.data.sources import FORMS, BadRow, Form, parse_row, read_rows, short
 
 ENDINGS = (".jsonl", ".jsonl.gz")
@@ -224,16 +226,24 @@ def _read(name: str, path: Path, origin: str, own=lambda row: row) -> Source:
 
 def _rows(path: Path) -> Iterator[tuple[int, bytes]]:
     """(number from 1, JSON) of each row of a file: parquet, CSV, or else JSONL, maybe gzip."""
+    needed = 'JSONL of "problem" and "answer", parquet or CSV (--benchmarks NAME=FILE)'
+    if path.suffix not in (".parquet", ".csv"):
+        yield from ((row.number, row.raw) for row in read_rows(path, "line", needed))
+        return
     if path.suffix == ".parquet":
         import pyarrow.parquet
 
-        rows = pyarrow.parquet.read_table(path).to_pylist()
-    elif path.suffix == ".csv":
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.DictReader(file))
+        with reading(path, needed):
+            try:
+                rows = pyarrow.parquet.read_table(path).to_pylist()
+            except pyarrow.ArrowException as error:
+                raise ValueError(f"{path} is no whole parquet file: {error}") from error
     else:
-        yield from ((row.number, row.raw) for row in read_rows(path, "line"))
-        return
+        text = io.StringIO(read_text(path, needed), newline="")
+        try:
+            rows = list(csv.DictReader(text))
+        except csv.Error as error:
+            raise ValueError(f"{path} is no whole CSV file: {error}") from error
     for number, row in enumerate(rows, 1):
         yield number, json.dumps(row, default=str).encode()
 
@@ -282,8 +292,9 @@ def _download(name: str, benchmark: Benchmark, looked: Sequence[Path]) -> Path:
         return Path(hf_hub_download(hub, file, repo_type="dataset", revision=revision))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         places = " or ".join(map(str, looked)) or "no directory of local files (--data)"
-        raise FileNotFoundError(
-            f"benchmark {name}: looked for {places}, and the hub gave no {file} of {hub}: {error}; "
-            f'give its problems as JSONL of "problem" and "answer" in --data DIR, named {name}'
-            f"{ENDINGS[0]}, or as --benchmarks {name}=FILE"
+        raise hub_error(
+            f"benchmark {name}: looked for {places}; give its problems as JSONL of "
+            f'"problem" and "answer" in --data DIR, named {name}{ENDINGS[0]}, or as --benchmarks '
+            f"{name}=FILE. The hub gave no {file} of {hub}",
+            error,
         ) from error

@@ -16,6 +16,7 @@ from typing import TextIO
 
 import tensorflow_datasets as tfds
 
+from npr_jax.base.files import writing
 from npr_jax.base.progress import Progress
 from npr_jax.data.builders import BUILDERS
 from npr_jax.data.prompts import prompt_ids
@@ -84,7 +85,7 @@ def prepare(
     if max_prompt_tokens is not None and max_prompt_tokens < 1:
         raise ValueError(f"--max-prompt-tokens is {max_prompt_tokens}, needed is 1 or more")
     output = Path(output)
-    checksum, size = _checksum(source)
+    checksum, size = _checksum(name, source)
     made_from = {
         "name": name,
         "version": str(BUILDERS[name].VERSION),
@@ -99,11 +100,12 @@ def prepare(
         from npr_jax.model.pretrained import load_tokenizer
 
         encoder = load_tokenizer(tokenizer)
-    output.parent.mkdir(parents=True, exist_ok=True)
     # Beside the output, so that renaming works; a killed run leaves no more than this folder.
-    with tempfile.TemporaryDirectory(
-        prefix=f".{output.name}.incomplete-", dir=output.parent
-    ) as folder:
+    prefix = f".{output.name}.incomplete-"
+    with writing(output, "give another --output"):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        space = tempfile.TemporaryDirectory(prefix=prefix, dir=output.parent)
+    with space as folder:
         rejected = Path(folder) / "rejected.jsonl"
         with (
             rejected.open("w", encoding="ascii") as file,
@@ -194,10 +196,11 @@ def _nothing(name: str, source: str | Path, sieve: _Sieve) -> str:
     return f"{text}; other forms are {', '.join(form for form in FORMS if form != name)}"
 
 
-def _checksum(source: str | Path) -> tuple[str, int]:
+def _checksum(name: str, source: str | Path) -> tuple[str, int]:
     """(sha256, length) of the unpacked file."""
     digest, size = hashlib.sha256(), 0
-    with open_source(source) as file:
+    needed = f"the raw file of {name} (--source)"
+    with open_source(source, needed) as file:
         while block := file.read(1 << 20):
             digest.update(block)
             size += len(block)

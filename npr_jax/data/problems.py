@@ -7,6 +7,10 @@ import grain
 from npr_jax.base.seeds import derive_seeds
 from npr_jax.data.sources import FORMS, BadRow, Problem, parse_row, read_rows
 
+_NEEDED = (
+    'JSONL of "problem" and "answer", or a directory that `npr-jax data prepare` made: set problems'
+)
+
 
 def read_problems(path: str | Path) -> list[Problem]:
     """Reads the problems of a JSONL file, or of a directory that `npr-jax data prepare` made.
@@ -22,7 +26,7 @@ def read_problems(path: str | Path) -> list[Problem]:
         return read_prepared(path)
     problems = []
     form = FORMS["jsonl"]
-    for row in read_rows(path, form.unit):
+    for row in read_rows(path, form.unit, _NEEDED):
         try:
             problems.append(parse_row(row.raw, form))
         except BadRow as error:

@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from npr_jax.answers import find_boxed
+from npr_jax.base.files import reading
+
+MAX_DEPTH = 100  # of lists and objects in a row; what is deeper is no problem of anybody
 
 REASONS = ("not UTF-8", "not JSON", "wrong type", "empty problem", "no answer", "over-long")
 
@@ -48,23 +51,29 @@ class Form(NamedTuple):
     parse: Callable[[Any], Problem]
 
 
-def read_rows(path: str | Path, unit: str) -> Iterator[Row]:
+def read_rows(path: str | Path, unit: str, needed: str = "") -> Iterator[Row]:
     """The rows of a file; blank lines are none.
 
     Args:
       path: plain or gzip, whatever its name.
       unit: "line" (JSONL) or "item" (of one JSON list).
+      needed: what the file should be, for messages.
 
-    Raises ValueError for a gzip file or a list that breaks off, FileNotFoundError without a file.
+    Raises ValueError for a gzip file or a list that breaks off, and as `open_source` does.
     """
-    with open_source(path) as file:
+    needed = needed or ("one JSON list" if unit == "item" else "JSONL: one JSON object a line")
+    with open_source(path, needed) as file:
         yield from _lines(file) if unit == "line" else _items(file.read(), path)
 
 
 @contextlib.contextmanager
-def open_source(path: str | Path) -> Iterator[BinaryIO]:
-    """The file's bytes, unpacked if it is gzip; ValueError if that breaks off."""
-    with Path(path).open("rb") as file:
+def open_source(path: str | Path, needed: str) -> Iterator[BinaryIO]:
+    """The file's bytes, unpacked if it is gzip.
+
+    Raises ValueError if that breaks off; FileNotFoundError, IsADirectoryError or another OSError,
+    which says what is `needed`, if it cannot be read; ValueError for a pipe.
+    """
+    with reading(path, needed), Path(path).open("rb") as file:
         packed = file.peek(2)[:2] == b"\x1f\x8b"
         try:
             yield gzip.GzipFile(fileobj=file) if packed else file
@@ -74,14 +83,29 @@ def open_source(path: str | Path) -> Iterator[BinaryIO]:
 
 def parse_row(raw: bytes, form: Form) -> Problem:
     """The problem of one row; raises BadRow."""
+    return form.parse(parse_json(raw))
+
+
+def parse_json(raw: bytes) -> Any:
+    """The value of one row, which can be written as JSON again; raises BadRow.
+
+    It is no text where it holds half a surrogate pair, and no JSON with NaN, with a key that is
+    there twice, or with lists in lists beyond MAX_DEPTH.
+    """
     try:
-        row = json.loads(raw.decode(), parse_constant=_no_constant)
-        json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is no text
+        value = json.loads(
+            raw.decode(), parse_constant=_no_constant, object_pairs_hook=_without_twins
+        )
+        if _deeper(value, MAX_DEPTH):
+            raise ValueError(f"lists and objects are nested more than {MAX_DEPTH} deep")
+        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
     except UnicodeError as error:
         raise BadRow("not UTF-8", f"not UTF-8: {error}") from error
-    except (ValueError, RecursionError) as error:
+    except RecursionError as error:
+        raise BadRow("not JSON", "not valid JSON: nested too deep") from error
+    except ValueError as error:
         raise BadRow("not JSON", f"not valid JSON: {error}") from error
-    return form.parse(row)
+    return value
 
 
 def _lines(file: BinaryIO) -> Iterator[Row]:
@@ -127,6 +151,24 @@ def _items(data: bytes, path: str | Path) -> Iterator[Row]:
 
 def _no_constant(name: str):
     raise ValueError(f"{name} is no JSON value")
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twin = next(key for i, key in enumerate(keys) if key in keys[:i])
+        raise ValueError(f"the key {short(twin)} is there twice")
+    return found
+
+
+def _deeper(value: Any, depth: int) -> bool:
+    """Whether lists and objects in `value` are nested more than `depth` deep."""
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, list):
+        return False
+    return not depth or any(_deeper(item, depth - 1) for item in value)
 
 
 def _own(row: Any) -> Problem:

@@ -4,20 +4,27 @@ An input line is an object with "problem" (put into the model's chat template wi
 or "prompt" (text that is continued as it is). Answers are appended as they finish.
 """
 
+import contextlib
 import dataclasses
 import json
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from io import FileIO
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from npr_jax.answers import extract
 from npr_jax.base.compile_cache import DEFAULT_CACHE, use_cache
-from npr_jax.base.files import cut_half_line
+from npr_jax.base.files import alone, cut_half_line, reading, writing
 from npr_jax.base.progress import Progress
-from npr_jax.data.prompts import prompt_ids
+from npr_jax.data.prompts import INSTRUCTION, prompt_ids
+from npr_jax.data.sources import BadRow, parse_json, read_rows, short
 from npr_jax.decode import Engine, EngineConfig, SamplingParams, Trajectory
-from npr_jax.model.pretrained import load
+from npr_jax.model.pretrained import Model, load
+
+_NEEDED = 'JSONL of "problem" or "prompt" (--input)'
+_BEGINNING = b'{"line": '  # of every line that is written here
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,12 +33,14 @@ class GenerateConfig:
 
     Attributes:
       dtype: of weights and cache, "float32" or "bfloat16".
+      instruction: what is asked of a model with a chat template, after the problem.
       engine, sampling: see EngineConfig and SamplingParams; line k gets seed `sampling.seed` + k.
       compilation_cache: where compiled programs are kept for the next run; null keeps none.
       stats: a file to which the engine's statistics are added every ten seconds, as JSONL.
     """
 
     dtype: str = "float32"
+    instruction: str = INSTRUCTION
     engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
     sampling: SamplingParams = dataclasses.field(default_factory=SamplingParams)
     compilation_cache: str | None = str(DEFAULT_CACHE)
@@ -43,7 +52,7 @@ class GenerateConfig:
 
 
 class Request(NamedTuple):
-    """A good line of the input."""
+    """A line of the input that can be answered."""
 
     line: int
     row: dict
@@ -66,38 +75,68 @@ def generate(
     refuse, is reported through `warn` by its number, and left out. `tell` hears how compilation
     goes.
 
-    Raises ValueError if `target` holds answers to other lines.
+    Raises ValueError if no line of `source` can be answered, if `target` is anything but answers to
+    these lines (it is left as it is), or if another process writes it; OSError where a file cannot
+    be read or written.
     """
-    if config.compilation_cache:
-        use_cache(config.compilation_cache)
-    loaded = load(model, dtype=config.dtype)
-    engine = Engine(loaded, config.engine)
-    requests, bad = read_requests(source, engine, config.sampling, warn)
-    done = resume(target, {request.line: request.row for request in requests})
-    samples = range(config.sampling.n)
-    todo = [r for r in requests if any((r.line, i) not in done for i in samples)]
+    rows, faults = read_lines(source)
+    if not rows:
+        raise _nothing(source, faults, warn)
+    if config.stats:
+        with writing(config.stats, "set another file for stats"):
+            Path(config.stats).open("ab").close()
+    with adding(target) as file:
+        done = resume(target, rows)
+        if config.compilation_cache:
+            use_cache(config.compilation_cache)
+        loaded = load(model, dtype=config.dtype)
+        _check(loaded, model, config, tell)
+        engine = Engine(loaded, config.engine)
+        requests = []
+        for line, row in rows.items():
+            try:
+                requests.append(_request(line, row, engine, config))
+            except ValueError as error:
+                faults[line] = str(error)
+        if not requests:
+            raise _nothing(source, faults, warn)
+        for line in sorted(faults):
+            warn(f"{source}:{line}: {faults[line]}")
+        return _answer(engine, requests, done, config, file, target, tell), len(faults)
+
+
+def _answer(
+    engine: Engine,
+    requests: list[Request],
+    done: set[tuple[int, int]],
+    config: GenerateConfig,
+    file: FileIO,
+    target: Path,
+    tell: Callable[[str], None],
+) -> int:
+    """Answers what is not done, line by line into `file`; the number of answers written."""
+    asked = [(request, i) for request in requests for i in range(config.sampling.n)]
+    before = sum((request.line, i) in done for request, i in asked)
+    todo = [r for r in requests if any((r.line, i) not in done for i in range(config.sampling.n))]
+    if todo:
+        compile_all(engine, config.sampling, tell)
     sampling = dataclasses.replace(
         config.sampling, seed=tuple(config.sampling.seed + request.line for request in todo)
     )
-    if todo:
-        compile_all(engine, config.sampling, tell)
     written, told = 0, time.monotonic()
-    with (
-        target.open("a", encoding="utf-8") as file,
-        Progress("generate", len(requests) * len(samples), "answer", len(done)) as progress,
-    ):
-        asked = [(request, sample) for request in todo for sample in samples]
+    with Progress("generate", len(asked), "answer", before) as progress:
         ids = engine.submit([request.prompt for request in todo], sampling)
-        of_id = dict(zip(ids, asked, strict=True))
+        samples = [(request, i) for request in todo for i in range(config.sampling.n)]
+        of_id = dict(zip(ids, samples, strict=True))
         for event in engine.stream(tokens=False):
             if event.kind != "finish":
                 continue
             request, sample = of_id[event.request]
             if (request.line, sample) in done:
                 continue
-            record = _record(request, sample, event.trajectory)
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
-            file.flush()
+            line = json.dumps(_record(request, sample, event.trajectory), ensure_ascii=False)
+            with writing(target, "make room there, and run the same command again: it goes on"):
+                _write(file, line.encode() + b"\n")
             written += 1
             stats = engine.stats()
             progress.advance(1, {"tokens/s": stats["tokens_per_s"]})
@@ -106,7 +145,7 @@ def generate(
                 told = time.monotonic()
     if config.stats:
         engine.write_stats(config.stats)
-    return written, bad
+    return written
 
 
 def compile_all(engine: Engine, sampling: SamplingParams, tell: Callable[[str], None]) -> None:
@@ -123,58 +162,119 @@ def compile_all(engine: Engine, sampling: SamplingParams, tell: Callable[[str], 
     tell(f"compile: {what}, {found['seconds']:.1f} s")
 
 
-def read_requests(
-    source: Path, engine: Engine, sampling: SamplingParams, warn: Callable[[str], None]
-) -> tuple[list[Request], int]:
-    """The good lines of `source`, and how many are bad; each of these is named to `warn`."""
-    if engine.tokenizer is None:
-        raise ValueError("generate needs a model with a tokenizer; this directory has none")
-    requests, bad = [], 0
-    with Path(source).open("rb") as file:  # bytes: a line that is not UTF-8 is one bad line
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                requests.append(_request(number, line, engine, sampling))
-            except ValueError as error:
-                warn(f"{source}:{number}: {error}")
-                bad += 1
-    return requests, bad
+def read_lines(source: Path) -> tuple[dict[int, dict], dict[int, str]]:
+    """The lines of `source` by their number: the objects that ask for something, and for each of
+    the others what is wrong with it. Raises as `data.sources.read_rows` does."""
+    rows, faults = {}, {}
+    for number, raw, _ in read_rows(source, "line", _NEEDED):
+        try:
+            rows[number] = _asking(parse_json(raw))
+        except BadRow as error:
+            faults[number] = str(error)
+    return rows, faults
+
+
+@contextlib.contextmanager
+def adding(target: Path) -> Iterator[FileIO]:
+    """The file that answers are added to, by one process at a time. What was made here and got no
+    answer does not stay."""
+    if target.exists():
+        with reading(target, "a file to add answers to (--output)"):
+            pass
+    made = not target.exists()
+    with writing(target, "give another --output"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file = target.open("ab", buffering=0)  # nothing is left to be written when it is closed
+    with file, alone(target):
+        try:
+            yield file
+        finally:
+            if made and not target.stat().st_size:
+                target.unlink()
 
 
 def resume(target: Path, rows: dict[int, dict]) -> set[tuple[int, int]]:
-    """The (line, sample) that `target` holds; cuts off a last line that was not written whole."""
-    if not target.exists():
-        return set()
-    cut_half_line(target)
+    """The (line, sample) that `target` holds; cuts off a last line that was not written whole.
+
+    Raises ValueError for a file that holds anything but answers to `rows`, before it is changed.
+    """
     done = set()
     # As bytes: a text may hold other line ends.
-    for number, line in enumerate(target.read_bytes().split(b"\n")[:-1], 1):
-        record = json.loads(line)
-        if rows.get(record["line"]) != record["input"]:
+    *lines, half = target.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            answered = (record["line"], record["sample"])
+            same = rows.get(record["line"]) == record["input"]
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise _foreign(target, number) from error
+        if not same:
             raise ValueError(
                 f"{target}:{number} answers another line {record['line']} than the input has: "
                 "give another output file"
             )
-        done.add((record["line"], record["sample"]))
+        done.add(answered)
+    if half[: len(_BEGINNING)] != _BEGINNING[: len(half)]:
+        raise _foreign(target, len(lines) + 1)
+    cut_half_line(target)
     return done
 
 
-def _request(number: int, line: bytes, engine: Engine, sampling: SamplingParams) -> Request:
-    try:
-        row = json.loads(line.decode())
-    except ValueError as error:
-        raise ValueError(f"not valid JSON: {error}") from error
+def _foreign(target: Path, number: int) -> ValueError:
+    return ValueError(
+        f"{target}:{number} is no answer of `npr-jax generate`, and answers are added to what the "
+        "file has: give another --output"
+    )
+
+
+def _nothing(source: Path, faults: dict[int, str], warn: Callable[[str], None]) -> ValueError:
+    """The error of an input without a line to answer; what is wrong with each goes to `warn`."""
+    for line, fault in sorted(faults.items()):
+        warn(f"{source}:{line}: {fault}")
+    seen = f"no line of {source} can be answered" if faults else f"{source} is empty"
+    return ValueError(f"{seen}, needed is {_NEEDED}")
+
+
+def _write(file: FileIO, data: bytes) -> None:
+    while data:  # a disk that is almost full takes a part
+        data = data[file.write(data) :]
+
+
+def _check(loaded: Model, model: str, config: GenerateConfig, tell: Callable[[str], None]) -> None:
+    if loaded.tokenizer is None:
+        raise ValueError(f"{model} has no tokenizer, and texts need one")
+    if loaded.tags is None and config.sampling.parallel:
+        raise ValueError(
+            f"the tokenizer of {model} has no tags, so it can be decoded sequentially only: "
+            "--set sampling.parallel=false"
+        )
+    if config.instruction != INSTRUCTION and not loaded.tokenizer.chat_template:
+        tell("the tokenizer has no chat template: problems are asked bare, without instruction")
+
+
+def _asking(row: Any) -> dict:
+    """A row that asks for something; raises BadRow."""
     if not isinstance(row, dict) or ("problem" in row) == ("prompt" in row):
-        raise ValueError('needed is an object with either "problem" or "prompt"')
+        raise BadRow("wrong type", 'needed is an object with either "problem" or "prompt"')
     name = "problem" if "problem" in row else "prompt"
     if not isinstance(row[name], str) or not row[name].strip():
-        raise ValueError(f'"{name}" is {row[name]!r}, needed is a text')
-    text = row[name]
-    text.encode()  # raises for half of a surrogate pair, which JSON can hold and no tokenizer takes
-    prompt = prompt_ids(engine.tokenizer, text) if name == "problem" else text
-    prompt = engine.check(prompt, sampling)
-    return Request(number, row, prompt)
+        raise BadRow("wrong type", f'"{name}" is {short(row[name])}, needed is a text')
+    if not _finite(row):
+        raise BadRow("wrong type", "it holds a number beyond 1.8e308, which could not be written")
+    return row
+
+
+def _finite(value: Any) -> bool:
+    if isinstance(value, dict | list):
+        return all(map(_finite, value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def _request(line: int, row: dict, engine: Engine, config: GenerateConfig) -> Request:
+    prompt = row.get("prompt")
+    if prompt is None:
+        prompt = prompt_ids(engine.tokenizer, row["problem"], config.instruction)
+    return Request(line, row, engine.check(prompt, config.sampling))
 
 
 def _record(request: Request, sample: int, answer: Trajectory) -> dict:

@@ -14,7 +14,7 @@ from typing import Any, get_args, get_origin
 
 import numpy as np
 
-from npr_jax.base.files import write_atomically, writing
+from npr_jax.base.files import reading, write_atomically, writing
 from npr_jax.data.benchmarks import Question
 from npr_jax.data.sources import Problem
 from npr_jax.decode.outputs import TextPieces
@@ -132,7 +132,7 @@ def read_trace(line: str | bytes) -> Trace:
         length, sizes = len(trace.layout), {name: len(getattr(trace, name)) for name in _COLUMNS}
         if set(sizes.values()) != {length} or not 0 <= trace.prompt_len <= length:
             raise ValueError(f"its columns have {sizes} entries, prompt_len is {trace.prompt_len}")
-    except (TypeError, ValueError, IndexError) as error:
+    except (TypeError, ValueError, IndexError, RecursionError) as error:
         raise ValueError(
             f"this is no trace: {error}. A trace has the keys {', '.join(_REQUIRED)}; traces are "
             "the lines of DIR/traces/*.jsonl, DIR being the output of `npr-jax eval` or of a stage"
@@ -166,7 +166,8 @@ def _fields(values: dict[str, Any]) -> dict[str, Any]:
 
 def read_traces(path: str | Path) -> Iterator[Trace]:
     """The traces of a JSONL file; ValueError names a line that is none."""
-    with Path(path).open("rb") as file:
+    needed = "JSONL of traces: traces/NAME.jsonl of an evaluation or a run"
+    with reading(path, needed), Path(path).open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
                 yield read_trace(line)

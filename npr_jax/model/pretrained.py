@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from pathlib import Path
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from npr_jax.base.distributed import is_main, to_host, wait
-from npr_jax.base.files import publish, writing
+from npr_jax.base.files import DEMO, absent, hub_error, publish, writing
 from npr_jax.model.config import PRESETS, ModelConfig
 from npr_jax.model.hf import read_config, read_params, write
 from npr_jax.model.params import init_params
@@ -138,10 +139,18 @@ def _download(name: str, wanted: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    presets = ", ".join(PRESETS)
+    if Path(name).is_file():
+        raise NotADirectoryError(f"{name} is a file, needed is the directory of a model")
+    if not re.fullmatch(r"[A-Za-z0-9_][\w.-]*/[\w.-]+", name) or DEMO in Path(name).parents:
+        raise FileNotFoundError(
+            f"{absent(name)}; needed is the directory of a model in Hugging Face's form, such as "
+            f"`final` of a run, a hub id such as Qwen/Qwen3-4B, or one of the presets ({presets})"
+        )
     try:
         return Path(snapshot_download(name, allow_patterns=wanted))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise FileNotFoundError(
-            f"{name!r} is no directory, none of the presets ({', '.join(PRESETS)}), and the hub "
-            f"gave nothing: {error}"
+        raise hub_error(
+            f"{name!r} is no directory, none of the presets ({presets}), and the hub gave nothing",
+            error,
         ) from error

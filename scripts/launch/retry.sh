@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Runs a command until it is done: scripts/launch/retry.sh npr-jax papo CONFIG --output DIR
 #
-# 0 is done and 2 a user's error, which another try would only repeat. Anything else is tried again,
-# for a run goes on where it stopped: 143 (it was told to stop, and has saved) without limit, a crash
+# 0 is done, 4 done with lines left out, and 2 a user's error, which another try would only repeat.
+# Anything else is tried again, for a run goes on where it stopped: 143 (it was told to stop, and has saved) without limit, a crash
 # RETRIES times. SIGTERM and Ctrl-C are handed on, and end the retrying too.
 set -euo pipefail
 
@@ -31,7 +31,7 @@ while true; do
   done
   child=''
   case $status in
-    0 | 2 | 126 | 127) exit "$status" ;;  # 126 and 127: no such command
+    0 | 2 | 4 | 126 | 127) exit "$status" ;;  # 126 and 127: no such command
     143) ;;
     *) crashes=$((crashes + 1)) ;;
   esac
