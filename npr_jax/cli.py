@@ -366,4 +366,5 @@ def _stage(
             from npr_jax.report.html import write as write_report
 
             report = write_report(settings.output)
-            typer.echo(f"trained model: {Path(settings.output) / 'final'}; report: {report}")
+            final = Path(settings.output) / "final"
+            typer.echo(f"trained model, a Hugging Face directory: {final}; report: {report}")
