@@ -20,7 +20,7 @@ import numpy as np
 
 from npr_jax.base.progress import Scalar
 from npr_jax.evaluate.judge import Figures
-from npr_jax.evaluate.traces import Trace, read_trace
+from npr_jax.evaluate.traces import Trace, read_traces
 from npr_jax.runs.metrics import read_metrics
 
 
@@ -86,7 +86,7 @@ def add_traces(content: Content, paths: list[Path], most: int) -> None:
     sizes = [_num_lines(path) for path in paths]
     for path, size, share in zip(paths, sizes, shares(sizes, most), strict=True):
         figures = content.figures[path.stem] = []
-        for number, trace in enumerate(_whole_traces(path, size)):
+        for number, trace in zip(range(size), read_traces(path), strict=False):
             figures.append(trace.figures)
             if (number + 1) * share // size > number * share // size:
                 content.rows.append(row_of(trace, path.stem))
@@ -164,13 +164,3 @@ def pack(trace: Trace) -> str:
 def _num_lines(path: Path) -> int:
     with path.open("rb") as file:
         return sum(line.endswith(b"\n") for line in file)
-
-
-def _whole_traces(path: Path, size: int):
-    """The first `size` traces; ValueError names a line that is none."""
-    with path.open("rb") as file:
-        for number in range(1, size + 1):
-            try:
-                yield read_trace(file.readline())
-            except ValueError as error:
-                raise ValueError(f"{path}:{number}: {error}") from error
