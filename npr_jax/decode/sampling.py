@@ -13,15 +13,24 @@ import jax.numpy as jnp
 from flax import struct
 
 BRANCH, TOKEN = 0, 1  # the two streams of a line's key
+SLACK = 1e-6  # by which a float32 probability or sum may miss what was asked for
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
     """What a caller may ask for.
 
+    A token is drawn from what the knobs leave of the distribution, in this order: the penalties
+    change the logits, which are divided by the temperature; of the tokens sorted by probability
+    (falling; equal ones by id, rising) the first `top_k` stay; of these, with probabilities that
+    sum to 1 again, the fewest whose sum is `top_p` or more (less 1e-6, for rounding); of these,
+    those with at least `min_p` times the probability of the first (less a millionth of it). The
+    first stays in any case. A knob that is off changes nothing. Log-probs of sampled tokens are of
+    what is left, its probabilities summing to 1.
+
     Attributes:
-      temperature: 0 is greedy.
-      top_p, top_k, min_p: filters of the tempered distribution; 1, 0 and 0 switch them off.
+      temperature: 0 is greedy, for which no filter matters.
+      top_k, top_p, min_p: the filters; 0, 1 and 0 switch them off.
       repetition_penalty: divides (multiplies, below 0) the logits of tokens that the line sees.
       step_repetition_penalty: the same inside steps; None takes `repetition_penalty`.
       max_tokens: tokens of the whole tree that may be generated, headers included.
@@ -88,21 +97,30 @@ class LaneSampling:
     stops: jax.Array
 
 
-def _filter(logits: jax.Array, lanes: LaneSampling) -> jax.Array:
-    """-inf where top-k, top-p or min-p cut a token of the tempered logits f32[R, V]."""
+def _filter(logits: jax.Array, lanes: LaneSampling, wanted: jax.Array) -> jax.Array:
+    """-inf where a lane of `wanted` bool[R] cuts a token of the tempered logits f32[R, V]; see
+    SamplingParams for the rule. Lanes that are not wanted stay as they are, bit for bit."""
     vocab = logits.shape[-1]
     order = jnp.sort(logits, axis=-1, descending=True)
-    probs = jax.nn.softmax(order, axis=-1)
-    before = jnp.cumsum(probs, axis=-1) - probs
-    rank = jnp.arange(vocab)
-    keep = (
-        (rank < jnp.where(lanes.top_k > 0, lanes.top_k, vocab)[:, None])
-        & (before < lanes.top_p[:, None])
-        & (probs >= lanes.min_p[:, None] * probs[:, :1])
-    )
-    keep = keep.at[:, 0].set(True)
-    lowest = jnp.min(jnp.where(keep, order, jnp.inf), axis=-1, keepdims=True)
-    return jnp.where(logits >= lowest, logits, -jnp.inf)
+    weight = jnp.exp(order - order[:, :1])
+    top_k = jnp.where(lanes.top_k > 0, jnp.minimum(lanes.top_k, vocab), vocab)
+    total = jnp.cumsum(jnp.where(jnp.arange(vocab) < top_k[:, None], weight, 0.0), axis=-1)
+    # In float32 the sum reaches its end before the last tokens: without top-p it decides nothing.
+    before = jnp.sum(total < ((lanes.top_p - SLACK) * total[:, -1])[:, None], axis=-1)
+    count = jnp.where(lanes.top_p < 1, jnp.minimum(before + 1, top_k), top_k)
+    lowest = jnp.take_along_axis(order, count[:, None] - 1, axis=-1)
+
+    def first_by_id():
+        above, equal = logits > lowest, logits == lowest
+        room = count - jnp.sum(above, axis=-1)
+        return above | (equal & (jnp.cumsum(equal, axis=-1) <= room[:, None]))
+
+    keep = logits >= lowest
+    more = jnp.any(wanted & (jnp.sum(keep, axis=-1) > count))
+    keep = jax.lax.cond(more, first_by_id, lambda: keep)
+    least = lanes.min_p * (1 - SLACK)
+    keep &= jnp.exp(logits - order[:, :1]) >= least[:, None]
+    return jnp.where(keep | ~wanted[:, None], logits, -jnp.inf)
 
 
 def sample(
@@ -134,9 +152,8 @@ def sample(
         shaped = jnp.where(seen, scaled, shaped)
     shaped = shaped / jnp.where(greedy, 1.0, lanes.temperature)[:, None]
     filters = (lanes.top_k > 0) | (lanes.top_p < 1) | (lanes.min_p > 0)
-    shaped = jax.lax.cond(
-        jnp.any(filters & ~greedy), lambda x: _filter(x, lanes), lambda x: x, shaped
-    )
+    wanted = filters & ~greedy
+    shaped = jax.lax.cond(jnp.any(wanted), lambda x: _filter(x, lanes, wanted), lambda x: x, shaped)
 
     def noise(key, position):
         key = jax.random.fold_in(jax.random.wrap_key_data(key), TOKEN)
