@@ -136,6 +136,27 @@ text	No.	\text{no}
 text	right triangle	\text{Right triangle}
 text	\textbf{odd}	odd
 text	3 : 4	3:4
+text	3{:}30	3:30
+text	3\colon 30	3:30
+text	3\mathbin{:}30	3 : 30
+text	3\!:\!30	3{:}30
+text	2 {:} 3	2:3
+text	3:00\text{ p.m.}	3:00\text{ PM}
+text	3:00 p.m.	3:00\text{ PM}
+text	\text{3:00 P.M.}	3:00\,\mathrm{pm}
+text	3:00pm	3:00 PM
+text	11{:}45\text{ a. m.}	11:45 AM
+text	3\text{ p.m.}	3\text{ PM}
+text	3 p.m.	3\text{ pm}
+number	3{.}5	3.5
+unit	90 \degree	90^\circ
+unit	90\degree	90
+unit	90^{\degree}	90°
+unit	90^°	90\text{ degrees}
+unit	20\degree\text{C}	20^\circ\text{C}
+unit	20 \degree C	20^{\circ}C
+unit	20\,\textdegree	20^\circ
+formula	\sin 30\degree	\sin 30^\circ
 text	\varnothing	\emptyset
 text	Monday	\text{Monday}
 text	red and blue	\text{red and blue}
@@ -387,6 +408,30 @@ text	Yes and no	yes
 text	\text{Evelyn Smith}	\text{Evelyn}
 text	undefined	0
 text	none	0
+text	3{:}30	330
+text	3{:}30	3:03
+text	3{:}30	3.30
+text	3{:}30	3,30
+text	3{:}30	30:3
+text	3:30	\frac{1}{10}
+text	3:00\text{ p.m.}	3:00\text{ a.m.}
+text	3:00\text{ PM}	3:00
+text	3:00 p.m.	4:00 p.m.
+text	3:00 p.m.	3:00\text{ m}
+text	3\text{ p.m.}	3\text{ a.m.}
+text	3\text{ p.m.}	3\text{ m}
+text	3 p.m.	3pm
+formula	2am	2AM
+formula	3pm	3PM
+formula	x{.}5	x^5
+number	3{.}5	35
+unit	90\degree	9^\circ
+unit	90\degree	\frac{\pi}{2}
+unit	90\degree	90\text{ radians}
+unit	20\degree C	20\degree F
+unit	20\degree C	20\degree
+formula	\sin 30\degree	\sin 30
+formula	x^\degree	x
 text	\text{no solution}	\emptyset
 base	52_9	52_8
 base	25_8	52_8

@@ -38,6 +38,9 @@ _SAME = {  # one spelling for each command
     **{"leq": "le", "leqslant": "le", "geq": "ge", "geqslant": "ge", "lt": "<", "gt": ">"},
     **{"lbrace": r"\{", "rbrace": r"\}", "quad": " ", "qquad": " ", "land": "and", "lor": "or"},
     "varnothing": "emptyset",
+    **dict.fromkeys(["degree", "degrees", "textdegree"], r"^\circ "),
+    **dict.fromkeys(["celsius", "degreeCelsius"], r"^\circ C"),
+    **{"colon": ":", "mathbin": "", "mathrel": "", "mathord": "", "mathpunct": ""},
 }
 _NAME = re.compile(
     r"\(?(?:\\?[a-zA-Z]+|\\text\{[^{}]*\})(?:_(?:\w|\{\w+\}))?'*(?:\((?:[\w, ]|\\cup)*\))?"
@@ -48,6 +51,8 @@ _CIRC = r"\^ ?\{? ?\\circ ?\}?(?: ?(?:\\text ?\{[CF]\}|[CF]))?"
 _DEGREES = re.compile(rf"(.*?[\d}})!])\s*({_CIRC}|\\?%)")
 _TEXT_UNIT = re.compile(rf"(.*?\S)\s*(\\text ?\{{[^{{}}]*\}}{_POWER})")
 _BARE_UNIT = re.compile(rf"(.*[\d}})])\s*([a-zA-Z][a-zA-Z /]+{_POWER})")
+# 3:00 p.m. is 3:00 PM; without points and a colon, 2am may be a product.
+_HALF_DAY = re.compile(r"(?i)(?<=\d)\s*([ap])\. ?m\b\.?|(?<=:\d\d)\s*([ap])m\b")
 _PLAIN = re.compile(r"([-+]?)([1-9]\d{0,2}(?:,\d{3})+|\d+)?(\.\d*)?(?:/(\d+))?")
 
 
@@ -101,9 +106,12 @@ def clean(text: str) -> str:
     text = re.sub(r"(?<=\d)(?:\\[,;: ]|~)(?=\d{3}(?!\d))", ",", text)  # 8\,000
     text = re.sub(r"\\[,;: ]|(?<!\\)~", " ", text)
     text = re.sub(r"\\([a-zA-Z]+) ?", _respell, text)
+    text = re.sub(r"\^ ?\{? ?\^\\circ ?\}?", r"^\\circ ", text)  # 90^\degree
+    text = re.sub(r"(?<=[\w\s)])\{([:.])\}", r"\1", text)  # 3{:}30: braces for TeX's spacing
     text = re.sub(r"\\text ?\{([^{}]*)\}", _unwrap, text)
     text = re.sub(r"(?<![a-zA-Z\\])(and|or)(?![a-zA-Z])(?![^{}]*\})", r"\\\1 ", text)
-    return re.sub(r"\s+", " ", text).strip()
+    text = re.sub(r"\s+", " ", text).strip()
+    return re.sub(r"(?<=\d) ?([AaPp]\. ?[Mm])\.?$", r" \\text{\1}", text)
 
 
 def _respell(match: re.Match) -> str:
@@ -126,6 +134,7 @@ def words(text: str) -> str:
     text = re.sub(r"\\text ?\{([^{}]*)\}", r"\1", text)
     text = re.sub(r"\\(and|or) ", r"\1 ", text)
     text = re.sub(r"\s*([^\w\s.,])\s*", r"\1", text).strip(' "')  # "3 .5" is not 3.5
+    text = _HALF_DAY.sub(lambda half: f" {half[1] or half[2]}m".lower(), text)
     return re.sub(r"\s+", " ", text)
 
 

@@ -73,6 +73,7 @@ _NOT_UNITS = {*_SCALES, "and", "or", "not", "is", "the", "to", "about"}
 def canonical(unit: str) -> str:
     """One spelling of a unit: `square inches` is `in^2`, `km/h` is `kmh`."""
     names, power = [], ""
+    unit = re.sub(r"(?i)\b([ap])\. ?m\b\.?", r"\1m", unit)
     for word in re.findall(r"[^\W\d_]+|[%$€£¢^]|\d", unit.lower().replace("/", " per ")):
         if word in ("square", "sq", "cubic", "cu") and len(unit.split()) > 1:
             power = "^2" if word[0] == "s" else "^3"
