@@ -299,3 +299,15 @@ def test_answers_that_branch_are_shorter_than_they_are_long(place, tmp_path, mon
     )
     bounds = found["mine"]["metrics"]["avg@8"]
     assert bounds["low"] <= bounds["value"] <= bounds["high"]
+
+
+def test_an_interval_of_no_width_is_left_out_of_the_table():
+    def shown(low, high):
+        metrics = {"avg@1": {"value": 1.0, "low": low, "high": high}}
+        entry = {"problems": 30, "samples": 1, "metrics": metrics}
+        (table, _) = tables({"benchmarks": {"b": entry}})
+        (cell,) = [column for column in table.columns if column.header == "avg@k [95%]"]
+        return list(cell.cells)
+
+    assert shown(1.0, 1.0) == ["100.0"]
+    assert shown(0.95, 1.0) == ["100.0 [95.0, 100.0]"]

@@ -12,6 +12,8 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import report_toy as toy
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 
 from npr_jax.evaluate.judge import count
@@ -19,7 +21,7 @@ from npr_jax.report import content, html, terminal
 from npr_jax.report.content import shares
 from npr_jax.report.curves import charts_of, thinned
 from npr_jax.report.lines import sections, visible
-from npr_jax.report.svg import histogram, tree_svg
+from npr_jax.report.svg import chart, histogram, nice_ticks, tick_texts, tree_svg
 from npr_jax.report.visibility import rectangles, visibility_svg
 from npr_jax.runs.metrics import MetricsWriter
 from npr_jax.tree import layout
@@ -174,14 +176,83 @@ def test_curves_leave_out_what_is_not_finite_and_thin_long_lines():
     assert len(line) == 300 and line[0] == (4.5, 4.5) and line[-1] == (2994.5, 2994.5)
 
 
-def test_accuracy_is_that_of_answers_of_like_length():
-    def figures(tokens, correct):
-        return count(layout(tokens), "stop", True, None, correct)
+def figures(tokens, correct):
+    return count(layout(tokens), "stop", True, None, correct)
 
+
+def test_accuracy_is_that_of_answers_of_like_length():
     judged = [figures(10 * i, i < 20) for i in range(40)]
     points = html.accuracy_by_tokens([*judged, figures(1, None)])
-    assert len(points) == 8 and points[0] == (20.0, 1.0) and points[-1] == (370.0, 0.0)
+    assert len(points) == 8 and points[0] == (20.0, 1.0, "5") and points[-1] == (370.0, 0.0, "5")
     assert html.accuracy_by_tokens([]) == []
+
+
+def test_answers_of_one_length_are_one_point():
+    lengths = [50] * 30 + [57] * 9 + [58] + [90] * 20
+    points = html.accuracy_by_tokens([figures(n, i % 2 == 0) for i, n in enumerate(lengths)])
+    xs = [point.x for point in points]
+    assert xs == sorted(set(xs)) and xs[0] == 50 and xs[-1] == 90
+    assert sum(int(point.note) for point in points) == 60
+    drawn = texts(chart("t", {"a": points}, (0, 1), "tokens"))
+    assert {"30", "20"} <= {text for text, *_ in drawn}
+
+
+def texts(svg):
+    """(text, its left end, its right end) of a drawing, digits being as wide as they can be."""
+    found = []
+    for e in xml.fromstring(svg).iter():
+        if e.tag.endswith("}text") and e.get("x"):
+            wide, x = 0.56 * float(e.get("font-size", 11)) * len(e.text), float(e.get("x"))
+            left = x - {"end": 1.0, "middle": 0.5}.get(e.get("text-anchor"), 0) * wide
+            found.append((e.text, left, left + wide))
+    return found
+
+
+@given(
+    st.floats(-1e12, 1e12, allow_subnormal=False) | st.floats(-1e-4, 1e-4, allow_subnormal=False),
+    st.floats(1e-5, 1e5),
+    st.booleans(),
+)
+def test_ticks_are_few_round_numbers_around_the_data(low, width, whole):
+    high = low + width * max(abs(low), 1e-9)
+    ticks = nice_ticks(low, high, whole)
+    assert 2 <= len(ticks) <= 8 and ticks == sorted(set(ticks))
+    slack = 1e-5 * (ticks[1] - ticks[0])
+    assert ticks[0] <= low + slack and high - slack <= ticks[-1]
+    shown = tick_texts(ticks)
+    assert len(set(shown)) == len(ticks)
+    for text, value in zip(shown, ticks, strict=True):
+        assert float(text.replace(",", "")) == pytest.approx(value, rel=1e-9, abs=1e-9 * width)
+
+
+@pytest.mark.parametrize(
+    ("values", "first", "last"),
+    [
+        ([1.67e-5, 3.1e-5], "1.5e-5", "3.5e-5"),
+        ([48.2812, 48.3121], "48.28", "48.32"),
+        ([0.0, 151_936.0], "0", "200,000"),
+        ([3.0, 3.0], "2.6", "3.4"),
+        ([-2.5e-9, 0.0], "-2.5e-9", "0"),
+        ([12_345_678.0, 12_345_679.5], "1.23456780e7", "1.23456795e7"),
+    ],
+)
+def test_numbers_of_the_axes_are_round_and_whole(values, first, last):
+    drawn = texts(chart("t", {"a": list(zip((2, 97), values, strict=True))}))
+    shown = [text for text, *_ in drawn]
+    assert first in shown and last in shown
+    assert "step 20" in shown and "80" in shown
+    assert all(left >= 0 and right <= 380 for _, left, right in drawn), drawn
+
+
+def test_an_interval_of_no_width_is_one_number():
+    def cell(**metric):
+        return html.summary_table({"b": {"problems": 2, "samples": 1, "metrics": {"m": metric}}})
+
+    assert "<td>1</td>" in cell(value=1.0, low=1.0, high=1.0)
+    assert "<td>0.333</td>" in cell(value=1 / 3, low=0.33331, high=0.33329)
+    assert "<td>1<small>0.500 to 1</small></td>" in cell(value=1.0, low=0.5, high=1.0)
+    assert "<td>0.500</td>" in cell(value=0.5)
+    assert "<td>–</td>" in cell(value=None)
 
 
 def test_bars_are_shares():

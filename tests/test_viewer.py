@@ -3,7 +3,9 @@
 Screenshots go to the folder NPR_ARTIFACTS, or to pytest's own.
 """
 
+import dataclasses
 import itertools
+import json
 import os
 from pathlib import Path
 
@@ -11,7 +13,8 @@ import pytest
 import report_toy as toy
 from webdriver import browser
 
-from npr_jax.report import html
+from npr_jax.demo.page import results_table
+from npr_jax.report import content, html
 
 pytestmark = pytest.mark.slow
 OPEN = "const d = document.querySelector('.detail'); return d.dataset.open === String(arguments[0])"
@@ -230,6 +233,80 @@ def test_nothing_overflows_a_narrow_window(opened, tmp_path):
     box = opened.run(RIGHT)
     assert box <= 360
     picture(opened, tmp_path, "viewer-narrow.png")
+
+
+METRICS = ("avg@8", "pass@1", "pass@8", "best@8", "maj@8", "format_rate", "parallel_rate")
+METRICS += ("parallel_token_share", "blocks", "branches", "depth", "width", "tokens")
+METRICS += ("critical_path", "speedup_critical_path", "tokens_per_s", "speedup_wall_clock")
+WIDE = """const out = []; for (const e of document.querySelectorAll('.wide'))
+  out.push([e.scrollWidth, e.clientWidth]); return out"""
+
+
+def test_the_summary_fits_and_narrow_windows_keep_its_names(chromium, tmp_path):
+    folder = toy.evaluation(tmp_path)
+    results = json.loads((folder / "results.json").read_text())
+    metrics = {name: {"value": 5123.4, "low": 4800.1, "high": 5400.2} for name in METRICS}
+    entry = {"problems": 30, "samples": 8, "metrics": metrics}
+    names = ("aime24", "aime24.sequential", "hmmt25", "hmmt25.sequential", "zebralogic", "math500")
+    results["benchmarks"] = dict.fromkeys(names, entry)
+    (folder / "results.json").write_text(json.dumps(results))
+    chromium.window(1400, 900)
+    chromium.open(html.write(folder))
+    ((wide, room),) = chromium.run(WIDE)
+    assert wide <= room
+    # Nothing but the heading stands between the title and the first number.
+    gap = chromium.run(
+        """const h = document.querySelector('section h2').getBoundingClientRect();
+           const t = document.querySelector('thead th').getBoundingClientRect();
+           return [t.top - h.bottom, t.height]"""
+    )
+    assert gap[0] < 20 and gap[1] < 40
+    picture(chromium, tmp_path, "summary.png")
+    chromium.window(480, 900)
+    assert chromium.run("return document.documentElement.scrollWidth") <= 480
+    chromium.run("document.querySelector('.wide').scrollLeft = 400")
+    assert (
+        chromium.run("return document.querySelector('tbody th').getBoundingClientRect().left") < 20
+    )
+    picture(chromium, tmp_path, "summary-narrow.png")
+
+
+def test_a_narrow_window_shows_what_the_demo_is_about(chromium, tmp_path):
+    names = ("format", "accuracy", "both", "parallel", "tokens", "critical_path")
+    row = dict.fromkeys(names[:4], 0.95) | dict.fromkeys(names[4:], 85.2)
+    row |= {"decode_steps": 812, "seconds": 2.4}
+    rows = {
+        f"{stage} {mode}": row for stage in ("zero", "papo") for mode in ("sequential", "parallel")
+    }
+    empty = content.Content("demo", results={"device": "cpu"})
+    table = f'<div class="wide">{results_table(rows)}</div>'
+    chromium.window(480, 900)
+    chromium.open(html.write_page(tmp_path / "index.html", html.page(empty, {"Results": table})))
+    right = chromium.run(
+        """return [...document.querySelectorAll('thead th')].map(
+             e => [e.innerText.replace(/\\s+/g, ' '), e.getBoundingClientRect().right])"""
+    )
+    assert [name for name, edge in right if edge <= 480][1:7] == [
+        n.replace("_", " ") for n in names
+    ]
+
+
+def test_the_page_says_why_lanes_wait(chromium, tmp_path):
+    trace = toy.nested(id="waits")
+    fork = trace.blocks[0].branches[0][0]
+    steps = [s + 7 * (i >= fork) if s >= 0 else s for i, s in enumerate(trace.step)]
+    late = dataclasses.replace(trace, step=steps)
+    flat = toy.made("Plain?", "It is.\n\\boxed{1}", id="flat")
+    toy.write_traces(tmp_path / "traces" / "a.jsonl", [late, flat])
+    chromium.window(1280, 900)
+    chromium.open(html.write(tmp_path))
+    chromium.until(OPEN, 0)
+    told = chromium.run("return document.querySelector('.waits').innerText")
+    path = trace.layout.critical_path_len
+    assert told.startswith(f"{max(steps) + 1} decode steps for a critical path of {path} tokens")
+    chromium.press("j")
+    chromium.until(OPEN, 1)
+    assert chromium.run("return document.querySelector('.waits')") is None
 
 
 def test_a_thousand_answers_and_a_long_one(chromium, tmp_path):

@@ -60,19 +60,24 @@ def write_page(
         "versions": {name: version(name) for name in ("jax", "flax", "optax")},
     }
     sections = {
-        "Results": f'{_WORDS}<div class="wide">{_html_table(rows)}</div>',
+        "Results": f'{_WORDS}<div class="wide">{results_table(rows)}</div>',
         "One answer as a tree": "<p>Columns run side by side, and none sees another; grey tokens "
         f'are written by the engine.</p><div class="wide">{tree}</div>',
     }
     report.write_page(output / "index.html", report.page(content, sections))
 
 
-def _html_table(rows) -> str:
-    head = "".join(f"<th>{name.replace('_', ' ')}</th>" for name in next(iter(rows.values())))
+def results_table(rows: Mapping[str, Mapping[str, float]]) -> str:
+    """The table of the demo as HTML: a row per model and way of decoding."""
+    names = next(iter(rows.values()))
+    head = "".join(f'<th scope="col">{name.replace("_", " ")}</th>' for name in names)
     body = "".join(
-        f"<tr><td>{html.escape(label)}</td>"
+        f'<tr><th scope="row">{html.escape(label)}</th>'
         + "".join(f"<td>{cell}</td>" for cell in cells(row))
         + "</tr>"
         for label, row in rows.items()
     )
-    return f"<table><tr><th>model and decoding</th>{head}</tr>{body}</table>"
+    return (
+        '<table><thead><tr><th scope="col">model and decoding</th>'
+        f"{head}</tr></thead><tbody>{body}</tbody></table>"
+    )

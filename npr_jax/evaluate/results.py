@@ -125,8 +125,9 @@ def _table(results: dict, caption: str, columns: dict, scale: float, digits: int
         for heading, metric in columns.items():
             found = entry["metrics"].get(metric.format(k=entry["samples"]))
             cells.append(f"{scale * found['value']:.{digits}f}" if found else "-")
-            if "[" in heading and "low" in found:
-                bounds = (scale * found[bound] for bound in ("low", "high"))
-                cells[-1] += " [{:.{digits}f}, {:.{digits}f}]".format(*bounds, digits=digits)
+            if found and "[" in heading and "low" in found:
+                ends = [f"{scale * found[bound]:.{digits}f}" for bound in ("low", "high")]
+                if ends[0] != ends[1]:  # of no width, the interval is the number itself
+                    cells[-1] += f" [{', '.join(ends)}]"
         table.add_row(name.replace(".sequential", " seq"), *cells)
     return table

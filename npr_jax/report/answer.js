@@ -27,6 +27,7 @@ class AnswerView {
       make("h4", {}, "Problem"), make("p", {class: "text", dir: "auto"}, visible(answer.problem)),
       details, this.verdict(),
       make("h4", {}, "Timeline", make("small", {}, "which line decoded at which step")), timeline,
+      this.waits(row),
       make("h4", {}, "Tree", make("small", {}, "branches side by side; none sees another")),
       this.legend(), this.tree);
     place.replaceChildren(scroll, this.inspector);
@@ -53,6 +54,17 @@ class AnswerView {
       make("h3", {tabindex: "-1"}, title, make("small", {}, visible(row.group))),
       make("dl", {class: "figures"}, ...figures.map(([name, value]) =>
         make("div", {}, make("dt", {}, name), make("dd", {}, value.toLocaleString("en"))))));
+  }
+
+  // Why an answer takes more steps than its critical path: nobody should take it for idleness.
+  waits(row) {
+    const {lines, numSteps} = this.answer;
+    if (lines.length < 2 || numSteps <= row.critical) return "";
+    const count = (n, word) => `${n.toLocaleString("en")} ${word}`;
+    return make("p", {class: "waits"}, `${count(numSteps, "decode steps")} for a critical path of `
+      + `${count(row.critical, "tokens")}: where no line decodes, before branches and before a `
+      + "takeaway, the engine waits for a tag. It asks for several steps at a time, and reads their "
+      + "tokens while the next ones run; only then can it fork or join.");
   }
 
   verdict() {

@@ -6,6 +6,7 @@ text of a model reaches the page as JSON in ASCII; what stands in the HTML itsel
 
 import html
 import json
+import math
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -17,7 +18,7 @@ from npr_jax.evaluate.judge import Figures
 from npr_jax.report.content import Content, read
 from npr_jax.report.curves import curve_charts
 from npr_jax.report.lines import visible
-from npr_jax.report.svg import chart, histogram
+from npr_jax.report.svg import Point, chart, histogram, nice_step
 
 # Not even a script that got into the page could send anything anywhere.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
@@ -75,30 +76,35 @@ def escape(text: str) -> str:
 
 
 def summary_table(benchmarks: Mapping[str, Mapping]) -> str:
-    """A row per benchmark, a column per metric, intervals below the values."""
-    names = list(dict.fromkeys(name for b in benchmarks.values() for name in b["metrics"]))
-    heads = "".join(f'<th scope="col">{escape(name.replace("_", " "))}</th>' for name in names)
-    rows = "".join(
-        f'<tr><th scope="row">{escape(benchmark)}</th><td>{found["problems"]:,}</td>'
-        f"<td>{found['samples']}</td>"
-        + "".join(f"<td>{_measured(found['metrics'].get(name))}</td>" for name in names)
+    """A row per metric, a column per benchmark, intervals below the values."""
+    names = dict.fromkeys(name for b in benchmarks.values() for name in b["metrics"])
+    rows = {
+        "problems": [f"{found['problems']:,}" for found in benchmarks.values()],
+        "samples": [str(found["samples"]) for found in benchmarks.values()],
+    } | {
+        name: [_measured(found["metrics"].get(name)) for found in benchmarks.values()]
+        for name in names
+    }
+    heads = "".join(f'<th scope="col">{escape(benchmark)}</th>' for benchmark in benchmarks)
+    body = "".join(
+        f'<tr><th scope="row">{escape(name.replace("_", " "))}</th>'
+        + "".join(f"<td>{cell}</td>" for cell in cells)
         + "</tr>"
-        for benchmark, found in benchmarks.items()
+        for name, cells in rows.items()
     )
     return (
         '<div class="wide" tabindex="0" role="region" aria-label="Summary"><table><thead><tr>'
-        '<th scope="col">benchmark</th><th scope="col">problems</th><th scope="col">samples</th>'
-        f"{heads}</tr></thead><tbody>{rows}</tbody></table></div>"
+        f"<td></td>{heads}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
 
 def _measured(metric: Mapping | None) -> str:
     if metric is None or metric.get("value") is None:
         return "–"
-    interval = ""
-    if metric.get("low") is not None and metric.get("high") is not None:
-        interval = f"<small>{number(metric['low'])} to {number(metric['high'])}</small>"
-    return f"{number(metric['value'])}{interval}"
+    value, bounds = number(metric["value"]), [metric.get("low"), metric.get("high")]
+    ends = [number(bound) for bound in bounds if bound is not None]
+    # Of no width, the interval is the one number that stands there already.
+    return f"{value}<small>{' to '.join(ends)}</small>" if len(set(ends)) > 1 else value
 
 
 def number(value: float) -> str:
@@ -121,13 +127,15 @@ def answer_charts(figures: Mapping[str, Sequence[Figures]]) -> str:
         if not found:
             continue
         everything = [answer for group in found.values() for answer in group]
-        lengths = np.linspace(0, max(max(f.tokens for f in everything), 1), 2 * _BINS + 1)
+        longest = max(max(f.tokens for f in everything), 1)
+        bin_size = max(1.0, nice_step(longest, 2 * _BINS))
+        lengths = np.arange(math.ceil(longest / bin_size) + 1) * bin_size
         widest = max(f.width for f in everything)
         widths = np.arange(widest + 1) + 0.5
         ticks = range(1, widest + 1) if widest <= 16 else (1, widest)
         charts = [
             chart(
-                "accuracy of answers by their length",
+                "accuracy of answers by their length (number)",
                 {label: accuracy_by_tokens(group) for label, group in found.items()},
                 (0, 1),
                 "tokens",
@@ -159,17 +167,19 @@ def _each(found: Mapping[str, Sequence[Figures]], name: str) -> dict[str, list[i
     return {label: [getattr(answer, name) for answer in group] for label, group in found.items()}
 
 
-def accuracy_by_tokens(figures: Sequence[Figures]) -> list[tuple[float, float]]:
-    """(mean tokens, accuracy) of answers of like length, in at most eight sets of equal size."""
+def accuracy_by_tokens(figures: Sequence[Figures]) -> list[Point]:
+    """(mean tokens, accuracy, their number) of answers of like length, in at most eight bins of
+    about equal size; answers of one length are in one bin."""
     judged = sorted((f for f in figures if f.correct is not None), key=lambda f: f.tokens)
-    sets = np.array_split(np.arange(len(judged)), max(1, min(_BINS, len(judged) // 5)))
+    if not judged:
+        return []
+    tokens = np.array([f.tokens for f in judged])
+    right = np.array([f.correct for f in judged])
+    count = max(1, min(_BINS, len(judged) // 5))
+    starts = np.unique(np.searchsorted(tokens, tokens[np.arange(count) * len(tokens) // count]))
     return [
-        (
-            float(np.mean([judged[i].tokens for i in part])),
-            float(np.mean([judged[i].correct for i in part])),
-        )
-        for part in sets
-        if len(part)
+        Point(float(tokens[part].mean()), float(right[part].mean()), str(len(part)))
+        for part in np.split(np.arange(len(tokens)), starts[1:])
     ]
 
 
