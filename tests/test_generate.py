@@ -254,3 +254,27 @@ def test_half_a_line_is_cut_off_wherever_it_starts(whole, half, tmp_path):
     path.write_bytes(kept + b"y" * half)
     cut_half_line(path)
     assert path.read_bytes() == kept
+
+
+def test_a_checkpoint_without_tokenizer_or_rows_of_tags_is_refused_at_once(home, tmp_path):
+    model = tiny()
+    bare = dataclasses.replace(model, tokenizer=None, tags=None)
+    save(bare, tmp_path / "bare")
+    # Tags that the checkpoint has no rows for are as good as none.
+    cut = dataclasses.replace(model.config, vocab_size=10)
+    save(dataclasses.replace(model, config=cut), tmp_path / "untagged")
+    for name, words in (
+        ("bare", "has no tokenizer"),
+        ("untagged", r"has no tags.*--set sampling\.parallel=false"),
+    ):
+        told = []
+        with pytest.raises(ValueError, match=words):
+            generate(
+                str(tmp_path / name),
+                home / "input.jsonl",
+                tmp_path / "answers.jsonl",
+                config(),
+                told.append,
+                told.append,
+            )
+        assert not told

@@ -22,7 +22,7 @@ from npr_jax.model import (
     token_logp_entropy,
     token_loss,
 )
-from npr_jax.model.config import REMAT
+from npr_jax.model.config import REMAT, unknown_keys
 from npr_jax.model.score import _chunked_loss
 from npr_jax.tree import TagIds, layout, pack, parse
 
@@ -350,17 +350,96 @@ def test_config_from_hugging_face_and_back():
     ("change", "match"),
     [
         ({"rope_theta": None}, "0 values of rope_theta"),
+        ({"rope_theta": "1e6"}, "rope_theta is '1e6'"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, "rope type is 'yarn'"),
         ({"rope_parameters": {"rope_theta": 1e6}}, "2 values of rope_theta"),
+        ({"rope_parameters": {"rope_theta": 12345, "factor": 8}}, r"rope_parameters\.factor is 8"),
+        ({"rope_scaling": {"factor": 8}}, r"rope_scaling\.factor is 8"),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope type is 'linear'"),
+        # The new key does not hide what the old one says, nor the new name of its type the old.
+        (
+            {"rope_parameters": {"rope_theta": 12345}, "rope_scaling": {"type": "dynamic"}},
+            "'dynamic'",
+        ),
+        ({"rope_scaling": {"rope_type": "default", "type": "mrope"}}, "rope type is 'mrope'"),
+        ({"rope_parameters": {"rope_theta": 12345, "partial_rotary_factor": 0.5}}, "partial"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 12345}}}, "full_attention"),
+        ({"rope_parameters": {"rope_theta": 12345, "mrope_section": [1, 2]}}, "mrope_section"),
+        ({"rope_scaling": [8]}, "rope_scaling is"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ({"head_dim": None}, "no 'head_dim'"),
         ({"rms_norm_eps": None}, "no 'rms_norm_eps'"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
         ({"model_type": "mamba"}, "model_type is 'mamba'"),
+        ({"architectures": ["Qwen3ForSequenceClassification"]}, "architectures is"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"use_sliding_window": True, "sliding_window": 8}, "sliding-window"),
+        ({"use_sliding_window": True}, "sliding-window"),
+        ({"model_type": "llama", "sliding_window": 8}, "sliding-window"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ({"layer_types": ["full_attention", "linear_attention"]}, "layer_types"),
+        ({"layer_types": ["full_attention"]}, "layer_types"),
         ({"attention_bias": True}, "attention_bias"),
+        ({"model_type": "llama", "attention_bias": True}, "attention_bias"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0"),
+        ({"logits_scaling": 8.0}, "logits_scaling is 8.0"),
+        ({"no_rope_layers": [1, 0]}, "no_rope_layers"),
+        ({"model_type": "llama", "qk_norm": True}, "qk_norm is True"),
+        ({"num_experts": 8}, "num_experts is 8"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no'"),
+        ({"num_hidden_layers": "2"}, "num_hidden_layers is '2'"),
+        ({"num_hidden_layers": 2.0}, "num_hidden_layers is 2.0"),
+        ({"vocab_size": 0}, "vocab_size is 0"),
+        ({"eos_token_id": 300}, "eos_token_id holds 300"),
+        ({"eos_token_id": [7, "9"]}, "eos_token_id holds '9'"),
         ({"num_attention_heads": 3}, "multiple of num_kv_heads=2"),
+        ({"model_type": "llama", "head_dim": None, "num_attention_heads": 10}, "no multiple of"),
     ],
 )
 def test_configs_that_are_not_understood_are_refused(change, match):
     with pytest.raises(ValueError, match=match):
         ModelConfig.from_hf(HF | change)
+
+
+OF_THE_HUB = {  # as they are published, without what is read
+    "Qwen/Qwen3-4B": {
+        "architectures": ["Qwen3ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 7,
+        "hidden_act": "silu", "initializer_range": 0.02, "max_window_layers": 36,
+        "rope_scaling": None, "sliding_window": None, "torch_dtype": "bfloat16",
+        "transformers_version": "4.51.0", "use_cache": True, "use_sliding_window": False,
+    },
+    "Qwen/Qwen2.5-Math-1.5B": {
+        "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0,
+        "max_window_layers": 21, "sliding_window": 4096, "use_mrope": False,
+        "use_sliding_window": False, "head_dim": None,
+    },
+    "TinyLlama/TinyLlama-1.1B": {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "pretraining_tp": 1,
+        "hidden_act": "silu", "rope_scaling": None, "head_dim": None,
+    },
+    "HuggingFaceTB/SmolLM2-135M-Instruct": {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "attention_dropout": 0.0,
+        "is_llama_config": True, "mlp_bias": False, "pad_token_id": 2, "pretraining_tp": 1,
+        "rope_interleaved": False, "rope_scaling": None, "head_dim": None,
+        "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}},
+    },
+    "unsloth/Qwen3-4B": {"unsloth_fixed": True, "_attn_implementation_autoset": True},
+    "transformers 5": {
+        "rope_theta": None, "layer_types": ["full_attention", "full_attention"], "dtype": "float32",
+        "rope_parameters": {"rope_theta": 12345, "rope_type": "default", "factor": 1.0},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OF_THE_HUB)
+def test_published_configs_are_understood(name):
+    hf = HF | OF_THE_HUB[name]
+    assert ModelConfig.from_hf(hf).rope_theta == 12345
+    assert unknown_keys(hf) == []
+
+
+def test_keys_of_which_nothing_is_known_are_named():
+    hf = HF | {"my_trick": 2, "my_other_trick": False, "hidden_dropout": 0.1}
+    assert unknown_keys(hf) == ["hidden_dropout", "my_trick"]

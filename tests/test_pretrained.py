@@ -1,6 +1,7 @@
 """Loading and saving: safetensors both ways, tokenizers, and the rows of the tags."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
@@ -9,10 +10,11 @@ from conftest import read_golden, shared_path
 from safetensors.numpy import load_file, save_file
 
 import npr_jax
+from npr_jax.data.prompts import prompt_ids
 from npr_jax.model import PRESETS, ModelConfig, init_params
 from npr_jax.model.hf import read_params, write
 from npr_jax.model.pretrained import Model, save
-from npr_jax.model.tokenizer import DEMO_SYMBOLS, add_tags, demo_tokenizer
+from npr_jax.model.tokenizer import DEMO_SYMBOLS, add_tags, demo_tokenizer, has_tags, text_ids
 from npr_jax.tree import TAG_NAMES
 
 CONFIGS = {
@@ -102,6 +104,235 @@ def test_what_is_not_there_is_said(tmp_path, monkeypatch):
         npr_jax.load("nobody/nothing")
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
         npr_jax.load(tmp_path)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """The directory of a model with a tokenizer, and a function that changes one of its files."""
+    save(npr_jax.load("tiny", seed=1), tmp_path)
+
+    def change(name, edit):
+        path = tmp_path / name
+        if name.endswith(".safetensors"):
+            tensors = load_file(path)
+            edit(tensors)
+            save_file(tensors, path)
+        else:
+            values = json.loads(path.read_text()) if path.exists() else {}
+            edit(values)
+            path.write_text(json.dumps(values))
+
+    return tmp_path, change
+
+
+def refused(directory, *words, dtype="float32"):
+    with pytest.raises(ValueError) as caught:
+        npr_jax.load(directory, dtype=dtype)
+    for word in words:
+        assert word in str(caught.value)
+
+
+NORM = "model.layers.1.input_layernorm.weight"
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_that_are_not_finite_are_named_with_their_file(saved, bad, dtype):
+    directory, change = saved
+    change("model.safetensors", lambda t: t[NORM].put(5, bad))
+    refused(directory, "model.safetensors", NORM, "1 values that are not finite", dtype=dtype)
+
+
+def test_a_weight_too_large_for_the_dtype_is_not_finite(saved):
+    directory, change = saved
+    change("model.safetensors", lambda t: t.update({NORM: np.full(96, 1e300)}))
+    refused(directory, NORM, "96 values that are not finite in float32")
+
+
+def rewrite_header(path, name, dtype):
+    """Gives a tensor another dtype of the same size per value, and leaves its bytes."""
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    header[name]["dtype"] = dtype
+    new = json.dumps(header).encode()
+    path.write_bytes(len(new).to_bytes(8, "little") + new + data[8 + size :])
+
+
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"])
+def test_tensors_of_dtypes_that_cannot_be_weights_are_named(saved, dtype):
+    directory, change = saved
+    change("model.safetensors", lambda t: t.update({NORM: np.zeros(96, np.uint8)}))
+    rewrite_header(directory / "model.safetensors", NORM, dtype)
+    refused(directory, "model.safetensors", NORM, f"dtype {dtype}", "F32, F16, BF16")
+
+
+def test_a_file_that_is_not_whole_is_named(saved):
+    directory, _ = saved
+    path = directory / "model.safetensors"
+    data = path.read_bytes()
+    for cut in (data[:-1], data[:1000], data[:4], b""):
+        path.write_bytes(cut)
+        refused(directory, str(path), "no whole safetensors file")
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    refused(directory, str(path), "git-lfs")
+    for name in ("config.json", "generation_config.json"):
+        text = (directory / name).read_text()
+        for broken in (text[:-3], "[]", "\xff", '{"temperature": NaN}'):
+            (directory / name).write_bytes(broken.encode("latin-1"))
+            refused(directory, str(directory / name))
+        (directory / name).write_text(text)
+    (directory / "tokenizer.json").write_text("{")
+    refused(directory, "the tokenizer in", str(directory))
+
+
+def test_shards_that_are_missing_or_hold_a_tensor_twice_are_named(tmp_path):
+    config = CONFIGS["untied"]
+    write(tmp_path, config, init_params(config, jax.random.key(1)), shard_bytes=100_000)
+    first, second, *_ = sorted(tmp_path.glob("model-*.safetensors"))
+    tensors, other = load_file(first), load_file(second)
+    name = next(iter(tensors))
+    save_file(other | {name: tensors[name]}, second)
+    refused(tmp_path, f"{name} is in {first.name} and in {second.name}")
+    second.unlink()
+    refused(tmp_path, "model.safetensors.index.json", "missing", second.name)
+    save_file(other, second)
+    npr_jax.load(tmp_path)
+    save_file(tensors, tmp_path / "model.safetensors")
+    refused(tmp_path, "model.safetensors, and model.safetensors.index.json")
+    (tmp_path / "model.safetensors").unlink()
+    for weight_map in (None, {name: "../x.safetensors"}, {name: 1}, []):
+        index = json.dumps({"weight_map": weight_map})
+        (tmp_path / "model.safetensors.index.json").write_text(index)
+        refused(tmp_path, "has no weight_map")
+
+
+def test_a_missing_tensor_is_named_though_one_of_a_longer_name_is_unexpected(saved):
+    directory, change = saved
+    change("model.safetensors", lambda t: t.update({"base." + NORM: t.pop(NORM)}))
+    refused(directory, f"unexpected base.{NORM}", f"missing {NORM}", "2 tensors")
+
+
+@pytest.mark.parametrize("eos", [None, []])
+def test_the_end_of_text_of_the_tokenizer_holds_where_no_file_names_one(saved, eos):
+    directory, change = saved
+    (directory / "generation_config.json").unlink()
+    change("config.json", lambda c: c.update(eos_token_id=eos))
+    model = npr_jax.load(directory)
+    assert model.config.eos_token_ids == (model.tokenizer.eos_token_id,)
+    save(model, directory / "again")
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((directory / "again" / name).read_text())["eos_token_id"] == 2
+    change("tokenizer_config.json", lambda c: c.pop("eos_token"))
+    refused(directory, "config.json has no eos_token_id", "tokenizer is None")
+
+
+def test_end_of_text_ids_outside_the_vocabulary_are_refused(saved):
+    directory, change = saved
+    change("generation_config.json", lambda c: c.update(eos_token_id=[2, 39]))
+    refused(directory, "generation_config.json", "eos_token_id holds 39", "from 0 to 38")
+
+
+def test_an_export_says_of_tokens_and_sampling_what_its_source_said(saved):
+    directory, change = saved
+    sampling = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "do_sample": True}
+    ids = {"bos_token_id": 1, "pad_token_id": 0}
+    change("generation_config.json", lambda c: c.update(sampling | ids, eos_token_id=[2, 0]))
+    change("config.json", lambda c: c.update(ids, use_cache=True, torch_dtype="bfloat16"))
+    source = npr_jax.load(directory)
+    source.tokenizer.chat_template = "{{ messages[0]['content'] }}:"
+    assert source.config.eos_token_ids == (2, 0)
+    save(dataclasses.replace(source, params=source.params), directory / "again")
+    again = npr_jax.load(directory / "again")
+    assert again.config == source.config
+    assert again.tokenizer.chat_template == source.tokenizer.chat_template
+    generation = json.loads((directory / "again/generation_config.json").read_text())
+    assert generation == sampling | ids | {"eos_token_id": [2, 0]}
+    config = json.loads((directory / "again/config.json").read_text())
+    assert config["eos_token_id"] == 2 and config["use_cache"] and config["dtype"] == "float32"
+    assert config.items() >= ids.items() and "torch_dtype" not in config
+    # What was changed on purpose is said in both.
+    changed = dataclasses.replace(source.config, eos_token_ids=(0,))
+    save(dataclasses.replace(source, config=changed), directory / "changed")
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((directory / "changed" / name).read_text())["eos_token_id"] == 0
+
+
+def test_keys_that_are_not_known_are_told(saved, caplog):
+    directory, change = saved
+    change("config.json", lambda c: c.update(my_trick=2))
+    npr_jax.load(directory)
+    assert "not known and not used: my_trick" in caplog.text
+
+
+def small_tokenizer(*tags, begin=False, unknown=None):
+    """Letters, and some of the tags; `begin` and end of text around every text, if wanted."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<s>", "</s>", *([unknown] if unknown else []), *tags]
+    words += list("/abcdefghijklmnopqrstuvwxyz")
+    vocab = {word: i for i, word in enumerate(words)}
+    core = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token=unknown))
+    core.add_special_tokens(["<s>", "</s>", *tags])
+    core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    if begin:
+        core.post_processor = processors.TemplateProcessing(
+            single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token=unknown
+    )
+
+
+def test_rows_that_a_checkpoint_has_trained_stay():
+    tokenizer = small_tokenizer("<plan>", "</plan>")
+    size = len(tokenizer)
+    for tied in (True, False):
+        tokenizer = small_tokenizer("<plan>", "</plan>")
+        config = dataclasses.replace(
+            PRESETS["tiny"], vocab_size=size, tie_word_embeddings=tied, num_layers=1
+        )
+        params = jax.tree.map(np.asarray, init_params(config, jax.random.key(0)))
+        model = Model(config, params, tokenizer).with_tags()
+        assert model.config.vocab_size == size + 6
+        for old, new in ((params["embed"], model.params["embed"]),) + (
+            () if tied else ((params["unembed"].T, model.params["unembed"].T),)
+        ):
+            np.testing.assert_array_equal(new[:size], old[:size])
+            ids = tokenizer.encode("guideline")
+            row = new[model.tags.guideline_open]
+            np.testing.assert_allclose(row, old[ids].mean(0), atol=1e-6)
+
+
+def test_a_tag_that_only_the_tokenizer_has_or_that_is_unknown_to_it_is_missing():
+    full = small_tokenizer(*TAG_NAMES)
+    assert has_tags(full) and has_tags(full, len(full)) and not has_tags(full, 9)
+    assert not has_tags(small_tokenizer(unknown="<unk>"))
+    # The checkpoint ends before the tags, of which only the tokenizer knows.
+    tokenizer = small_tokenizer()
+    size = len(tokenizer)
+    tokenizer.add_tokens(["<other>", *TAG_NAMES], special_tokens=True)
+    config = dataclasses.replace(PRESETS["tiny"], vocab_size=size, num_layers=1)
+    params = init_params(config, jax.random.key(0))
+    model = Model(config, params, tokenizer).with_tags()
+    assert model.tags.guideline_open == size + 1 < model.config.vocab_size == size + 9
+    embed = np.asarray(model.params["embed"])
+    np.testing.assert_allclose(embed[size], embed[:size].mean(0), atol=1e-6)
+    np.testing.assert_array_equal(embed[:size], params["embed"][:size])
+    plan = embed[tokenizer.encode("plan", add_special_tokens=False)].mean(0)
+    np.testing.assert_allclose(embed[model.tags.plan_open], plan, atol=1e-6)
+
+
+def test_text_begins_once_and_does_not_end():
+    plain, begun = small_tokenizer(), small_tokenizer(begin=True)
+    assert begun.encode("ab") == [0, *plain.encode("ab"), 1]
+    for text in ("ab", "<s>ab"):
+        assert text_ids(begun, text) == [0, *plain.encode("ab")]
+        assert prompt_ids(begun, text) == [0, *plain.encode("ab")]
+    assert text_ids(plain, "ab") == plain.encode("ab")
+    begun.chat_template = "{{ bos_token }}{{ messages[0]['content'] }}"
+    assert prompt_ids(begun, "ab", "c") == [0, *plain.encode("abc")]
 
 
 def test_the_demo_alphabet(tmp_path):

@@ -42,4 +42,4 @@ def prompt_ids(tokenizer, problem: str, instruction: str = INSTRUCTION) -> list[
         return list(tokenizer.encode(text, add_special_tokens=False))
     ids = list(tokenizer.encode(problem, add_special_tokens=False))
     bos = tokenizer.bos_token_id
-    return ids if bos is None else [bos, *ids]
+    return ids if bos is None or ids[:1] == [bos] else [bos, *ids]

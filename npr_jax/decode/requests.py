@@ -11,6 +11,7 @@ from npr_jax.decode.config import EngineConfig
 from npr_jax.decode.fork_join import NO_DEPTH_LIMIT
 from npr_jax.decode.sampling import SamplingParams
 from npr_jax.decode.sequence import Request, Segment, Sequence
+from npr_jax.model.tokenizer import text_ids
 from npr_jax.tree import Automaton
 
 
@@ -59,7 +60,7 @@ class RequestMaker:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise ValueError(f"{name} is text, but the model has no tokenizer")
-            prompt = self.tokenizer.encode(prompt)
+            prompt = text_ids(self.tokenizer, prompt)
         if isinstance(prompt, bytes) or not isinstance(prompt, abc.Sequence | np.ndarray):
             raise ValueError(f"{name} is {type(prompt).__name__}, needed is text or token ids")
         if not len(prompt):

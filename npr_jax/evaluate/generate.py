@@ -90,7 +90,7 @@ def generate(
         if config.compilation_cache:
             use_cache(config.compilation_cache)
         loaded = load(model, dtype=config.dtype)
-        _check(loaded, model, config, tell)
+        check_model(loaded, model, config.sampling, config.instruction, tell)
         engine = Engine(loaded, config.engine)
         requests = []
         for line, row in rows.items():
@@ -146,6 +146,26 @@ def _answer(
     if config.stats:
         engine.write_stats(config.stats)
     return written
+
+
+def check_model(
+    model: Model,
+    name: str,
+    sampling: SamplingParams,
+    instruction: str,
+    tell: Callable[[str], None],
+) -> None:
+    """Raises ValueError, before anything is compiled, if the model cannot answer problems with such
+    sampling; tells if an instruction is given that will not be used."""
+    if model.tokenizer is None:
+        raise ValueError(f"{name} has no tokenizer, and texts need one")
+    if model.tags is None and sampling.parallel:
+        raise ValueError(
+            f"the tokenizer of {name} has no tags, so it can be decoded sequentially only: "
+            "--set sampling.parallel=false"
+        )
+    if instruction != INSTRUCTION and not model.tokenizer.chat_template:
+        tell("the tokenizer has no chat template: problems are asked bare, without instruction")
 
 
 def compile_all(engine: Engine, sampling: SamplingParams, tell: Callable[[str], None]) -> None:
@@ -238,18 +258,6 @@ def _nothing(source: Path, faults: dict[int, str], warn: Callable[[str], None]) 
 def _write(file: FileIO, data: bytes) -> None:
     while data:  # a disk that is almost full takes a part
         data = data[file.write(data) :]
-
-
-def _check(loaded: Model, model: str, config: GenerateConfig, tell: Callable[[str], None]) -> None:
-    if loaded.tokenizer is None:
-        raise ValueError(f"{model} has no tokenizer, and texts need one")
-    if loaded.tags is None and config.sampling.parallel:
-        raise ValueError(
-            f"the tokenizer of {model} has no tags, so it can be decoded sequentially only: "
-            "--set sampling.parallel=false"
-        )
-    if config.instruction != INSTRUCTION and not loaded.tokenizer.chat_template:
-        tell("the tokenizer has no chat template: problems are asked bare, without instruction")
 
 
 def _asking(row: Any) -> dict:

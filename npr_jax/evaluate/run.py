@@ -20,11 +20,11 @@ from npr_jax.base.seeds import seed_of
 from npr_jax.data.benchmarks import Question, Source, read_benchmark, split
 from npr_jax.data.prompts import INSTRUCTION, prompt_ids
 from npr_jax.decode import Engine, EngineConfig, SamplingParams
-from npr_jax.evaluate.generate import compile_all
+from npr_jax.evaluate.generate import check_model, compile_all
 from npr_jax.evaluate.judge import Figures, judge
 from npr_jax.evaluate.results import TIMING, Run, begin, sum_up
 from npr_jax.evaluate.traces import make_trace, read_traces
-from npr_jax.model.pretrained import Model, load
+from npr_jax.model.pretrained import load
 from npr_jax.runs.directory import claim
 
 # What may change from call to call: every answer that is there stays what it would be.
@@ -90,7 +90,7 @@ def evaluate(config: EvalConfig, tell: Callable[[str], None] = lambda line: None
     if config.compilation_cache:
         use_cache(config.compilation_cache)
     model = load(config.model, dtype=config.dtype)
-    _check(model, config, tell)
+    check_model(model, config.model, config.sampling, config.instruction, tell)
     engine = Engine(model, config.engine)
     results = begin(output, config)
     groups = [_runs(engine, source, config) for source in sources]
@@ -106,18 +106,6 @@ def evaluate(config: EvalConfig, tell: Callable[[str], None] = lambda line: None
                 _decode(engine, run, todo, done, config, output)
         sum_up(results, output, runs, answers, config.samples)
     return results
-
-
-def _check(model: Model, config: EvalConfig, tell: Callable[[str], None]) -> None:
-    if model.tokenizer is None:
-        raise ValueError(f"{config.model} has no tokenizer, and evaluation needs one")
-    if model.tags is None and config.sampling.parallel:
-        raise ValueError(
-            f"the tokenizer of {config.model} has no tags, so it can be decoded sequentially only: "
-            "set sampling.parallel=false"
-        )
-    if config.instruction != INSTRUCTION and not model.tokenizer.chat_template:
-        tell("the tokenizer has no chat template: problems are asked bare, without instruction")
 
 
 def _get_ready(engine: Engine, run: Run, config: EvalConfig, tell: Callable[[str], None]) -> None:

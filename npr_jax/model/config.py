@@ -1,6 +1,9 @@
 """What a dense Qwen3-, Llama- or Qwen2-shaped model is: sizes, switches, presets."""
 
 import dataclasses
+import math
+from collections.abc import Mapping
+from numbers import Real
 
 ATTENTION = ("", "blockwise", "dense", "pallas")
 REMAT = ("none", "full", "dots")
@@ -78,7 +81,7 @@ class ModelConfig:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, needed is {need}")
 
     @classmethod
-    def from_hf(cls, hf: dict, **changes) -> "ModelConfig":
+    def from_hf(cls, hf: Mapping, **changes) -> "ModelConfig":
         """From the dict of a Hugging Face config.json; `changes` override fields.
 
         Raises:
@@ -87,44 +90,34 @@ class ModelConfig:
         kind = _need(hf, "model_type")
         if kind not in MODEL_TYPES:
             raise ValueError(f"model_type is {kind!r}, supported are {', '.join(MODEL_TYPES)}")
-        if hf.get("hidden_act", "silu") != "silu":
-            raise ValueError(f"hidden_act is {hf['hidden_act']!r}, supported is 'silu'")
-        layers = _need(hf, "num_hidden_layers")
-        windowed = "sliding_attention" in (hf.get("layer_types") or ())
-        if windowed or (hf.get("use_sliding_window") and hf.get("sliding_window")):
-            raise ValueError("sliding-window attention is not supported (use_sliding_window)")
-        if hf.get("mlp_bias"):
-            raise ValueError("mlp_bias is true, supported is false")
-        if kind != "qwen2" and hf.get("attention_bias") and kind == "llama":
-            raise ValueError("attention_bias of Llama also biases the output, not supported")
-        heads = _need(hf, "num_attention_heads")
-        if kind == "qwen3":
-            head_dim, bias = _need(hf, "head_dim"), _need(hf, "attention_bias")
-            if bias:
-                raise ValueError("attention_bias of Qwen3 also biases the output, not supported")
-        else:  # by definition hidden / heads where the file has none
-            head_dim = hf.get("head_dim") or _need(hf, "hidden_size") // heads
-            bias = kind == "qwen2"
-        vocab = _need(hf, "vocab_size")
-        eos = hf.get("eos_token_id")
+        layers = _integer(hf, "num_hidden_layers")
+        _refuse_variants(hf, kind, layers)
+        hidden, heads = _integer(hf, "hidden_size"), _integer(hf, "num_attention_heads")
+        if kind == "qwen3" or hf.get("head_dim") is not None:
+            head_dim = _integer(hf, "head_dim")
+        elif hidden % heads:
+            raise ValueError(f"hidden_size={hidden} is no multiple of num_attention_heads={heads}")
+        else:  # by definition, where the file has none
+            head_dim = hidden // heads
+        vocab = _integer(hf, "vocab_size")
         fields = dict(
             model_type=kind,
             vocab_size=vocab,
             padded_vocab_size=pad_vocab(vocab),
-            hidden_size=_need(hf, "hidden_size"),
+            hidden_size=hidden,
             num_layers=layers,
             num_heads=heads,
-            num_kv_heads=_need(hf, "num_key_value_heads"),
+            num_kv_heads=_integer(hf, "num_key_value_heads"),
             head_dim=head_dim,
-            intermediate_size=_need(hf, "intermediate_size"),
+            intermediate_size=_integer(hf, "intermediate_size"),
             rope_theta=_rope_theta(hf),
-            rms_norm_eps=_need(hf, "rms_norm_eps"),
+            rms_norm_eps=_number("rms_norm_eps", _need(hf, "rms_norm_eps")),
             # transformers leaves this field out of the file where it has its default, false
-            tie_word_embeddings=hf.get("tie_word_embeddings", False),
+            tie_word_embeddings=_switch(hf, "tie_word_embeddings"),
             qk_norm=kind == "qwen3",
-            attention_bias=bias,
-            max_position_embeddings=_need(hf, "max_position_embeddings"),
-            eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
+            attention_bias=kind == "qwen2",
+            max_position_embeddings=_integer(hf, "max_position_embeddings"),
+            eos_token_ids=eos_ids(hf, vocab),
         )
         return cls(**(fields | changes))
 
@@ -167,25 +160,176 @@ def pad_vocab(size: int) -> int:
     return -(-size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
-def _need(hf: dict, name: str):
+def _need(hf: Mapping, name: str):
     if hf.get(name) is None:
         raise ValueError(f"config.json has no {name!r}; architecture fields have no defaults")
     return hf[name]
 
 
-def _rope_theta(hf: dict) -> float:
-    """rope_theta from the top level (old files) or from rope_parameters (transformers 5)."""
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise ValueError(f"rope type is {kind!r}, supported is 'default'")
-    found = {float(x) for x in (rope.get("rope_theta"), hf.get("rope_theta")) if x is not None}
-    if len(found) != 1:
+def _integer(hf: Mapping, name: str) -> int:
+    value = _need(hf, name)
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{name} is {value!r}, needed is an integer, 1 or more")
+    return value
+
+
+def _number(name: str, value) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < math.inf:
+        raise ValueError(f"{name} is {value!r}, needed is a finite number above 0")
+    return float(value)
+
+
+def _switch(hf: Mapping, name: str) -> bool:
+    value = hf.get(name)
+    if value not in (None, True, False):
+        raise ValueError(f"{name} is {value!r}, needed is true or false")
+    return bool(value)
+
+
+def eos_ids(hf: Mapping, vocab_size: int) -> tuple[int, ...]:
+    """The end-of-text ids that a configuration file gives (one, a list or none), each once.
+
+    Raises ValueError for what is no id of the vocabulary.
+    """
+    eos = hf.get("eos_token_id")
+    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    for i in ids:
+        if type(i) is not int or not 0 <= i < vocab_size:
+            raise ValueError(f"eos_token_id holds {i!r}, needed are ids from 0 to {vocab_size - 1}")
+    return tuple(dict.fromkeys(ids))
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# Keys of config.json that change the numbers of a model when they are on.
+_MUST_BE_OFF = _words(
+    """
+    mlp_bias quantization_config compression_config use_sliding_window dual_chunk_attention_config
+    attention_chunk_size window_size attention_window sliding_window_pattern sliding_window_layers
+    attention_sinks num_sink_tokens rope_interleaved rope_interleave use_mrope mrope_section
+    rope_local_base_freq use_dynamic_ntk use_logn_attn no_rope_layer_interval alibi use_alibi
+    attn_logit_softcapping attn_logit_softcap final_logit_softcapping final_logit_softcap
+    logit_softcapping logit_softcap logits_soft_cap query_pre_attn_scalar attention_multiplier
+    attention_scale attn_scale softmax_scale scale_depth dim_model_base scale_embedding
+    attn_temperature_tuning attn_output_gate parallel_attn parallel_block use_parallel_residual
+    num_experts num_local_experts n_routed_experts moe_num_experts is_encoder_decoder
+    add_cross_attention tie_encoder_decoder use_bidirectional_attention
+    """
+)
+_MUST_BE_ONE = _words(
+    """
+    partial_rotary_factor rotary_pct rope_ratio logit_scale logits_scaling embedding_multiplier
+    embedding_scale residual_multiplier lm_head_multiplier key_multiplier scale_emb
+    """
+)
+_OF_QK_NORM = ("qk_norm", "use_qk_norm", "qk_layernorm", "use_qk_layernorm")
+_READ = _words(
+    """
+    model_type vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads
+    head_dim intermediate_size rope_theta rope_parameters rope_scaling rms_norm_eps
+    tie_word_embeddings max_position_embeddings eos_token_id hidden_act hidden_activation
+    attention_bias layer_types no_rope_layers sliding_window max_window_layers architectures
+    position_embedding_type
+    """
+).union(_MUST_BE_OFF, _MUST_BE_ONE, _OF_QK_NORM)
+# These say nothing about the numbers: tokens, sampling, storage, history, other heads.
+_HARMLESS = _words(
+    """
+    bos_token_id pad_token_id sep_token_id unk_token_id decoder_start_token_id tokenizer_class
+    torch_dtype dtype transformers_version use_cache initializer_range initializer_factor
+    pretraining_tp auto_map is_decoder is_llama_config return_dict output_attentions
+    output_hidden_states torchscript use_bfloat16 id2label label2id num_labels problem_type
+    finetuning_task task_specific_params chunk_size_feed_forward max_length min_length do_sample
+    temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
+    num_beams num_beam_groups num_return_sequences early_stopping diversity_penalty
+    encoder_no_repeat_ngram_size model_max_length transformers.js_config gradient_checkpointing
+    use_flash_attn flash_attn attn_implementation
+    """
+)
+
+
+def _is_off(value) -> bool:
+    return value is None or value in (False, 0, "", [], {})
+
+
+def unknown_keys(hf: Mapping) -> list[str]:
+    """Keys of a config.json that are set and of which nothing is known here."""
+    return sorted(
+        key
+        for key, value in hf.items()
+        if key not in _READ | _HARMLESS
+        and not key.startswith(("_", "unsloth_"))
+        and not _is_off(value)
+    )
+
+
+def _refuse_variants(hf: Mapping, kind: str, layers: int) -> None:
+    """Raises ValueError for whatever asks for other numbers than those that are computed here."""
+
+    def refuse(name, need):
+        raise ValueError(f"{name} is {hf[name]!r}, supported is {need}")
+
+    architectures = hf.get("architectures")
+    if architectures and MODEL_TYPES[kind] not in architectures:
+        refuse("architectures", MODEL_TYPES[kind])
+    for name in ("hidden_act", "hidden_activation"):
+        if hf.get(name) not in (None, "silu", "swish"):
+            refuse(name, "'silu'")
+    windows = hf.get("use_sliding_window", kind == "llama")
+    if windows and hf.get("sliding_window", "use_sliding_window" in hf):  # on, it has a default
         raise ValueError(
-            f"config.json gives {len(found)} values of rope_theta {sorted(found)}, needed is one "
-            "(rope_theta or rope_parameters.rope_theta)"
+            "sliding-window attention is not supported: sliding_window is "
+            f"{hf.get('sliding_window')!r}, use_sliding_window {hf.get('use_sliding_window')!r}"
         )
-    return found.pop()
+    for name in sorted(_MUST_BE_OFF & hf.keys()):
+        if not _is_off(hf[name]) and name != "use_sliding_window":
+            refuse(name, "none of it")
+    for name in sorted(_MUST_BE_ONE & hf.keys()):
+        if hf[name] is not None and hf[name] != 1:
+            refuse(name, "1")
+    for name in _OF_QK_NORM:
+        if hf.get(name) not in (None, kind == "qwen3"):
+            refuse(name, f"{kind == 'qwen3'} in {kind}")
+    if hf.get("position_embedding_type") not in (None, "rope", "rotary"):
+        refuse("position_embedding_type", "'rope'")
+    types = hf.get("layer_types")
+    if types is not None and types != ["full_attention"] * layers:
+        refuse("layer_types", f"{layers} times 'full_attention' (no sliding-window attention)")
+    if not all(hf.get("no_rope_layers") or ()):
+        refuse("no_rope_layers", "1 for every layer")
+    if kind == "qwen3":
+        _need(hf, "attention_bias")
+    if _switch(hf, "attention_bias") and kind != "qwen2":
+        raise ValueError(f"attention_bias of {kind} also biases the output, supported is false")
+
+
+def _rope_theta(hf: Mapping) -> float:
+    """rope_theta from the top level (old files) or from rope_parameters (transformers 5)."""
+    found = {}
+    if hf.get("rope_theta") is not None:
+        found["rope_theta"] = _number("rope_theta", hf["rope_theta"])
+    for name in ("rope_parameters", "rope_scaling"):
+        rope = hf.get(name) or {}
+        if not isinstance(rope, dict):
+            raise ValueError(f"{name} is {rope!r}, needed is an object")
+        for key, value in rope.items():
+            if key in ("rope_type", "type"):
+                if value != "default":
+                    raise ValueError(f"rope type is {value!r} ({name}), supported is 'default'")
+            elif key == "rope_theta":
+                found[f"{name}.{key}"] = _number(f"{name}.{key}", value)
+            elif not (value is None or (key in ("factor", "partial_rotary_factor") and value == 1)):
+                raise ValueError(
+                    f"{name}.{key} is {value!r}, supported are rope_theta and rope_type='default'"
+                )
+    if len(set(found.values())) != 1:
+        raise ValueError(
+            f"config.json gives {len(set(found.values()))} values of rope_theta {found or ''}, "
+            "needed is one (rope_theta or rope_parameters.rope_theta)"
+        )
+    return next(iter(found.values()))
 
 
 def _qwen3(hidden, layers, heads, ffn, tied, kv_heads=8, **changes) -> ModelConfig:

@@ -3,27 +3,36 @@
 One table says which tensor is which weight; whatever it does not foresee is an error.
 """
 
+import contextlib
+import dataclasses
 import json
+import logging
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy, which safetensors needs)
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from npr_jax.model.config import ModelConfig
-from npr_jax.model.params import weight_table
+from npr_jax.model.config import ModelConfig, eos_ids, unknown_keys
+from npr_jax.model.params import Weight, weight_table
 
+CONFIG, GENERATION = "config.json", "generation_config.json"
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+DTYPES = ("F64", "F32", "F16", "BF16")  # as safetensors calls them
 SHARD_BYTES = 5 << 30
+_log = logging.getLogger(__name__)
 
 # name in the checkpoint -> (name in the pytree, whether it is stored transposed)
 _TOP = {
-    "model.embed_tokens.weight": ("embed", False),
+    EMBEDDING: ("embed", False),
     "model.norm.weight": ("final_norm", False),
-    "lm_head.weight": ("unembed", True),
+    HEAD: ("unembed", True),
 }
 _LAYER = {
     "input_layernorm.weight": ("attn_norm", False),
@@ -43,21 +52,57 @@ _LAYER = {
 }
 
 
-def read_config(directory: Path, **changes) -> ModelConfig:
-    """The config of a directory; generation_config.json has the first word on end-of-text ids."""
-    path = directory / "config.json"
+class SourceFiles(NamedTuple):
+    """What config.json and generation_config.json hold; both empty where there was none. An export
+    keeps of them what it does not say itself: tokens, sampling, and all that changes no number."""
+
+    config: Mapping = {}
+    generation: Mapping = {}
+
+    def eos_ids(self, vocab_size: int) -> tuple[int, ...]:
+        """The ids that end a text; generation_config.json has the first word."""
+        return eos_ids(self.generation, vocab_size) or eos_ids(self.config, vocab_size)
+
+
+def read_config(directory: Path) -> tuple[ModelConfig, SourceFiles]:
+    """The config of a directory, and the files that say it.
+
+    Raises:
+      FileNotFoundError: it has no config.json.
+      ValueError: a file cannot be read, or asks for what is not supported; it is named.
+    """
+    path = directory / CONFIG
     if not path.exists():
-        raise FileNotFoundError(f"{directory} has no config.json")
-    hf = json.loads(path.read_text(encoding="utf-8"))
-    generation = directory / "generation_config.json"
-    if generation.exists():
-        eos = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id")
-        if eos is not None:
-            hf["eos_token_id"] = eos
+        raise FileNotFoundError(f"{directory} has no {CONFIG}")
+    source = SourceFiles(_read_json(path), _read_json(directory / GENERATION))
     try:
-        return ModelConfig.from_hf(hf, **changes)
+        config = ModelConfig.from_hf(source.config)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    try:
+        config = dataclasses.replace(config, eos_token_ids=source.eos_ids(config.vocab_size))
+    except ValueError as error:
+        raise ValueError(f"{directory / GENERATION}: {error}") from error
+    if unknown := unknown_keys(source.config):
+        _log.warning("%s: these keys are not known and not used: %s", path, ", ".join(unknown))
+    return config, source
+
+
+def _read_json(path: Path) -> dict:
+    """The object in a file; {} where there is none."""
+    if not path.exists():
+        return {}
+
+    def refuse(constant: str):  # NaN and Infinity, which no other reader takes
+        raise ValueError(f"{constant} is no number of JSON")
+
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+    except ValueError as error:  # of the encoding too
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds {type(value).__name__}, needed is an object")
+    return value
 
 
 def _places(config: ModelConfig) -> dict[str, tuple[str, int | None, bool]]:
@@ -72,73 +117,153 @@ def _places(config: ModelConfig) -> dict[str, tuple[str, int | None, bool]]:
 
 
 def _files(directory: Path) -> list[Path]:
-    if (directory / INDEX).exists():
-        index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
-        return [directory / name for name in sorted(set(index["weight_map"].values()))]
-    if (directory / SINGLE).exists():
-        return [directory / SINGLE]
-    raise FileNotFoundError(f"{directory} has neither {SINGLE} nor {INDEX}")
+    """The safetensors files of a directory; ValueError where they are not all there, or unclear."""
+    single, index = directory / SINGLE, directory / INDEX
+    if not index.exists():
+        if single.exists():
+            return [single]
+        raise FileNotFoundError(f"{directory} has neither {SINGLE} nor {INDEX}")
+    names = _read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(
+        isinstance(name, str) and Path(name).name == name for name in names.values()
+    ):
+        raise ValueError(f"{index} has no weight_map from tensors to names of files")
+    names = sorted(set(names.values()))
+    if single.exists() and SINGLE not in names:
+        raise ValueError(
+            f"{directory} has {SINGLE}, and {INDEX} that names other files: remove one of the two"
+        )
+    if missing := [name for name in names if not (directory / name).exists()]:
+        raise ValueError(f"{index} names files that are missing: {', '.join(missing)}")
+    return [directory / name for name in names]
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator:
+    """A safetensors file; ValueError names one that is not whole."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        with path.open("rb") as file:
+            pointer = file.read(12) == b"version http"
+        raise ValueError(
+            f"{path} cannot be read ({error}): it is "
+            + ("a pointer of git-lfs, fetch the file" if pointer else "no whole safetensors file")
+        ) from error
+
+
+def _shape(config: ModelConfig, weight: Weight, ours: str, layer: int | None, flip: bool):
+    """The shape of a weight's tensor in a file."""
+    shape = list(weight.shape if layer is None else weight.shape[1:])
+    if ours in ("embed", "unembed"):
+        shape[weight.axes.index("vocab")] = config.vocab_size
+    return shape[::-1] if flip else shape
+
+
+def _find(directory: Path, config: ModelConfig, places: dict) -> dict[Path, list[str]]:
+    """The tensors to be read from each file, known from the files' headers alone.
+
+    Raises:
+      ValueError: tensors are missing, there twice, unexpected, or of another shape or dtype; all of
+        them are named with their files.
+    """
+    table = weight_table(config)
+    problems, found, wanted = [], {}, {}
+    for path in _files(directory):
+        wanted[path] = []
+        with _opened(path) as file:
+            for name in sorted(file.keys()):
+                place = places.get(name)
+                if name == HEAD and config.tie_word_embeddings:  # compared with the embedding
+                    place = (*places[EMBEDDING][:2], False)
+                if place is None:
+                    if not name.endswith("rotary_emb.inv_freq"):
+                        problems.append(f"unexpected {name} in {path.name}")
+                    continue
+                if name in found:
+                    problems.append(f"{name} is in {found[name]} and in {path.name}")
+                    continue
+                found[name] = path.name
+                ours, layer, flip = place
+                weight = table[ours] if layer is None else table["layers"][ours]
+                tensor, need = file.get_slice(name), _shape(config, weight, ours, layer, flip)
+                if (have := tensor.get_shape()) != need:
+                    problems.append(
+                        f"{name} has shape {tuple(have)}, needed is {tuple(need)}, in {path.name}"
+                    )
+                elif (dtype := tensor.get_dtype()) not in DTYPES:
+                    problems.append(
+                        f"{name} has dtype {dtype}, supported are {', '.join(DTYPES)}, in "
+                        f"{path.name}"
+                    )
+                wanted[path].append(name)
+    problems += [f"missing {name}" for name in places if name not in found]
+    if problems:
+        shown = "; ".join(problems[:20]) + ("; ..." if len(problems) > 20 else "")
+        raise ValueError(f"{directory}: {len(problems)} tensors do not fit the config: {shown}")
+    return wanted
+
+
+def _count_not_finite(x: np.ndarray) -> int:
+    """Of an array of floats of any size, by their bits: numpy is slow at bfloat16."""
+    bits = np.dtype(f"u{x.dtype.itemsize}")
+    infinity = np.array(np.inf, x.dtype).view(bits)
+    return np.count_nonzero((x.view(bits) & infinity) == infinity)
 
 
 def read_params(directory: Path, config: ModelConfig, dtype="float32") -> dict:
     """Parameters of a directory as numpy arrays of `dtype`, padding rows zero.
 
     Raises:
-      ValueError: tensors are missing, unexpected or of another shape; all of them are named.
+      ValueError: a file is not whole; or tensors are missing, there twice, unexpected, of another
+        shape or of a dtype that is not float, all of them named before any is read; or one holds
+        what is not finite in `dtype`.
     """
     table, places = weight_table(config), _places(config)
+    wanted = _find(directory, config, places)
     dtype = jnp.dtype(dtype)
     arrays = {
         name: np.zeros(w.shape, dtype)
         for name, w in (table | table["layers"]).items()
         if name != "layers"
     }
-    problems, found, tied_head = [], set(), None
-    for path in _files(directory):
-        if not path.exists():
-            problems.append(f"missing file {path.name}")
-            continue
-        with safe_open(path, framework="numpy") as file:
-            for name in file.keys():  # noqa: SIM118  (not a dict)
-                if name == "lm_head.weight" and config.tie_word_embeddings:
-                    tied_head = file.get_tensor(name)
-                    continue
+    tied_head = None
+    for path, names in wanted.items():
+        with _opened(path) as file:
+            for name in names:
+                with np.errstate(over="ignore"):  # which is seen below
+                    tensor = file.get_tensor(name).astype(dtype)
+                if count := _count_not_finite(tensor):
+                    raise ValueError(
+                        f"{path}: {name} holds {count} values that are not finite in {dtype}"
+                    )
                 if name not in places:
-                    if not name.endswith("rotary_emb.inv_freq"):
-                        problems.append(f"unexpected {name}")
+                    tied_head = (path, tensor)
                     continue
                 ours, layer, flip = places[name]
-                tensor = file.get_tensor(name)
-                tensor = tensor.T if flip else tensor
                 target = arrays[ours] if layer is None else arrays[ours][layer]
-                if ours == "embed":
-                    target = target[: config.vocab_size]
-                elif ours == "unembed":
-                    target = target[:, : config.vocab_size]
-                if tensor.shape != target.shape:
-                    have, need = ((x.T if flip else x).shape for x in (tensor, target))
-                    problems.append(f"{name} has shape {have}, needed is {need}")
-                    continue
-                target[...] = tensor.astype(dtype)
-                found.add(name)
-    problems += [
-        f"missing {name}"
-        for name in places
-        if name not in found and not any(name in problem for problem in problems)
-    ]
-    if tied_head is not None and not problems:
-        same = arrays["embed"][: config.vocab_size]
-        if tied_head.shape != same.shape or (tied_head.astype(dtype) != same).any():
-            problems.append("lm_head.weight differs from the embedding, but tie_word_embeddings")
-    if problems:
-        shown = "; ".join(problems[:20]) + ("; ..." if len(problems) > 20 else "")
-        raise ValueError(f"{directory}: {len(problems)} tensors do not fit the config: {shown}")
+                tensor = tensor.T if flip else tensor
+                target[tuple(slice(size) for size in tensor.shape)] = tensor
+    if tied_head and (tied_head[1] != arrays["embed"][: config.vocab_size]).any():
+        raise ValueError(
+            f"{tied_head[0]}: {HEAD} differs from the embedding, but tie_word_embeddings is true"
+        )
     layers = {name: arrays.pop(name) for name in table["layers"]}
     return arrays | {"layers": layers}
 
 
-def write(directory: Path, config: ModelConfig, params: dict, shard_bytes: int = SHARD_BYTES):
-    """Writes config.json, generation_config.json and the weights; padding rows are dropped."""
+def write(
+    directory: Path,
+    config: ModelConfig,
+    params: dict,
+    source: SourceFiles | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes config.json, generation_config.json and the weights; padding rows are dropped.
+
+    `source`: the files that the model came from; what they say and the config does not, is kept.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     for old in directory.glob("model*.safetensors*"):
         old.unlink()
@@ -170,9 +295,17 @@ def write(directory: Path, config: ModelConfig, params: dict, shard_bytes: int =
             "weight_map": {t: n for n, s in zip(names, shards, strict=True) for t in s},
         }
         _write_json(directory / INDEX, index)
-    hf = config.to_hf(str(host["embed"].dtype))
-    _write_json(directory / "config.json", hf)
-    _write_json(directory / "generation_config.json", {"eos_token_id": hf["eos_token_id"]})
+    ours, source = config.to_hf(str(host["embed"].dtype)), source or SourceFiles()
+    eos = ours["eos_token_id"]
+    unchanged = config.eos_token_ids == source.eos_ids(config.vocab_size)
+
+    def said(file: Mapping) -> dict:  # the two may differ: a base's end of text, and a chat's
+        return {"eos_token_id": file.get("eos_token_id", eos) if unchanged else eos}
+
+    old = {"torch_dtype", "rope_scaling", "auto_map"}  # in `ours` by new names; code, which is left
+    kept = {name: value for name, value in source.config.items() if name not in old}
+    _write_json(directory / GENERATION, {**source.generation, **said(source.generation)})
+    _write_json(directory / CONFIG, kept | ours | said(source.config))
 
 
 def _write_json(path: Path, value: dict) -> None:

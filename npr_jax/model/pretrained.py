@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from npr_jax.base.distributed import is_main, to_host, wait
 from npr_jax.base.files import DEMO, absent, hub_error, publish, writing
 from npr_jax.model.config import PRESETS, ModelConfig
-from npr_jax.model.hf import read_config, read_params, write
+from npr_jax.model.hf import CONFIG, SourceFiles, read_config, read_params, write
 from npr_jax.model.params import init_params
 from npr_jax.model.sharding import place_params, train_shardings
 from npr_jax.model.tokenizer import add_tags, demo_tokenizer, has_tags
@@ -24,12 +24,14 @@ TOKENIZER_FILES = ["*.json", "*.txt", "*.jinja"]  # and the config
 @dataclasses.dataclass(frozen=True)
 class Model:
     """`params`: see model/params.py. `tokenizer` is None where there is none; `tags` too, or where
-    the tokenizer does not have the eight tags (`with_tags` adds them)."""
+    tokenizer and vocabulary do not have the eight tags (`with_tags` adds them). `source`: what the
+    configuration files said that it came from, which an export keeps."""
 
     config: ModelConfig
     params: dict
     tokenizer: object | None = None
     tags: TagIds | None = None
+    source: SourceFiles | None = None
 
     def with_tags(self) -> "Model":
         """The model with the eight tags as single tokens; the model itself if it has them."""
@@ -38,7 +40,8 @@ class Model:
         if self.tokenizer is None:
             raise ValueError("the model has no tokenizer to add the tags to")
         config, params = add_tags(self.config, self.params, self.tokenizer)
-        return Model(config, params, self.tokenizer, TagIds.from_tokenizer(self.tokenizer))
+        tags = TagIds.from_tokenizer(self.tokenizer)
+        return dataclasses.replace(self, config=config, params=params, tags=tags)
 
 
 def load(
@@ -60,8 +63,8 @@ def load(
 
     Raises:
       FileNotFoundError: there is no such directory, preset or reachable hub repository.
-      ValueError: the config or the tensors are not what the model needs; they are named. Or `tags`
-        are wanted and there is no tokenizer.
+      ValueError: the config, a tensor or the tokenizer cannot be used; it is named with its file.
+        Or `tags` are wanted and there is no tokenizer.
     """
     if str(source) in PRESETS:
         config = PRESETS[str(source)]
@@ -74,9 +77,12 @@ def load(
     directory = Path(source)
     if not directory.is_dir():
         directory = _download(str(source), [*TOKENIZER_FILES, "*.safetensors"])
-    config = read_config(directory)
+    config, files = read_config(directory)
+    tokenizer = _read_tokenizer(directory)
+    if not config.eos_token_ids and tokenizer is not None:
+        config = dataclasses.replace(config, eos_token_ids=_own_eos(directory, config, tokenizer))
     params = read_params(directory, config, dtype)
-    model = _assemble(config, params, _read_tokenizer(directory))
+    model = dataclasses.replace(_assemble(config, params, tokenizer), source=files)
     model = model.with_tags() if tags else model
     if mesh is None:
         return dataclasses.replace(model, params=jax.tree.map(jnp.asarray, model.params))
@@ -107,13 +113,27 @@ def _read_tokenizer(directory: Path):
     if any((directory / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(directory)
+        try:
+            return AutoTokenizer.from_pretrained(directory)
+        except Exception as error:  # for a broken file tokenizers raises just that
+            raise ValueError(f"the tokenizer in {directory} cannot be read: {error}") from error
     return None
+
+
+def _own_eos(directory: Path, config: ModelConfig, tokenizer) -> tuple[int]:
+    """The tokenizer's end of text, for configuration files that name none."""
+    eos = tokenizer.eos_token_id
+    if eos is None or eos >= config.vocab_size:
+        raise ValueError(
+            f"{directory / CONFIG} has no eos_token_id, and that of the tokenizer is {eos}, needed "
+            f"is an id below {config.vocab_size}: answers would have no end"
+        )
+    return (eos,)
 
 
 def _assemble(config: ModelConfig, params: dict, tokenizer) -> Model:
     tags = None
-    if tokenizer is not None and has_tags(tokenizer):
+    if tokenizer is not None and has_tags(tokenizer, config.vocab_size):
         tags = TagIds.from_tokenizer(tokenizer)
     return Model(config, params, tokenizer, tags)
 
@@ -122,7 +142,8 @@ def save(model: Model, directory: str | Path) -> None:
     """Writes a directory that `load` and transformers read."""
     if model.tokenizer is not None:
         model.tokenizer.save_pretrained(directory)
-    write(Path(directory), model.config, model.params)  # config.json last: it is all there
+    # config.json last: it is all there
+    write(Path(directory), model.config, model.params, model.source)
 
 
 def publish_model(model: Model, directory: Path) -> None:
