@@ -6,6 +6,7 @@ Every lane has its own knobs and key, so a token depends on nothing else in the 
 
 import dataclasses
 import math
+from collections.abc import Callable
 from numbers import Integral, Real
 
 import jax
@@ -99,28 +100,62 @@ class LaneSampling:
 
 def _filter(logits: jax.Array, lanes: LaneSampling, wanted: jax.Array) -> jax.Array:
     """-inf where a lane of `wanted` bool[R] cuts a token of the tempered logits f32[R, V]; see
-    SamplingParams for the rule. Lanes that are not wanted stay as they are, bit for bit."""
-    vocab = logits.shape[-1]
-    order = jnp.sort(logits, axis=-1, descending=True)
-    weight = jnp.exp(order - order[:, :1])
-    top_k = jnp.where(lanes.top_k > 0, jnp.minimum(lanes.top_k, vocab), vocab)
-    total = jnp.cumsum(jnp.where(jnp.arange(vocab) < top_k[:, None], weight, 0.0), axis=-1)
-    # In float32 the sum reaches its end before the last tokens: without top-p it decides nothing.
-    before = jnp.sum(total < ((lanes.top_p - SLACK) * total[:, -1])[:, None], axis=-1)
-    count = jnp.where(lanes.top_p < 1, jnp.minimum(before + 1, top_k), top_k)
-    lowest = jnp.take_along_axis(order, count[:, None] - 1, axis=-1)
+    SamplingParams for the rule. Lanes that are not wanted stay as they are, bit for bit.
 
-    def first_by_id():
-        above, equal = logits > lowest, logits == lowest
-        room = count - jnp.sum(above, axis=-1)
+    Nothing is sorted: the last token that stays is found by bisection.
+    """
+    keys, vocab = _keys(logits), logits.shape[-1]
+    weight = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+    top_k = jnp.where(lanes.top_k > 0, jnp.minimum(lanes.top_k, vocab), vocab)
+
+    def first_k():
+        last = _largest(keys, lambda kept: jnp.sum(kept, axis=-1) >= top_k)
+        above = keys > last
+        return _with_first(above, keys == last, top_k - jnp.sum(above, axis=-1))
+
+    def fewest():  # of those that top-k keeps
+        mass = jnp.where(keep, weight, 0.0)
+        need = jnp.maximum(lanes.top_p - SLACK, SLACK * SLACK) * jnp.sum(mass, axis=-1)
+        last = _largest(keys, lambda kept: jnp.sum(jnp.where(kept, mass, 0.0), axis=-1) >= need)
+        above, equal = keep & (keys > last), keep & (keys == last)
+        each = jnp.max(jnp.where(equal, weight, 0.0), axis=-1)
+        room = jnp.ceil((need - jnp.sum(jnp.where(above, mass, 0.0), axis=-1)) / each)
+        return _with_first(above, equal, jnp.clip(room, 1, vocab).astype(jnp.int32))
+
+    keep = jnp.ones(logits.shape, bool)
+    keep = jax.lax.cond(jnp.any(wanted & (lanes.top_k > 0)), first_k, lambda: keep)
+    nucleus = wanted & (lanes.top_p < 1)
+    some = jax.lax.cond(jnp.any(nucleus), fewest, lambda: keep)
+    keep = jnp.where(nucleus[:, None], some, keep)
+    keep &= weight >= (lanes.min_p * (1 - SLACK))[:, None]
+    return jnp.where(keep | ~wanted[:, None], logits, -jnp.inf)
+
+
+def _keys(x: jax.Array) -> jax.Array:
+    """uint32 keys that are ordered as the floats f32 are, with one key for both zeros."""
+    bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.uint32)
+    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+
+
+def _largest(keys: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """The largest key uint32[R, 1] of each row for which `enough(keys >= key)` bool[R] holds; it
+    holds for 0, and for every key below one for which it holds."""
+
+    def try_bit(i, found):
+        tried = found | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
+        return jnp.where(enough(keys >= tried)[:, None], tried, found)
+
+    return jax.lax.fori_loop(0, 32, try_bit, jnp.zeros((len(keys), 1), jnp.uint32))
+
+
+def _with_first(above: jax.Array, equal: jax.Array, room: jax.Array) -> jax.Array:
+    """What is above, and of what is equal the first `room` i32[R] by id."""
+
+    def by_id():
         return above | (equal & (jnp.cumsum(equal, axis=-1) <= room[:, None]))
 
-    keep = logits >= lowest
-    more = jnp.any(wanted & (jnp.sum(keep, axis=-1) > count))
-    keep = jax.lax.cond(more, first_by_id, lambda: keep)
-    least = lanes.min_p * (1 - SLACK)
-    keep &= jnp.exp(logits - order[:, :1]) >= least[:, None]
-    return jnp.where(keep | ~wanted[:, None], logits, -jnp.inf)
+    more = jnp.any(jnp.sum(equal, axis=-1) > room)
+    return jax.lax.cond(more, by_id, lambda: above | equal)
 
 
 def sample(
