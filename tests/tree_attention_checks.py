@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from npr_jax.model.attention import _NEGATIVE, _visible
+from npr_jax.kernels.blocks import EMPTY
+from npr_jax.model.attention import _visible
 from npr_jax.tree import Block, layout
 
 
@@ -90,7 +91,7 @@ def oracle(q, k, v, hidden, offset=0):
     seen = _visible(queries, keys, jnp.asarray(hidden))[:, None, None]
     grouped = q.reshape(batch, length, k.shape[2], -1, dim)
     scores = jnp.einsum("bqngd,bknd->bngqk", grouped, k) * dim**-0.5
-    weights = jax.nn.softmax(jnp.where(seen, scores, _NEGATIVE), axis=-1)
+    weights = jax.nn.softmax(jnp.where(seen, scores, EMPTY), axis=-1)
     weights = jnp.where(jnp.any(seen, axis=-1, keepdims=True), weights, 0)
     return jnp.einsum("bngqk,bknd->bqngd", weights, v).reshape(q.shape)
 

@@ -16,12 +16,15 @@ the choice on a CPU. `pallas` are the kernels for TPU and GPU. Softmax and sums 
 """
 
 import functools
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
-IMPLEMENTATIONS = ("gather", "blockwise", "pallas")
-_NEGATIVE = -1e30  # finite, so that a row that sees nothing stays finite
+from npr_jax.kernels.blocks import EMPTY
+
+Implementation = Literal["gather", "blockwise", "pallas"]
+IMPLEMENTATIONS = get_args(Implementation)
 # What `blockwise` takes at a time: entries of a row, and bytes of several rows' entries.
 _BLOCK = 256
 _CACHE_BYTES = 1 << 20
@@ -48,12 +51,6 @@ def paged_attention(implementation: str):
     return kernel
 
 
-def default_implementation(head_dim: int) -> str:
-    """What suits the platform that JAX runs on: its kernel where that takes such heads."""
-    takes = {"gpu": head_dim in (16, 32, 64, 128, 256), "tpu": head_dim % 128 == 0}
-    return "pallas" if takes.get(jax.default_backend()) else "blockwise"
-
-
 def table_width(longest: int, page_size: int) -> int:
     """Columns of a table of `longest` pages, so that `blockwise` need not pad it."""
     return -(-longest // _pages_per_block(page_size)) * _pages_per_block(page_size)
@@ -75,7 +72,7 @@ def gather(q, pool, layer, table, base, ranks) -> jax.Array:
     q = q.reshape(num_rows, chunk, kv.shape[2], -1, dim)
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     scores = product("rcngd,rsnd->rngcs", q, kv[:, :, :, 0]) * dim**-0.5
-    weights = jax.nn.softmax(jnp.where(seen[:, None, None], scores, _NEGATIVE), axis=-1)
+    weights = jax.nn.softmax(jnp.where(seen[:, None, None], scores, EMPTY), axis=-1)
     out = jnp.einsum("rngcs,rsnd->rcngd", weights.astype(q.dtype), kv[:, :, :, 1])
     return out.reshape(num_rows, chunk, heads, dim)
 
@@ -108,7 +105,7 @@ def blockwise(q, pool, layer, table, base, ranks) -> jax.Array:
             kv = pool[layer, here].reshape(rows, -1, kv_heads, 2, dim).astype(q.dtype)
             k, v = kv[:, :, :, 0].swapaxes(1, 2), kv[:, :, :, 1].swapaxes(1, 2)
             scores = product("rnqd,rnsd->rnqs", q, k) * dim**-0.5
-            scores = jnp.where(seen, scores, _NEGATIVE)
+            scores = jnp.where(seen, scores, EMPTY)
             new = jnp.maximum(top, jnp.max(scores, axis=-1))
             p = jnp.exp(scores - new[..., None])  # 1 while a row sees nothing: scaled away later
             scale = jnp.exp(top - new)
@@ -116,7 +113,7 @@ def blockwise(q, pool, layer, table, base, ranks) -> jax.Array:
             return new, total * scale + jnp.sum(p, axis=-1), acc * scale[..., None] + out
 
         start = (
-            jnp.full(q.shape[:-1], _NEGATIVE, jnp.float32),
+            jnp.full(q.shape[:-1], EMPTY, jnp.float32),
             jnp.zeros(q.shape[:-1], jnp.float32),
             jnp.zeros(q.shape, jnp.float32),
         )

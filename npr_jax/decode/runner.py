@@ -15,7 +15,6 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from npr_jax.decode.attention import default_implementation
 from npr_jax.decode.config import EngineConfig
 from npr_jax.decode.lanes import Lanes, write_row
 from npr_jax.decode.sampling import fold_branches
@@ -29,6 +28,7 @@ from npr_jax.decode.steps import (
     pool_shape,
     pool_spec,
 )
+from npr_jax.kernels import default_implementation
 from npr_jax.model.params import unstack
 from npr_jax.model.sharding import decode_shardings, place_params
 

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-_NEGATIVE = -1e30  # finite, so that a query that sees nothing stays finite
+from npr_jax.kernels.blocks import EMPTY
+
 _DIMS = (16, 32, 64, 128, 256)  # powers of two; Triton multiplies nothing narrower than 16
 # What a program holds, so that it fits into the registers and shared memory of all these GPUs.
 _LEAST, _LINES = 16, 128  # queries, and of these so many numbers by their bytes
@@ -125,7 +126,7 @@ def _kernel(layer, table, base, ranks, used, q, pool, out, weight, *, tile: int,
 
         scores = _dot(queries, load(0), 1) * dim**-0.5
         seen = listed[None] & (entry[None] <= rank[:, None])
-        scores = jnp.where(seen, scores, _NEGATIVE)
+        scores = jnp.where(seen, scores, EMPTY)
         new = jnp.maximum(top, jnp.max(scores, axis=1))
         p = jnp.exp(scores - new[:, None])  # 1 while a query sees nothing: scaled away later
         scale = jnp.exp(top - new)
@@ -133,7 +134,7 @@ def _kernel(layer, table, base, ranks, used, q, pool, out, weight, *, tile: int,
         return new, total * scale + jnp.sum(p, axis=1), acc * scale[:, None] + told
 
     start = (
-        jnp.full(tile, _NEGATIVE, jnp.float32),
+        jnp.full(tile, EMPTY, jnp.float32),
         jnp.zeros(tile, jnp.float32),
         jnp.zeros((tile, dim), jnp.float32),
     )

@@ -14,7 +14,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
 
-_NEGATIVE = -1e30  # finite, so that a query that sees nothing stays finite
+from npr_jax.kernels.blocks import EMPTY
+
 _SLOTS = 512  # of a block: 2 MiB with 8 key heads of 128 in bfloat16
 _QUERIES = 512  # times their group, that are worked on at once
 _LANES = 128
@@ -160,7 +161,7 @@ def _kernel(*refs, tiles: int, tile: int):
         for head in range(kv_heads):
             k, v = _keys_values(buffer.at[half], head)
             scores = _dot(q[head], k.astype(q.dtype), 1) * dim**-0.5
-            scores = jnp.where(seen, scores, _NEGATIVE)
+            scores = jnp.where(seen, scores, EMPTY)
             old = top[head]
             new = jnp.maximum(old, jnp.max(scores, axis=1, keepdims=True))
             weights = jnp.exp(scores - _widen(new, scores.shape[1]))
@@ -191,7 +192,7 @@ def _kernel(*refs, tiles: int, tile: int):
         turn[0] = 0
         fetch(i, 0, 0)
 
-    top[...] = jnp.full(top.shape, _NEGATIVE, top.dtype)
+    top[...] = jnp.full(top.shape, EMPTY, top.dtype)
     total[...] = jnp.zeros(total.shape, total.dtype)
     acc[...] = jnp.zeros(acc.shape, acc.dtype)
     turn[0] = jax.lax.fori_loop(0, blocks, body, turn[0])

@@ -18,16 +18,9 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from npr_jax.base.mesh import BATCH, activations
-from npr_jax.kernels.blocks import SAVED
+from npr_jax.kernels import default_implementation
+from npr_jax.kernels.blocks import EMPTY, SAVED
 from npr_jax.model.config import ModelConfig
-
-_NEGATIVE = -1e30  # finite, so that a row that has seen nothing yet stays finite
-
-
-def default_implementation(head_dim: int, platform: str | None = None) -> str:
-    """What suits a platform, by default JAX's: its kernel where that takes such heads."""
-    takes = {"gpu": head_dim in (16, 32, 64, 128, 256), "tpu": head_dim % 128 == 0}
-    return "pallas" if takes.get(platform or jax.default_backend()) else "blockwise"
 
 
 def kernel():
@@ -82,7 +75,7 @@ def dense(q: jax.Array, k: jax.Array, v: jax.Array, hidden: jax.Array, offset=0)
     seen = _visible(offset + jnp.arange(length), jnp.arange(k.shape[1]), hidden)[:, None, None]
     grouped = q.reshape(batch, length, k.shape[2], -1, dim)
     scores = jnp.einsum("bqngd,bknd->bngqk", grouped, k, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(jnp.where(seen, scores * dim**-0.5, _NEGATIVE), axis=-1)
+    weights = jax.nn.softmax(jnp.where(seen, scores * dim**-0.5, EMPTY), axis=-1)
     out = jnp.einsum("bngqk,bknd->bqngd", weights.astype(v.dtype), v)
     return out.reshape(batch, length, heads, dim)
 
@@ -119,7 +112,7 @@ def _scores(q, k, hidden, first, j):
     size, dim = q.shape[-2:]
     seen = _visible(first + jnp.arange(size), j * size + jnp.arange(size), hidden)
     scores = jnp.einsum("bngqd,bnkd->bngqk", q, k, preferred_element_type=jnp.float32)
-    return jnp.where(seen[:, None, None], scores * dim**-0.5, _NEGATIVE)
+    return jnp.where(seen[:, None, None], scores * dim**-0.5, EMPTY)
 
 
 def _skip(hidden, first, size):
@@ -145,7 +138,7 @@ def _flash_forward(q, k, v, hidden, offset):
                 top, total, acc = carry
                 s = _scores(q_i, k[j], hidden[j], first, j)
                 new = jnp.maximum(top, jnp.max(s, axis=-1))
-                p = jnp.where(s > 0.5 * _NEGATIVE, jnp.exp(s - new[..., None]), 0.0)
+                p = jnp.where(s > 0.5 * EMPTY, jnp.exp(s - new[..., None]), 0.0)
                 scale = jnp.exp(top - new)
                 product = jnp.einsum(
                     "bngqk,bnkd->bngqd", p.astype(v.dtype), v[j], preferred_element_type=jnp.float32
@@ -155,7 +148,7 @@ def _flash_forward(q, k, v, hidden, offset):
             return jax.lax.cond(_skip(hidden[j], first, size), lambda carry: carry, see, carry)
 
         start = (
-            jnp.full(q_i.shape[:-1], _NEGATIVE, jnp.float32),
+            jnp.full(q_i.shape[:-1], EMPTY, jnp.float32),
             jnp.zeros(q_i.shape[:-1], jnp.float32),
             jnp.zeros(q_i.shape, jnp.float32),
         )
