@@ -14,7 +14,7 @@ from pathlib import Path
 
 from npr_jax.base.mesh import parse_mesh
 from npr_jax.model import PRESETS
-from npr_jax.plan.plan import GIB, plan, stage_run
+from npr_jax.plan.plan import GIB, plan, stage_config
 
 RESULTS = Path(__file__).parent / "results" / "plan.json"
 PAGE = Path(__file__).parents[1] / "docs" / "plan.md"
@@ -39,7 +39,7 @@ def main() -> None:
             if (model, topology) in known and not wanted:
                 continue
             mesh = parse_mesh(mesh_of(model, topology))
-            found = plan(model, stage_run("papo", model), topology, mesh)
+            found = plan(model, stage_config("papo", model), topology, mesh)
             known[model, topology] = found
             print(json.dumps(found), flush=True)
             ordered = [known[m, t] for m in PRESETS for t in SLICES if (m, t) in known]

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import importlib.metadata
-import json
 import os
 import signal
 import sys
@@ -206,19 +205,19 @@ def evaluate(
     from npr_jax.evaluate.run import evaluate as run
     from npr_jax.report.html import write as write_report
 
+    names = [name.strip() for name in benchmarks.split(",")]
+    text = instruction and _instruction(instruction)
     given = {
-        "model": model,
-        "benchmarks": [name.strip() for name in benchmarks.split(",")],
-        "output": str(output),
-        "samples": samples,
-        "data": data and str(data),
-        "instruction": instruction and _instruction(instruction),
-        "baseline": sequential or None,
+        "model": (f"--model {model}", model),
+        "benchmarks": (f"--benchmarks {benchmarks}", names),
+        "output": (f"--output {output}", str(output)),
+        "samples": (f"--samples {samples}", samples),
+        "data": (f"--data {data}", data and str(data)),
+        "instruction": (f"--instruction {instruction}", text),
+        "baseline": ("--sequential", sequential or None),
     }
-    changes = [
-        f"{key}={json.dumps(x, ensure_ascii=False)}" for key, x in given.items() if x is not None
-    ]
-    settings = load_config(EvalConfig, config, [*(overrides or ()), *changes])
+    options = {key: option for key, option in given.items() if option[1] is not None}
+    settings = load_config(EvalConfig, config, overrides or (), options)
     results = run(settings, tell=functools.partial(typer.echo, err=True))
     Console().print(*tables(results))
     typer.echo(f"all figures: {output / 'results.json'}; report: {write_report(output)}")
@@ -282,13 +281,31 @@ def plan(
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # a compiler is not in a TPU's way
     from npr_jax.base.mesh import parse_mesh
     from npr_jax.plan.plan import plan as run
-    from npr_jax.plan.plan import report, stage_run
+    from npr_jax.plan.plan import report, stage_config
 
     tell = functools.partial(typer.echo, err=True)
     sizes = parse_mesh(mesh) if mesh else None
-    found = run(model, stage_run(stage, model, overrides or ()), topology, sizes, tell)
+    found = run(model, stage_config(stage, model, overrides or ()), topology, sizes, tell)
     typer.echo(report(found))
     sys.exit(0 if found["fits"] else 3)
+
+
+@app.command()
+def config(
+    command: Annotated[
+        str, typer.Argument(metavar="STAGE", help="zero, beta, papo, eval or generate.")
+    ],
+) -> None:
+    """Print every key of a stage's config: default, unit, meaning, as YAML to begin with.
+
+    Example: npr-jax config zero > my_zero.yaml
+    """
+    from npr_jax.base.reference import template
+    from npr_jax.train.configs import CONFIGS
+
+    if command not in CONFIGS:
+        raise ValueError(f"STAGE is {command!r}, needed is one of {', '.join(CONFIGS)}")
+    typer.echo(template(CONFIGS[command]), nl=False)
 
 
 @data.command()
@@ -349,10 +366,8 @@ def _stage(
     """What is around a stage: its config, the other processes, and at its end the report."""
     from npr_jax.base.config import load_config
 
-    changes = list(overrides or ())
-    if output is not None:
-        changes.append(f"output={json.dumps(str(output))}")
-    settings = load_config(cls, config, changes)
+    options = {} if output is None else {"output": (f"--output {output}", str(output))}
+    settings = load_config(cls, config, overrides or (), options)
     from npr_jax.base.distributed import ends_together, initialize, is_main
     from npr_jax.base.mesh import describe, make_mesh
 

@@ -11,7 +11,10 @@ from typer.testing import CliRunner
 
 from npr_jax.cli import app, main
 
-VERBS = ("zero", "beta", "papo", "generate", "eval", "view", "report", "plan", "data", "demo")
+VERBS = (
+    *("zero", "beta", "papo", "generate", "eval", "view", "report"),
+    *("plan", "config", "data", "demo"),
+)
 COMMANDS = (*VERBS, "data prepare")
 
 

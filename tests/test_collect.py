@@ -144,7 +144,7 @@ def test_papo_can_train_under_the_released_layout(model, monkeypatch):
         assert np.array_equal(example.layout.hidden, tree.hidden)
     with pytest.raises(ValueError, match=r"engine\.max_depth is 2, needed is 1"):
         load_config(papo.PapoConfig, "tiny_papo", ["layout=reference", "engine.max_depth=2"])
-    with pytest.raises(ValueError, match="objective is 'ppo', needed is one of"):
+    with pytest.raises(ValueError, match="objective is 'ppo', needed is 'papo' or 'dapo'"):
         load_config(papo.PapoConfig, "tiny_papo", ["objective=ppo"])
 
 

@@ -1,15 +1,26 @@
 """Configs are strict: what is written is what is used, or there is an error that names it."""
 
+import dataclasses
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
+import numpy as np
 import pytest
+import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from npr_jax.base.config import config_path, dump_config, load_config
+from npr_jax.base.fields import Checked, Range, hints, meanings
+from npr_jax.base.mesh import MeshConfig
+from npr_jax.base.reference import page, template
+from npr_jax.decode import EngineConfig, SamplingParams
+from npr_jax.train.beta import SampleConfig
+from npr_jax.train.configs import CONFIGS
+from npr_jax.train.optimizer import OptimizerConfig
 
 
 @dataclass(frozen=True)
@@ -83,7 +94,7 @@ def test_yaml_1_1_oddities_are_strings(tmp_path, text):
         ("steps: 3\noptimizer: {rate: 1, kind: x}", ["optimizer.kind", "'adamw' or 'sgd'", "'x'"]),
         ("steps: 3\noptimizer: {rate: 1, betas: [1]}", ["optimizer.betas.1"]),
         ("steps: 3\noptimizer: {rate: -1}", ["optimizer", "rate is -1", "positive"]),
-        ("optimizer: {rate: 1}", ["steps", "required"]),
+        ("optimizer: {rate: 1}", ["steps is missing", "an integer"]),
         (BASE + "flag: 'true'", ["flag", "valid boolean"]),
         (BASE + "stepz: 3", ["stepz", "unknown key", "'steps'"]),
         ("steps: 3\noptimizer: {rat: 1}", ["optimizer.rat", "unknown key", "'rate'"]),
@@ -126,7 +137,7 @@ def test_overrides_apply_in_order_and_create_parents(tmp_path):
         ("steps", ["needs the form a.b=value"]),
         ("a..b=1", ["needs the form a.b=value"]),
         ("steps=[", ["--set steps=[", "not valid YAML"]),
-        ("steps=", ["--set steps=", "valid integer", "None"]),
+        ("steps=", ["--set steps=", "steps is missing", "an integer"]),
     ],
 )
 def test_override_errors_name_the_override(tmp_path, override, words):
@@ -169,3 +180,294 @@ def test_presets_are_found_by_name():
         assert config_path(name).samefile(preset)
     with pytest.raises(ValueError, match=r"no-such-preset.*presets"):
         config_path("no-such-preset")
+
+
+# What every key takes, in every config that there is.
+
+FILL = {  # values for keys without a default
+    "model": "m",
+    "sampler_model": "m",
+    "problems": "p",
+    "output": "o",
+    "benchmarks": ["aime25"],
+    "steps": 4,
+    "max_tokens": 64,
+    "learning_rate": 1e-3,
+    "fit": {"steps": 4},
+    "train": {"row_len": 4096},
+}
+
+
+def filled(cls) -> dict:
+    """The fewest keys that a config can be made of, as YAML would give them."""
+    found = {}
+    for f in dataclasses.fields(cls):
+        hint = hints(cls)[f.name]
+        if f.default is f.default_factory is dataclasses.MISSING:
+            nested = filled(hint) if dataclasses.is_dataclass(hint) else None
+            found[f.name] = FILL[f.name] if nested is None else nested | FILL.get(f.name, {})
+    return found
+
+
+def kinds(hint) -> set:
+    """The types that an annotation is made of."""
+    return set().union(*map(kinds, get_args(hint))) if get_args(hint) else {hint}
+
+
+def numbers(cls, prefix="") -> list[str]:
+    """Dotted keys of all numbers of a config."""
+    found = []
+    for name, hint in hints(cls).items():
+        if dataclasses.is_dataclass(hint):
+            found += numbers(hint, f"{prefix}{name}.")
+        elif kinds(hint) & {int, float}:
+            found.append(prefix + name)
+    return found
+
+
+NUMBERS = [(command, key) for command, cls in CONFIGS.items() for key in numbers(cls)]
+VALUES = {
+    "nan": math.nan,
+    "inf": math.inf,
+    "-inf": -math.inf,
+    "negative": -4,
+    "zero": 0,
+    "huge": 10**40,
+    "tiny": 1e-40,
+}
+
+
+def configs_of(cls) -> set[type]:
+    """A config and all that it is made of."""
+    nested = [hint for hint in hints(cls).values() if dataclasses.is_dataclass(hint)]
+    return {cls}.union(*map(configs_of, nested))
+
+
+EVERY = sorted(set().union(*map(configs_of, CONFIGS.values())), key=lambda cls: cls.__name__)
+
+
+def test_every_number_of_every_config_has_a_range():
+    assert len(EVERY) == 12 and len(NUMBERS) > 150
+    for cls in EVERY:
+        assert issubclass(cls, Checked), cls
+        for name, hint in hints(cls).items():
+            if kinds(hint) & {int, float}:
+                assert any(isinstance(kind, Range) for kind in kinds(hint)), (cls, name)
+
+
+def where(config, key):
+    for part in key.split("."):
+        config = getattr(config, part)
+    return config
+
+
+@pytest.mark.parametrize("command", CONFIGS)
+def test_a_number_is_in_its_range_or_refused_by_name(command, tmp_path):
+    """From YAML; and Python's constructor says the same of the same value."""
+    path, cls = tmp_path / "c.yaml", CONFIGS[command]
+    path.write_text(yaml.safe_dump(filled(cls)))
+    good = load_config(cls, path)
+    kept = 0
+    for key in numbers(cls):
+        *parents, name = key.split(".")
+        owner = where(good, ".".join(parents)) if parents else good
+        for value in VALUES.values():
+            text = re.sub("nan|inf", r".\g<0>", str(value))
+            python = told = None
+            try:
+                python = dataclasses.replace(owner, **{name: value})
+            except ValueError as error:
+                told = str(error)
+                assert re.search(rf"\b{name} is {re.escape(repr(value))}|\b{name}\b.*needed", told)
+            try:
+                found = where(load_config(cls, path, [f"{key}={text}"]), key)
+            except ValueError as error:
+                assert f"--set {key}={text}" in str(error) and name in str(error)
+                continue
+            assert told is None, (key, value, told)
+            assert found == getattr(python, name) == value and math.isfinite(found)
+            kept += 1
+    assert kept >= 5
+
+
+@pytest.mark.parametrize(
+    "command, setting, words",
+    [
+        ("zero", "max_refills=-1", "max_refills is -1, needed is an integer, 0 or more"),
+        ("zero", "clip_high=.nan", "clip_high is nan, needed is a finite number, 0 or more"),
+        ("zero", "clip_low=1.5", "clip_low is 1.5, needed is a finite number from 0, at most 1"),
+        ("zero", "dual_clip=0.5", "dual_clip is 0.5, needed is a finite number above 1"),
+        ("zero", "overlong_buffer=-3", "overlong_buffer is -3, needed is an integer, 0 or more"),
+        ("zero", "overlong_penalty=-1.0", "overlong_penalty is -1.0, needed is a finite number, 0"),
+        ("zero", "overlong_buffer=999", "overlong_buffer is 999, needed is max_tokens=64 at most"),
+        ("papo", "train.optimizer.b1=1.0", "train.optimizer.b1 is 1.0, needed is a finite number"),
+        ("papo", "train.optimizer.b2=1.5", "b2 is 1.5, needed is a finite number from 0, below 1"),
+        ("papo", "train.optimizer.learning_rate=.inf", "train.optimizer.learning_rate is inf"),
+        ("papo", "train.optimizer.eps=-1", "eps is -1, needed is a finite number above 0"),
+        ("papo", "train.optimizer.eps=1e-50", "eps is 1e-50, needed is 0, or a number of 1e-30"),
+        ("papo", "train.optimizer.weight_decay=.nan", "weight_decay is nan, needed is a finite"),
+        ("beta", "sample.num_problems=-4", "sample.num_problems is -4, needed is an integer, 0"),
+        ("beta", "sample.temperature=-1", "sample.temperature is -1, needed is"),
+        ("beta", "fit.train.row_len=0", "fit.train.row_len is 0, needed is an integer, 1 or more"),
+        (
+            "eval",
+            "sampling.top_p=0",
+            "sampling.top_p is 0, needed is a finite number above 0",
+        ),
+        ("generate", "engine.pages=1", "engine.pages is 1, needed is an integer, 2 or more"),
+        ("generate", "engine.lanes=10000000000", "engine.lanes is 10000000000, needed is an integ"),
+        ("generate", "sampling.seed=[3, -1]", "needed is an integer from 0, below 4294967296"),
+        ("papo", "mesh.tensor=0", "mesh.tensor is 0, needed is an integer, 1 or more, or -1"),
+        ("papo", "objective=ppo", "objective is 'ppo', needed is 'papo' or 'dapo'"),
+        ("papo", "train.remat=some", "train.remat is 'some', needed is 'none', 'full' or 'dots'"),
+        ("generate", "dtype=float16", "dtype is 'float16', needed is 'float32' or 'bfloat16'"),
+    ],
+)
+def test_what_is_out_of_range_is_told_with_key_value_and_need(command, setting, words, tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(filled(CONFIGS[command])))
+    with pytest.raises(ValueError) as error:
+        load_config(CONFIGS[command], path, [setting])
+    assert f"{path} --set {setting}: " in str(error.value) and words in str(error.value)
+    assert len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (
+            lambda: OptimizerConfig(1e-3, b2=1.5),
+            "b2 is 1.5, needed is a finite number from 0, below",
+        ),
+        (lambda: OptimizerConfig(1e-3, clip=0), "clip is 0, needed is a finite number above 0"),
+        (lambda: OptimizerConfig("1e-3"), "learning_rate is '1e-3', needed is a finite number"),
+        (lambda: OptimizerConfig(1e-3, eps=1e-50), "eps is 1e-50, needed is 0, or a number of"),
+        (
+            lambda: SampleConfig(max_tokens=8, num_problems=-4),
+            "num_problems is -4, needed is an int",
+        ),
+        (lambda: MeshConfig(fsdp=-2), "fsdp is -2, needed is an integer, 1 or more, or -1"),
+        (lambda: EngineConfig(lanes=True), "lanes is True, needed is an integer"),
+        (lambda: EngineConfig(lanes=2.0), "lanes is 2.0, needed is an integer"),
+        (lambda: EngineConfig(attention="flash"), "attention is 'flash', needed is 'gather'"),
+        (lambda: EngineConfig(cache_dtype="f8"), "cache_dtype is 'f8', needed is 'float32' or"),
+        (lambda: SamplingParams(seed=(1, 2**32)), "seed is .*, needed is an integer from 0, below"),
+        (lambda: SamplingParams(stop_token_ids=[3]), r"stop_token_ids is \[3\], needed is a tuple"),
+        (
+            lambda: SamplingParams(temperature=1e-40),
+            "temperature is 1e-40, needed is 0, or a number",
+        ),
+    ],
+)
+def test_python_s_constructor_is_checked_too(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_numbers_of_numpy_are_taken_as_numbers():
+    made = SamplingParams(temperature=np.float32(0.5), n=np.int64(2), seed=(np.uint32(3), 4))
+    assert made == SamplingParams(temperature=0.5, n=2, seed=(3, 4))
+    assert [type(x) for x in (made.temperature, made.n, *made.seed)] == [float, int, int, int]
+
+
+# The first config of one's own.
+
+
+def test_what_is_missing_is_told_with_its_meaning_and_the_command_that_tells_more(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("model: m\nproblems: p\noutput: o\nmax_tokens: 64\ntrain: {row_len: 4096}\n")
+    with pytest.raises(ValueError) as error:
+        load_config(CONFIGS["papo"], path)
+    steps, optimizer = sorted(str(error.value).splitlines())
+    assert "steps is missing, needed is an integer, 1 or more (until the end of the run)" in steps
+    assert "train.optimizer is missing, needed is a mapping with learning_rate" in optimizer
+    assert all("`npr-jax config papo`" in line for line in (steps, optimizer))
+
+
+@pytest.mark.parametrize("command", CONFIGS)
+def test_every_key_is_printed_as_yaml_that_can_be_used(command, tmp_path):
+    """With what is required given: as it was begun with only that."""
+    path, cls = tmp_path / "c.yaml", CONFIGS[command]
+    text = template(cls)
+    path.write_text(text, encoding="utf-8")
+    needed = filled(cls)
+    if command == "beta":
+        needed["fit"]["train"].pop("row_len", None)
+    given = [f"{key}={value}" for key, value in flat(needed)]
+    assert load_config(cls, path, given) == load_config(cls, blank(tmp_path), given)
+    printed = {key.strip() for key in re.findall(r"^ *[a-z]\w*(?=:)", text, re.MULTILINE)}
+    assert printed == {name for part in configs_of(cls) for name in hints(part)}
+    required = [key for key, _ in flat(filled(cls)) if not key.endswith("row_len")]
+    assert text.count("REQUIRED:") == len([key for key in required if key != "fit.steps"])
+    for part in configs_of(cls):
+        assert set(meanings(part)) == set(hints(part)), f"{part} does not say what every key means"
+    if required:
+        with pytest.raises(ValueError, match=f"{required[0]} is missing, needed is"):
+            load_config(cls, path)
+
+
+def flat(values: dict, prefix: str = "") -> list[tuple[str, object]]:
+    found = []
+    for key, value in values.items():
+        nested = isinstance(value, dict)
+        found += flat(value, f"{prefix}{key}.") if nested else [(prefix + key, value)]
+    return found
+
+
+def blank(tmp_path):
+    path = tmp_path / "blank.yaml"
+    path.write_text("")
+    return path
+
+
+def test_the_page_of_all_keys_is_current():
+    written = (Path(__file__).parents[1] / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert written.endswith(page(CONFIGS.values())), "run scripts/write_configuration.py"
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        (
+            "steps: 3\n\tname: x\n",
+            "c.yaml: line 2, column 1: not valid YAML: found character '\\t'",
+        ),
+        ("steps: 3\nname: [1, 2\n", "line 3, column 1: not valid YAML: expected ',' or ']'"),
+        (
+            "steps: 3\nname: [1, 2\n",
+            "while parsing a flow sequence that begins at line 2, column 7",
+        ),
+        ("steps: 3\nsteps: 4\n", "line 2, column 1: not valid YAML: key 'steps' is given twice"),
+        ('name: "a\n', "not valid YAML: found unexpected end of stream"),
+        ("name: \x00\n", "line 1, column 7: not valid YAML: the character"),
+    ],
+)
+def test_what_is_no_yaml_is_told_with_line_column_and_reason(tmp_path, text, words):
+    with pytest.raises(ValueError) as error:
+        load(tmp_path, text)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value) and ";" not in str(error.value)
+
+
+def test_a_file_that_is_not_utf_8_is_named(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_bytes(b"name: \xff\n")
+    with pytest.raises(ValueError, match=r"c\.yaml is not UTF-8"):
+        load_config(Config, path)
+
+
+def test_errors_name_what_was_typed(tmp_path):
+    options = {"model": ("--model m", "m"), "output": ("--output o", "o")}
+    options["benchmarks"] = ("--benchmarks aime26", ["aime26"])
+    with pytest.raises(ValueError) as error:
+        load_config(CONFIGS["eval"], "eval", ["engine.lanes=8"], options)
+    assert re.match(r"\S+eval\.yaml: benchmark 'aime26' is unknown", str(error.value))
+    options["samples"] = ("--samples 0", 0)
+    with pytest.raises(ValueError, match=r"eval\.yaml --samples 0: samples is 0, needed is"):
+        load_config(CONFIGS["eval"], "eval", (), options)
+
+
+def test_the_warm_up_of_zero_is_the_reference_s_ten_rollout_batches():
+    config = load_config(CONFIGS["zero"], "qwen3_4b_zero")
+    assert config.train.optimizer.warmup == 10 * config.minibatches == 320
+    assert meanings(OptimizerConfig)["warmup"].unit == "optimizer steps"

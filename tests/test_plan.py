@@ -14,7 +14,7 @@ from npr_jax.cli import app
 from npr_jax.model import PRESETS, abstract_params
 from npr_jax.model.config import REMAT
 from npr_jax.plan.hlo import collective_bytes
-from npr_jax.plan.plan import CHIPS, GIB, plan, report, stage_run, train_flops
+from npr_jax.plan.plan import CHIPS, GIB, plan, report, stage_config, train_flops
 from npr_jax.train.packing import empty_row
 from npr_jax.train.step import Objective, loss_sums
 
@@ -110,17 +110,17 @@ def test_flops_are_those_of_the_program(remat):
 
 
 def test_rows_of_a_step_hold_the_longest_answers():
-    run = stage_run("papo", "qwen3-4b")
+    run = stage_config("papo", "qwen3-4b")
     assert run.rows == 16 * 16  # a row of 32k holds one answer of 30k
-    assert stage_run("papo", "qwen3-4b", ["max_tokens=10000"]).rows == 16 * 6  # and three of 10k
-    assert stage_run("zero", "tiny").rows == 16 * 6 // 2  # two minibatches
-    assert stage_run("beta", "tiny").rows == 32
+    assert stage_config("papo", "qwen3-4b", ["max_tokens=10000"]).rows == 16 * 6  # and three of 10k
+    assert stage_config("zero", "tiny").rows == 16 * 6 // 2  # two minibatches
+    assert stage_config("beta", "tiny").rows == 32
 
 
 @pytest.mark.parametrize("topology", TINY_MESHES)
 def test_tiny_is_planned_for(tpu_compiler, topology):
     mesh = parse_mesh(TINY_MESHES[topology])
-    found = plan("tiny", stage_run("papo", "tiny"), topology, mesh)
+    found = plan("tiny", stage_config("papo", "tiny"), topology, mesh)
     assert found["fits"] and found["collectives"] > 0
     state = sum(x.size for x in jax.tree.leaves(abstract_params(PRESETS["tiny"]))) * 4
     assert state / mesh.tensor / max(1, mesh.fsdp) <= found["params"] <= state
@@ -144,7 +144,7 @@ def test_what_does_not_fit_is_told_with_the_setting_to_change(tpu_compiler):
 @pytest.mark.slow
 def test_qwen3_4b_is_planned_for_64_chips(tpu_compiler, report):
     mesh = parse_mesh("fsdp=16,tensor=4")
-    found = plan("qwen3-4b", stage_run("papo", "qwen3-4b"), "v5p:4x4x4", mesh)
+    found = plan("qwen3-4b", stage_config("papo", "qwen3-4b"), "v5p:4x4x4", mesh)
     report(
         f"{found['train_compile_s']:.0f} s and {found['decode_compile_s']:.0f} s of compilation, "
         f"{found['train_temp'] / GIB:.2f} GiB temporary, {found['pages']:,} pages"
@@ -170,12 +170,12 @@ def test_qwen3_4b_is_planned_for_64_chips(tpu_compiler, report):
 def test_what_cannot_be_is_refused(tpu_compiler, arguments, message):
     model, topology, mesh = arguments
     with pytest.raises(ValueError, match=message):
-        plan(model, stage_run("papo", "tiny"), topology, mesh and parse_mesh(mesh))
+        plan(model, stage_config("papo", "tiny"), topology, mesh and parse_mesh(mesh))
 
 
 def test_settings_that_are_not_understood_are_refused():
     with pytest.raises(ValueError, match="stage is 'sft', needed is one of zero, beta, papo"):
-        stage_run("sft", "tiny")
+        stage_config("sft", "tiny")
     with pytest.raises(ValueError, match="mesh 'fsdp': 'fsdp' is not understood"):
         parse_mesh("fsdp")
     with pytest.raises(ValueError, match="'model=2' is not understood, needed is AXIS=SIZE"):

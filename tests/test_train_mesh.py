@@ -173,7 +173,7 @@ def test_parameters_are_born_in_parts():
         ),
         ({"data": 3, "fsdp": -1}, "8 devices do not divide by 3"),
         ({"data": -1, "fsdp": -1}, "-1 for one axis at most"),
-        ({"tensor": 0}, "mesh.tensor is 0, needed is 1 or more, or -1"),
+        ({"tensor": 0}, "tensor is 0, needed is an integer, 1 or more, or -1"),
     ],
 )
 def test_meshes_that_cannot_be_are_refused(sizes, error):

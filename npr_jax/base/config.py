@@ -2,22 +2,24 @@
 
     text --(YAML 1.2 scalars)--> nested dict --(overrides)--> keys checked --(pydantic)--> dataclass
 
-Every key and value is checked against the dataclass' annotations. An unknown key, a wrong type or
-a value that the dataclass itself refuses is a ValueError that names the file, the dotted key, the
-value seen and what is needed.
+Every key and value is checked against the dataclass' annotations (base/fields.py). An unknown key,
+a wrong type or a value that the dataclass itself refuses is a ValueError that names the file, the
+dotted key, the value seen and what is needed.
 """
 
 import dataclasses
+import functools
 import json
 import re
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, get_args, get_origin
 
 import pydantic
 import yaml
 
+from npr_jax.base.fields import hints, meanings, wanted
 from npr_jax.base.files import read_text
 
 T = TypeVar("T")
@@ -84,13 +86,19 @@ def config_path(name: str | Path) -> Path:
     raise ValueError(f"config {str(name)!r}: no such file, and no preset; presets: {known}")
 
 
-def load_config(cls: type[T], path_or_name: str | Path, overrides: Sequence[str] = ()) -> T:
+def load_config(
+    cls: type[T],
+    path_or_name: str | Path,
+    overrides: Sequence[str] = (),
+    options: Mapping[str, tuple[str, Any]] | None = None,
+) -> T:
     """Reads a YAML config into the frozen dataclass `cls` (fields may be dataclasses themselves).
 
     Args:
       cls: a stdlib dataclass; its annotations are the schema, its defaults fill what is missing.
       path_or_name: a YAML file or the name of a preset (`config_path`).
       overrides: `a.b=value` strings, value in YAML, applied in order after the file.
+      options: {key: (what was typed, value)} of options of the command line, applied last.
 
     Types are strict: an int is fine for a float, a string for an int is not, a list gives a tuple.
     Raises ValueError as the module says.
@@ -100,54 +108,134 @@ def load_config(cls: type[T], path_or_name: str | Path, overrides: Sequence[str]
     raw = {} if raw is None else raw
     if not isinstance(raw, dict):
         raise ValueError(f"{path}: needs a mapping of keys to values, got {raw!r}")
-    sources: dict[tuple[str, ...], str] = {}
+    typed: dict[tuple[str, ...], str] = {}
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not all(key.split(".")):
             raise ValueError(f"--set {override}: needs the form a.b=value")
         keys = tuple(key.split("."))
         _assign(raw, keys, _parse(text, f"--set {override}"), override)
-        sources[keys] = f"--set {override}"
+        typed[keys] = f"--set {override}"
+    for key, (text, value) in (options or {}).items():
+        raw[key], typed[key,] = value, text
 
-    def place(loc: tuple) -> str:
+    def where(loc: tuple, message: str | None = None) -> str:
+        """The file, and what was typed about this key, or about the keys that a message names."""
         keys = tuple(map(str, loc))
-        related = [f" {s}" for k, s in sources.items() if k[: len(keys)] == keys[: len(k)]]
-        return f"{path}{''.join(related)}: {'.'.join(keys) or cls.__name__}"
+        related = [
+            f" {text}"
+            for k, text in typed.items()
+            if k[: len(keys)] == keys[: len(k)]
+            and (message is None or re.search(rf"\b{re.escape(k[-1])}\b", message))
+        ]
+        return f"{path}{''.join(related)}"
 
-    unknown = [f"{place(loc)}: {message}" for loc, message in _unknown_keys(cls, raw, ())]
+    unknown = [
+        f"{where(loc)}: {_dotted(loc)}: {message}" for loc, message in _unknown_keys(cls, raw, ())
+    ]
     if unknown:
         raise ValueError("\n".join(unknown))
     try:
         # JSON rather than Python mode: strict about scalars, yet lists may become tuples.
-        return pydantic.TypeAdapter(cls).validate_json(json.dumps(raw), strict=True)
+        return _adapter(cls).validate_json(json.dumps(raw), strict=True)
     except pydantic.ValidationError as error:
         lines = []
         for item in error.errors():
-            seen = "" if item["type"] == "missing" else f", got {item['input']!r}"
-            lines.append(f"{place(item['loc'])}: {item['msg']}{seen}")
+            loc, seen, message = item["loc"], item["input"], item["msg"]
+            key = _dotted(loc)
+            if item["type"] == "value_error":  # a rule of the dataclass, which names the values
+                message = str(item["ctx"]["error"])
+                named = not key or re.match(rf"{re.escape(key)}\b", message)
+                message = message if named else f"{key}: {message}"
+                lines.append(f"{where(loc, message)}: {message}")
+            elif (need := _required(cls, loc)) and (item["type"] == "missing" or seen is None):
+                lines.append(f"{where(loc)}: {key} is missing, needed is {need}")
+            elif item["type"] == "literal_error":
+                need = item["ctx"]["expected"]
+                lines.append(f"{where(loc)}: {key} is {seen!r}, needed is {need}")
+            elif item["type"] == "unfit":
+                lines.append(f"{where(loc)}: {key} is {seen!r}, {message}")
+            else:
+                lines.append(f"{where(loc)}: {key}: {message}, got {seen!r}")
         raise ValueError("\n".join(lines)) from error
 
 
 def dump_config(config: Any) -> str:
     """The whole config, defaults included, as YAML that `load_config` reads back equal."""
-    values = pydantic.TypeAdapter(type(config)).dump_python(config, mode="json")
+    return to_yaml(_adapter(type(config)).dump_python(config, mode="json"))
+
+
+def to_yaml(values: dict) -> str:
+    """Plain values as YAML in which every scalar is read back as what it is."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+@functools.cache
+def _adapter(cls: type) -> pydantic.TypeAdapter:
+    return pydantic.TypeAdapter(cls)
 
 
 def _parse(text: str, source: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{source}: not valid YAML: {error}") from error
+    except yaml.MarkedYAMLError as error:
+        reason = error.problem
+        if error.context:
+            reason += f", {error.context}"
+        if error.context_mark:
+            reason += f" that begins at {_place(error.context_mark)}"
+        at = _place(error.problem_mark)
+        raise ValueError(f"{source}: {at}: not valid YAML: {reason}") from error
+    except yaml.reader.ReaderError as error:
+        begun = text[: error.position].split("\n")
+        at = f"line {len(begun)}, column {len(begun[-1]) + 1}"
+        reason = f"the character {chr(error.character)!r} is not allowed"
+        raise ValueError(f"{source}: {at}: not valid YAML: {reason}") from error
+
+
+def _place(mark: yaml.Mark) -> str:
+    return f"line {mark.line + 1}, column {mark.column + 1}"
 
 
 def _assign(raw: dict, keys: tuple[str, ...], value: Any, override: str) -> None:
     for depth, key in enumerate(keys[:-1], start=1):
-        raw = raw.setdefault(key, {})
+        if raw.get(key) is None:
+            raw[key] = {}
+        raw = raw[key]
         if not isinstance(raw, dict):
             parent = ".".join(keys[:depth])
             raise ValueError(f"--set {override}: {parent} is {raw!r}, which has no keys")
     raw[keys[-1]] = value
+
+
+def _dotted(loc: tuple) -> str:
+    return ".".join(map(str, loc))
+
+
+def _required(cls: type, loc: tuple) -> str:
+    """What has to be given at `loc`, where the key has no default; else ""."""
+    config, field = cls, None
+    for key in loc:
+        if not isinstance(key, str) or key not in (known := hints(config)):
+            continue  # an item of a tuple, or of a dict
+        (field,) = (field for field in dataclasses.fields(config) if field.name == key)
+        owner, hint = config, known[key]
+        config = next((x for x in (hint, *get_args(hint)) if dataclasses.is_dataclass(x)), config)
+    if field is None or not has_no_default(field):
+        return ""
+    need = wanted(hint)
+    if dataclasses.is_dataclass(hint):
+        least = [f.name for f in dataclasses.fields(hint) if has_no_default(f)]
+        need = f"a mapping with {', '.join(least) or 'any of its keys'}"
+    if meaning := meanings(owner).get(field.name):
+        need += f" ({meaning.text.rstrip('.')})"
+    command = getattr(cls, "command", "STAGE")
+    return f"{need}; `npr-jax config {command}` prints every key with its meaning"
+
+
+def has_no_default(field: dataclasses.Field) -> bool:
+    """Whether a value has to be given."""
+    return field.default is field.default_factory is dataclasses.MISSING
 
 
 def _unknown_keys(hint: Any, value: Any, loc: tuple) -> Iterator[tuple[tuple, str]]:
@@ -157,13 +245,12 @@ def _unknown_keys(hint: Any, value: Any, loc: tuple) -> Iterator[tuple[tuple, st
     """
     origin, args = get_origin(hint), get_args(hint)
     if dataclasses.is_dataclass(hint) and isinstance(value, dict):
-        hints = get_type_hints(hint)
-        names = [f.name for f in dataclasses.fields(hint) if f.init]
+        known = hints(hint)
         for key, item in value.items():
-            if key in names:
-                yield from _unknown_keys(hints[key], item, (*loc, key))
+            if key in known:
+                yield from _unknown_keys(known[key], item, (*loc, key))
             else:
-                yield (*loc, key), f"unknown key, got {item!r}; valid keys here: {names}"
+                yield (*loc, key), f"unknown key, got {item!r}; valid keys here: {list(known)}"
     elif origin in (Union, types.UnionType):
         findings = [list(_unknown_keys(arg, value, loc)) for arg in args if _holds(arg, value)]
         yield from min(findings, key=len, default=[])

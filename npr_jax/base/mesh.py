@@ -10,6 +10,7 @@ feeds its own rows and decodes its own requests without a word to the others.
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Annotated
 
 import jax
 import numpy as np
@@ -17,31 +18,34 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
+from npr_jax.base.fields import Checked, Range
+
 AXES = ("data", "fsdp", "sequence", "tensor")
 BATCH = ("data", "fsdp")  # what the rows of a batch are split over
 
 
+Axis = Annotated[int, Range(ge=1, also=-1)]
+
+
 @dataclasses.dataclass(frozen=True)
-class MeshConfig:
+class MeshConfig(Checked):
     """Sizes of the mesh axes; one of them may be -1: what the others leave.
 
     Attributes:
-      data: copies of the parameters, each with rows of its own.
-      fsdp: parts of parameters and optimizer state; rows are split over it too.
-      tensor: parts of heads, hidden layer and vocabulary.
-      sequence: parts of a row's tokens (context parallelism).
+      data (devices): copies of the parameters, each with rows of its own.
+      fsdp (devices): parts of parameters and optimizer state; rows are split over it too.
+      tensor (devices): parts of heads, hidden layer and vocabulary.
+      sequence (devices): parts of a row's tokens (context parallelism).
     """
 
-    data: int = 1
-    fsdp: int = 1
-    tensor: int = 1
-    sequence: int = 1
+    data: Axis = 1
+    fsdp: Axis = 1
+    tensor: Axis = 1
+    sequence: Axis = 1
 
     def __post_init__(self):
+        super().__post_init__()
         sizes = dataclasses.asdict(self)
-        for name, size in sizes.items():
-            if size < 1 and size != -1:
-                raise ValueError(f"mesh.{name} is {size}, needed is 1 or more, or -1 for the rest")
         if sum(size == -1 for size in sizes.values()) > 1:
             raise ValueError(f"mesh is {_text(sizes)}, needed is -1 for one axis at most")
 

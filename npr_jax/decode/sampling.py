@@ -5,20 +5,21 @@ Every lane has its own knobs and key, so a token depends on nothing else in the 
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
-from numbers import Integral, Real
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 from flax import struct
+
+from npr_jax.base.fields import Checked, Count, CountOrZero, Positive, PositiveOrZero, Range
 
 BRANCH, TOKEN = 0, 1  # the two streams of a line's key
 SLACK = 1e-6  # by which a float32 probability or sum may miss what was asked for
 
 
 @dataclasses.dataclass(frozen=True)
-class SamplingParams:
+class SamplingParams(Checked):
     """What a caller may ask for.
 
     A token is drawn from what the knobs leave of the distribution, in this order: the penalties
@@ -30,59 +31,33 @@ class SamplingParams:
     what is left, its probabilities summing to 1.
 
     Attributes:
-      temperature: 0 is greedy, for which no filter matters.
-      top_k, top_p, min_p: the filters; 0, 1 and 0 switch them off.
-      repetition_penalty: divides (multiplies, below 0) the logits of tokens that the line sees.
-      step_repetition_penalty: the same inside steps; None takes `repetition_penalty`.
-      max_tokens: tokens of the whole tree that may be generated, headers included.
-      max_position: positions stay below it; None is the model's limit.
-      n: answers per prompt.
+      temperature: divides the logits; 0 is greedy, for which no filter matters.
+      top_p: the filter by probability, see above; 1 is off.
+      top_k (tokens): the filter by number; 0 is off.
+      min_p: the filter by the probability of the first; 0 is off.
+      repetition_penalty: divides (multiplies, below 0) the logits of tokens that the line sees; 1
+        is off.
+      step_repetition_penalty: the same inside steps; null takes `repetition_penalty`.
+      max_tokens (tokens): the most that an answer may have, all its branches and headers together.
+      max_position (tokens): positions stay below it; null is the model's limit.
+      n (answers): per prompt.
       seed: of every prompt, or one for each.
-      parallel: fork at `</guideline>`; False decodes everything as one line of text.
-      stop_token_ids: end the text beside the model's own end-of-text ids.
+      parallel: fork at `</guideline>`; false decodes everything as one line of text.
+      stop_token_ids (token ids): end the text beside the model's own end-of-text ids.
     """
 
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    step_repetition_penalty: float | None = None
-    max_tokens: int = 512
-    max_position: int | None = None
-    n: int = 1
-    seed: int | tuple[int, ...] = 0
+    temperature: PositiveOrZero = 1.0
+    top_p: Annotated[float, Range(gt=0, le=1)] = 1.0
+    top_k: CountOrZero = 0
+    min_p: Annotated[float, Range(ge=0, lt=1)] = 0.0
+    repetition_penalty: Positive = 1.0
+    step_repetition_penalty: Positive | None = None
+    max_tokens: Count = 512
+    max_position: Count | None = None
+    n: Count = 1
+    seed: Annotated[int | tuple[int, ...], Range(ge=0, lt=2**32)] = 0
     parallel: bool = True
-    stop_token_ids: tuple[int, ...] = ()
-
-    def __post_init__(self):
-        def check(name, kind, good, need, optional=False):
-            value = getattr(self, name)
-            if optional and value is None:
-                return
-            right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-            if not right or (kind is Real and not math.isfinite(value)) or not good(value):
-                raise ValueError(f"{name} is {value!r}, needed is {need}")
-
-        check("temperature", Real, lambda x: x >= 0, "a finite number, 0 or more")
-        check("top_p", Real, lambda x: 0 < x <= 1, "a number above 0, at most 1")
-        check("top_k", Integral, lambda x: x >= 0, "an integer, 0 (off) or more")
-        check("min_p", Real, lambda x: 0 <= x < 1, "a number from 0 (off), below 1")
-        for name in ("repetition_penalty", "step_repetition_penalty"):
-            optional = name.startswith("step")
-            check(name, Real, lambda x: x > 0, "a finite number above 0", optional)
-        check("max_tokens", Integral, lambda x: x >= 1, "an integer, 1 or more")
-        check("max_position", Integral, lambda x: x >= 1, "an integer, 1 or more", optional=True)
-        check("n", Integral, lambda x: x >= 1, "an integer, 1 or more")
-        check("parallel", bool, lambda x: True, "true or false")
-        for name, many in (("seed", self.seed), ("stop_token_ids", self.stop_token_ids)):
-            many = (many,) if name == "seed" and isinstance(many, Integral) else many
-            if not isinstance(many, tuple) or not all(
-                isinstance(x, Integral) and not isinstance(x, bool) and 0 <= x < 2**32 for x in many
-            ):
-                one = "an integer or " if name == "seed" else ""
-                need = f"{one}a tuple of integers from 0, below 2**32"
-                raise ValueError(f"{name} is {getattr(self, name)!r}, needed is {need}")
+    stop_token_ids: tuple[CountOrZero, ...] = ()
 
 
 @struct.dataclass

@@ -12,10 +12,11 @@ import time
 from collections.abc import Callable, Iterator
 from io import FileIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from npr_jax.answers import extract
 from npr_jax.base.compile_cache import DEFAULT_CACHE, use_cache
+from npr_jax.base.fields import Checked, Dtype
 from npr_jax.base.files import alone, cut_half_line, reading, writing
 from npr_jax.base.progress import Progress
 from npr_jax.data.prompts import INSTRUCTION, prompt_ids
@@ -28,18 +29,21 @@ _BEGINNING = b'{"line": '  # of every line that is written here
 
 
 @dataclasses.dataclass(frozen=True)
-class GenerateConfig:
+class GenerateConfig(Checked):
     """How to decode.
 
     Attributes:
-      dtype: of weights and cache, "float32" or "bfloat16".
+      dtype: of weights and cache.
       instruction: what is asked of a model with a chat template, after the problem.
-      engine, sampling: see EngineConfig and SamplingParams; line k gets seed `sampling.seed` + k.
+      engine: what decodes the answers.
+      sampling: how they are sampled; line k gets seed `sampling.seed` + k.
       compilation_cache: where compiled programs are kept for the next run; null keeps none.
       stats: a file to which the engine's statistics are added every ten seconds, as JSONL.
     """
 
-    dtype: str = "float32"
+    command: ClassVar[str] = "generate"
+
+    dtype: Dtype = "float32"
     instruction: str = INSTRUCTION
     engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
     sampling: SamplingParams = dataclasses.field(default_factory=SamplingParams)
@@ -47,6 +51,7 @@ class GenerateConfig:
     stats: str | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         if not isinstance(self.sampling.seed, int):
             raise ValueError(f"sampling.seed is {self.sampling.seed}, needed is one integer")
 

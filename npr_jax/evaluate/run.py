@@ -11,9 +11,11 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 from npr_jax.base.compile_cache import DEFAULT_CACHE, use_cache
 from npr_jax.base.config import dump_config
+from npr_jax.base.fields import Checked, Count, Dtype
 from npr_jax.base.files import cut_half_line
 from npr_jax.base.progress import Progress
 from npr_jax.base.seeds import seed_of
@@ -32,40 +34,42 @@ _FREE = ("benchmarks", "samples", "data", "baseline", "compilation_cache")
 
 
 @dataclasses.dataclass(frozen=True)
-class EvalConfig:
+class EvalConfig(Checked):
     """What to evaluate, and how.
 
     Attributes:
       model: directory, hub id or preset.
       benchmarks: names of the registry, or NAME=FILE (npr_jax/data/benchmarks.py).
       output: the directory that gets everything.
-      samples: answers to each problem.
+      samples (answers): to each problem.
       data: a directory of local files, which come before the hub; or null.
       baseline: decode the same problems sequentially too, for the speed-ups.
       instruction: what is asked of a model with a chat template, after the problem.
-      dtype: of weights and cache, "float32" or "bfloat16".
-      engine, sampling: see EngineConfig and SamplingParams.
+      dtype: of weights and cache.
+      engine: what decodes the answers.
+      sampling: how they are sampled.
       compilation_cache: where compiled programs are kept for the next run; null keeps none.
     """
+
+    command: ClassVar[str] = "eval"
 
     model: str
     benchmarks: tuple[str, ...]
     output: str
-    samples: int = 8
+    samples: Count = 8
     data: str | None = None
     baseline: bool = False
     instruction: str = INSTRUCTION
-    dtype: str = "float32"
+    dtype: Dtype = "float32"
     engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
     sampling: SamplingParams = dataclasses.field(default_factory=SamplingParams)
     compilation_cache: str | None = str(DEFAULT_CACHE)
 
     def __post_init__(self):
+        super().__post_init__()
         names = [split(text)[0] for text in self.benchmarks]
         if not names or len(set(names)) < len(names):
             raise ValueError(f"benchmarks is {list(self.benchmarks)}, needed are different ones")
-        if self.samples < 1:
-            raise ValueError(f"samples is {self.samples}, needed is 1 or more")
         if self.sampling.n != 1:
             raise ValueError(f"sampling.n is {self.sampling.n}, needed is 1: set samples instead")
         if not isinstance(self.sampling.seed, int):

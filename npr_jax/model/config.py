@@ -4,9 +4,11 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from numbers import Real
+from typing import Literal, get_args
 
 ATTENTION = ("", "blockwise", "dense", "pallas")
-REMAT = ("none", "full", "dots")
+Remat = Literal["none", "full", "dots"]
+REMAT = get_args(Remat)
 VOCAB_MULTIPLE = (
     128  # rows of the embedding: the lane width of a TPU, and divisible by any mesh axis
 )

@@ -25,15 +25,18 @@ from jax.sharding import PartitionSpec as P
 from npr_jax.base.config import load_config
 from npr_jax.base.mesh import BATCH, MeshConfig, batch_shards, local_decode_mesh, make_mesh
 from npr_jax.decode.attention import table_width
-from npr_jax.decode.config import EngineConfig
 from npr_jax.decode.sampling import LaneSampling
 from npr_jax.decode.steps import LaneState, Rows, compiled_steps, pool_shape, pool_spec
+from npr_jax.kernels import default_implementation
 from npr_jax.model import PRESETS, ModelConfig, abstract_params, num_params
-from npr_jax.model.attention import default_implementation
 from npr_jax.model.sharding import decode_shardings
 from npr_jax.plan.hlo import collective_bytes
+from npr_jax.train.beta import BetaConfig
+from npr_jax.train.configs import CONFIGS
 from npr_jax.train.optimizer import abstract_state
-from npr_jax.train.step import Objective, TrainConfig, compiled_step
+from npr_jax.train.packing import empty_row
+from npr_jax.train.rl import RLConfig
+from npr_jax.train.step import TrainConfig, compiled_step
 
 GIB = 2**30
 STAGES = ("zero", "beta", "papo")
@@ -58,41 +61,18 @@ CHIPS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """What of a stage's config says how much is computed: `rows` of an optimizer step whose answers
-    are as long as can be, hidden intervals per token, the sizes of the engine."""
-
-    stage: str
-    train: TrainConfig
-    engine: EngineConfig
-    rows: int
-    depth: int
-
-
-def stage_run(stage: str, model: str, overrides: Sequence[str] = ()) -> Run:
+def stage_config(stage: str, model: str, overrides: Sequence[str] = ()) -> RLConfig | BetaConfig:
     """A stage's preset, `tiny_<stage>` for the tiny model and `qwen3_4b_<stage>` for others, with
     `a.b=value` overrides. Raises ValueError for other stages and keys."""
-    from npr_jax.train import beta, papo, zero
-
     if stage not in STAGES:
         raise ValueError(f"stage is {stage!r}, needed is one of {', '.join(STAGES)}")
-    cls = {"zero": zero.ZeroConfig, "beta": beta.BetaConfig, "papo": papo.PapoConfig}[stage]
     preset = "tiny" if model == "tiny" else "qwen3_4b"
-    config = load_config(cls, f"{preset}_{stage}", overrides)
-    if stage == "beta":
-        train, answer_len = config.fit.train, config.fit.train.row_len
-        return Run(stage, train, config.engine, config.fit.batch, beta.MAX_DEPTH + 1)
-    train, answer_len = config.train, config.max_tokens
-    a_row = max(1, (train.row_len - config.max_prompt_tokens) // answer_len)
-    rows = config.prompts * math.ceil(config.samples / a_row)
-    depth = zero.DEPTH if stage == "zero" else config.engine.max_depth + 2
-    return Run(stage, train, config.engine, math.ceil(rows / config.minibatches), depth)
+    return load_config(CONFIGS[stage], f"{preset}_{stage}", overrides)
 
 
 def plan(
     model: str,
-    run: Run,
+    config: RLConfig | BetaConfig,
     topology: str,
     mesh: MeshConfig | None = None,
     tell: Callable[[str], None] = lambda _: None,
@@ -101,6 +81,7 @@ def plan(
 
     Args:
       model: name of a preset of `npr_jax.model.PRESETS`.
+      config: of the stage; what it says of rows, loss, engine and mesh is what is compiled.
       topology: kind and shape of the slice, such as "v5p:4x4x4".
       mesh: of training; None is fsdp over all chips.
       tell: is told what is compiled.
@@ -121,36 +102,35 @@ def plan(
     made = make_mesh(mesh or MeshConfig(fsdp=-1), devices)
     if made is None:
         raise ValueError(f"{topology} has one chip, needed are several")
-    run.train.check(made)
-    preset = PRESETS[model]
-    attention = preset.attention or default_implementation(preset.head_dim, "tpu")
-    config = dataclasses.replace(preset, remat=run.train.remat, attention=attention)
-    state = abstract_state(config, run.train.optimizer, made)
+    config.train.check(made)
+    arch = architecture(PRESETS[model], config.train)
     shards = batch_shards(made)
+    step, arguments = train_step(arch, config, made)
+    state = arguments[0]
     found: dict = {
         "model": model,
-        "stage": run.stage,
+        "stage": config.command,
         "topology": topology,
         "mesh": {axis: size for axis, size in made.shape.items() if size > 1},
         "hbm": chip.hbm,
         "params": _bytes(state.params),
         "optimizer": _bytes(state.opt_state),
-        "row_len": run.train.row_len,
-        "micro_batch": run.train.micro_rows * shards,
-        "micro_batches": math.ceil(run.rows / (run.train.micro_rows * shards)),
+        "row_len": config.train.row_len,
+        "micro_batch": config.train.micro_rows * shards,
+        "micro_batches": math.ceil(config.rows / (config.train.micro_rows * shards)),
     }
     tell(f"compiling the train step for {made.size} chips")
-    found |= _train_figures(config, run, made, state, chip)
+    found |= _train_figures(arch, config.train, made, step.lower(*arguments), chip)
     local = _one_host(made, chip)
     tell(f"compiling the decode step for the {local.size} chips of a host")
-    found |= _decode_figures(config, run, local, chip)
+    found |= _decode_figures(arch, config, local, chip)
     found["step_least_s"] = found["micro_batches"] * found["least_s"]
     resident = found["params"] + found["optimizer"] + found["engine_weights"]
     room = chip.hbm - resident - max(found["train_temp"], found["decode_temp"])
     found["pages"] = max(0, math.floor(room / found["page"]))
-    found["pages_wanted"] = run.engine.pages
+    found["pages_wanted"] = config.engine.pages
     found["fits"] = found["pages"] >= found["pages_wanted"]
-    found["advice"] = "" if found["fits"] else _advice(found, made, local.size, run)
+    found["advice"] = "" if found["fits"] else _advice(found, made, local.size, config)
     return found
 
 
@@ -219,36 +199,39 @@ def _one_host(mesh: Mesh, chip: Chip) -> Mesh:
     return Mesh(np.array(alone).reshape(local.devices.shape), local.axis_names, local.axis_types)
 
 
-def _train_figures(config: ModelConfig, run: Run, mesh: Mesh, state, chip: Chip) -> dict:
-    train = run.train
-    objective = Objective({"zero": "dapo", "beta": "sft", "papo": "papo"}[run.stage])
-    step = compiled_step(
-        config,
-        dataclasses.replace(train.optimizer, learning_rate=0.0),
-        objective,
-        train.compute_dtype,
-        mesh,
-    )
+def architecture(preset: ModelConfig, train: TrainConfig) -> ModelConfig:
+    """A model as the stage trains it on a TPU."""
+    attention = preset.attention or default_implementation(preset.head_dim, "tpu")
+    return dataclasses.replace(preset, remat=train.remat, attention=attention)
+
+
+def train_step(arch: ModelConfig, config: RLConfig | BetaConfig, mesh: Mesh) -> tuple:
+    """The compiled train step of a stage, to be lowered, and its arguments as shapes, with a batch
+    of one micro-batch."""
+    train = config.train
     shape = (1, train.micro_rows * batch_shards(mesh), train.row_len)
-    sharding = NamedSharding(mesh, P(None, BATCH, "sequence"))
+    dtypes = {name: x.dtype for name, x in empty_row(1, config.depth).items()}
+    sharding, everywhere = NamedSharding(mesh, P(None, BATCH, "sequence")), NamedSharding(mesh, P())
     batch = {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-        for name, dtype in (
-            ("tokens", jnp.int32),
-            ("positions", jnp.int32),
-            ("pred", jnp.int32),
-            ("loss_mask", jnp.bool_),
-            ("advantages", jnp.float32),
-            ("old_logp", jnp.float32),
+        name: jax.ShapeDtypeStruct(
+            (*shape, config.depth, 2) if name == "hidden" else shape, dtype, sharding=sharding
         )
+        for name, dtype in dtypes.items()
     }
-    batch["hidden"] = jax.ShapeDtypeStruct((*shape, run.depth, 2), jnp.int32, sharding=sharding)
     scalars = [
-        jax.ShapeDtypeStruct((), dtype, sharding=NamedSharding(mesh, P()))
+        jax.ShapeDtypeStruct((), dtype, sharding=everywhere)
         for dtype in (jnp.int32, jnp.float32, jnp.float32)
     ]
-    text, seconds, temp = _compile(step.lower(state, batch, *scalars))
-    flops = train_flops(config, shape[1], train.row_len) / mesh.size
+    optimizer = dataclasses.replace(train.optimizer, learning_rate=0.0)  # it is an argument
+    step = compiled_step(arch, optimizer, config.loss, train.compute_dtype, mesh)
+    return step, (abstract_state(arch, train.optimizer, mesh), batch, *scalars)
+
+
+def _train_figures(
+    arch: ModelConfig, train: TrainConfig, mesh: Mesh, lowered: jax.stages.Lowered, chip: Chip
+) -> dict:
+    text, seconds, temp = _compile(lowered)
+    flops = train_flops(arch, train.micro_rows * batch_shards(mesh), train.row_len) / mesh.size
     collectives = collective_bytes(text)
     compute_s, collective_s = flops / chip.flops, collectives / chip.link_rate
     return {
@@ -274,8 +257,10 @@ def train_flops(config: ModelConfig, rows: int, row_len: int) -> float:
     return (3 + again) * (matrices + attention) + 3 * 2 * table * tokens  # logits: never again
 
 
-def _decode_figures(config: ModelConfig, run: Run, mesh: Mesh, chip: Chip) -> dict:
-    engine, dtype = run.engine, run.train.compute_dtype
+def _decode_figures(
+    arch: ModelConfig, config: RLConfig | BetaConfig, mesh: Mesh, chip: Chip
+) -> dict:
+    engine, dtype = config.engine, config.train.compute_dtype
     lanes, steps = mesh.shape["data"] * engine.lanes, engine.steps
     whole = NamedSharding(mesh, P())
 
@@ -287,14 +272,14 @@ def _decode_figures(config: ModelConfig, run: Run, mesh: Mesh, chip: Chip) -> di
 
     params = jax.tree.map(
         lambda x, sharding: array(x.shape, x.dtype, sharding),
-        abstract_params(config, dtype),
-        decode_shardings(config, mesh),
+        abstract_params(arch, dtype),
+        decode_shardings(arch, mesh),
     )
     # What the step needs beside the pool does not depend on how many pages there are.
     pool = array(
-        pool_shape(config, mesh.shape["data"] * 2, engine.page_size),
+        pool_shape(arch, mesh.shape["data"] * 2, engine.page_size),
         engine.cache_dtype or dtype,
-        NamedSharding(mesh, pool_spec(config, mesh)),
+        NamedSharding(mesh, pool_spec(arch, mesh)),
     )
     width = table_width(engine.longest_table, engine.page_size)
     state = LaneState(*[row(jnp.int32) for _ in range(4)], row(jnp.bool_))
@@ -307,8 +292,8 @@ def _decode_figures(config: ModelConfig, run: Run, mesh: Mesh, chip: Chip) -> di
         penalty=row(jnp.float32),
         stops=row(jnp.int32, engine.max_stops),
     )
-    attention = engine.attention or ("pallas" if config.head_dim % 128 == 0 else "blockwise")
-    decode = compiled_steps(config, attention, steps, mesh).decode
+    attention = engine.attention or default_implementation(arch.head_dim, "tpu")
+    decode = compiled_steps(arch, attention, steps, mesh).decode
     _, seconds, temp = _compile(
         decode.lower(
             params,
@@ -368,7 +353,7 @@ def _bytes(tree) -> int:
     )
 
 
-def _advice(found: dict, mesh: Mesh, host: int, run: Run) -> str:
+def _advice(found: dict, mesh: Mesh, host: int, config: RLConfig | BetaConfig) -> str:
     """Which setting to change: that of the largest part."""
     state = found["params"] + found["optimizer"]
     sizes = {
@@ -385,9 +370,9 @@ def _advice(found: dict, mesh: Mesh, host: int, run: Run) -> str:
             what = "make mesh.fsdp larger, which takes more chips (mesh.data should be 1)"
         case "weights":
             what = f"make mesh.tensor larger (sequence x tensor is {host} at most here)"
-        case "train" if run.train.remat != "full":
+        case "train" if config.train.remat != "full":
             what = "set train.remat to full"
-        case "train" if run.train.micro_rows > 1:
+        case "train" if config.train.micro_rows > 1:
             what = "make train.micro_rows smaller"
         case "train" if mesh.shape["sequence"] * mesh.shape["tensor"] < host:
             what = "make mesh.sequence or mesh.tensor larger"

@@ -12,11 +12,13 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Annotated, ClassVar, Literal
 
 from jax.sharding import Mesh
 
 from npr_jax.base.config import dump_config
 from npr_jax.base.distributed import gather, gather_all, is_main
+from npr_jax.base.fields import Checked, Count, CountOrZero, PositiveOrZero, Range, Seed
 from npr_jax.base.files import write_atomically, writing
 from npr_jax.base.mesh import MeshConfig, local_decode_mesh, make_mesh
 from npr_jax.base.progress import Scalar
@@ -31,69 +33,89 @@ from npr_jax.runs.loop import Body
 from npr_jax.train.fit import FitConfig, fit
 from npr_jax.train.packing import Example, loss_mask
 from npr_jax.train.rollout import BETA, encode_problems, engine_params, roll_out
+from npr_jax.train.step import Objective, TrainConfig
 from npr_jax.tree import TagIds, TraceError, layout, parse
 from npr_jax.tree.canonical import canonical
+from npr_jax.tree.parse import reference_depth
 
 MAX_DEPTH = 1  # what the format check accepts
-LAYOUTS = ("strict", "reference", "causal")
 
 
 @dataclasses.dataclass(frozen=True)
-class SampleConfig:
+class SampleConfig(Checked):
     """Rejection sampling.
 
     Attributes:
-      num_problems: how many are tried; 0 is all.
-      batch: problems that are sampled together, and the unit of resumption.
-      tries: answers to a problem at most; keep: accepted ones after which it is done.
-      temperature, top_p, max_tokens: of sampling.
-      max_prompt_tokens: problems with longer prompts are left out.
+      max_tokens (tokens): the most that an answer may have.
+      num_problems (problems): how many are tried; 0 is all.
+      batch (problems): that are sampled together; the unit of resumption.
+      tries (answers): to a problem at most.
+      keep (answers): accepted ones after which a problem is done.
+      temperature: of sampling; 0 is greedy.
+      top_p: the smallest set of tokens with this much probability is sampled from; 1 is all.
+      max_prompt_tokens (tokens): problems with longer prompts are left out.
     """
 
-    max_tokens: int
-    num_problems: int = 0
-    batch: int = 256
-    tries: int = 8
-    keep: int = 1
-    temperature: float = 1.0
-    top_p: float = 1.0
-    max_prompt_tokens: int = 2048
-
-    def __post_init__(self):
-        for name in ("batch", "tries", "keep"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"sample.{name} is {getattr(self, name)}, needed is 1 or more")
+    max_tokens: Count
+    num_problems: CountOrZero = 0
+    batch: Count = 256
+    tries: Count = 8
+    keep: Count = 1
+    temperature: PositiveOrZero = 1.0
+    top_p: Annotated[float, Range(gt=0, le=1)] = 1.0
+    max_prompt_tokens: Count = 2048
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BetaConfig:
+class BetaConfig(Checked):
     """Config of stage 2.
 
     Attributes:
-      model: the seed model, which is trained.
+      model: the seed model, which is trained: directory, hub id or preset.
       sampler_model: the model of stage 1, which is sampled from.
-      problems, output, seed: as in the other stages.
+      problems: JSONL file of problems and answers, or a directory of `npr-jax data prepare`.
+      output: run directory; the trained model goes to its `final`.
+      seed: of the problems' order, of sampling and of the examples' order.
+      engine: what decodes the answers.
+      sample: how they are sampled and which are kept.
+      fit: how long is trained on them, and how.
+      mesh: the devices to train on; answers are decoded by replicas of mesh.tensor devices each.
       layout: what answers are learnt under: "strict", as the engine decodes; "reference", the
         released trainer's masks and positions; or "causal", as plain text.
       train_forced: whether tokens that the engine writes count too, as in the released code.
-      engine, sample, fit, mesh: see EngineConfig, SampleConfig, FitConfig and MeshConfig.
     """
+
+    command: ClassVar[str] = "beta"
+    loss: ClassVar[Objective] = Objective("sft")
 
     model: str
     sampler_model: str
     problems: str
     output: str
-    seed: int = 0
+    seed: Seed = 0
     engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
     sample: SampleConfig
     fit: FitConfig
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
-    layout: str = "strict"
+    layout: Literal["strict", "reference", "causal"] = "strict"
     train_forced: bool = False
 
-    def __post_init__(self):
-        if self.layout not in LAYOUTS:
-            raise ValueError(f"layout is {self.layout!r}, needed is one of {LAYOUTS}")
+    @property
+    def train(self) -> TrainConfig:
+        """How the stage trains."""
+        return self.fit.train
+
+    @property
+    def rows(self) -> int:
+        """Rows of an optimizer step whose answers are all as long as can be."""
+        return self.fit.batch
+
+    @property
+    def depth(self) -> int:
+        """Hidden intervals per token of a row: the tree's, and one for the row."""
+        if self.layout == "reference":
+            return reference_depth(self.engine.max_branches) + 1
+        return MAX_DEPTH + 1
 
 
 def run(config: BetaConfig, report: Report | None = None) -> Path:
@@ -123,7 +145,9 @@ def _train(config: BetaConfig, output: Path, report: Report | None) -> Model:
             f"none of {len(records)} problems got an accepted answer in sample.tries="
             f"{config.sample.tries}: train {config.sampler_model} for longer, or raise sample.tries"
         )
-    return fit(model, examples, config.fit, output / "fit", config.seed, "beta", report, mesh)
+    return fit(
+        model, examples, config.fit, output / "fit", config.seed, "beta", report, mesh, config.depth
+    )
 
 
 class Sampling(Body[list[dict], list[dict]]):

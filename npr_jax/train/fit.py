@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from npr_jax.base.config import dump_config
 from npr_jax.base.distributed import mine
+from npr_jax.base.fields import Checked, Count, CountOrZero, PositiveOrZero
 from npr_jax.base.progress import Scalar
 from npr_jax.data.problems import shuffled
 from npr_jax.model.pretrained import Model
@@ -24,25 +25,25 @@ from npr_jax.train.step import Objective, TrainConfig, optimize
 
 
 @dataclasses.dataclass(frozen=True)
-class FitConfig:
+class FitConfig(Checked):
     """How long to train on examples, and how.
 
     Attributes:
-      train: see TrainConfig.
-      batch: examples per optimizer step.
-      steps: optimizer steps; or epochs: passes over the examples. One of the two is given.
+      train: the rows, the optimizer and the checkpoints.
+      batch (examples): per optimizer step.
+      steps (optimizer steps): until the end; 0 where `epochs` says it.
+      epochs (passes over the examples): until the end; 0 where `steps` says it.
       checkpoints: where they go, a directory or URL; null: `checkpoints` in the run directory.
     """
 
     train: TrainConfig
-    batch: int = 32
-    steps: int = 0
-    epochs: float = 0.0
+    batch: Count = 32
+    steps: CountOrZero = 0
+    epochs: PositiveOrZero = 0.0
     checkpoints: str | None = None
 
     def __post_init__(self):
-        if self.batch < 1:
-            raise ValueError(f"fit.batch is {self.batch}, needed is 1 or more")
+        super().__post_init__()
         if (self.steps > 0) == (self.epochs > 0):
             raise ValueError(
                 f"fit.steps is {self.steps} and fit.epochs {self.epochs}: set one of them above 0"
@@ -62,18 +63,20 @@ def fit(
     name: str = "fit",
     report: Report | None = None,
     mesh: Mesh | None = None,
+    depth: int | None = None,
 ) -> Model:
     """Trains a copy of the model on examples (log-likelihood of their loss tokens).
 
     On a mesh the model has been loaded onto it. Several processes have the same examples, and each
-    lays out its own share of every batch.
+    lays out its own share of every batch. `depth`: hidden intervals per token of a row; None is
+    what the examples need.
 
     Metrics and checkpoints go to `directory`; the same call again goes on where it stopped.
     Returns the trained model, float32. Raises ValueError without examples, for an example that is
     longer than a row, and for a directory of another run; OSError where it cannot write;
     FloatingPointError after `max_nonfinite` steps; Preempted after SIGTERM.
     """
-    return loop.run(Fit(model, examples, config, Path(directory), seed, name, mesh), report)
+    return loop.run(Fit(model, examples, config, Path(directory), seed, name, mesh, depth), report)
 
 
 class Fit(Body[TrainState, Model]):
@@ -90,6 +93,7 @@ class Fit(Body[TrainState, Model]):
         seed: int,
         name: str,
         mesh: Mesh | None,
+        depth: int | None,
     ):
         if not examples:
             raise ValueError(f"{name}: there are no examples to train on")
@@ -98,7 +102,9 @@ class Fit(Body[TrainState, Model]):
         self.name, self.directory = name, directory
         self.total = config.num_steps(len(examples))
         self.every, self.max_nonfinite = config.train.checkpoint_every, config.train.max_nonfinite
-        self.depth = max(example.layout.hidden.shape[1] for example in examples) + 1
+        if depth is None:
+            depth = max(example.layout.hidden.shape[1] for example in examples) + 1
+        self.depth = depth
         self.order = shuffled(len(examples), seed)
         self.text = f"{dump_config(config)}seed: {seed}\nexamples: {_digest(examples)}\n"
 

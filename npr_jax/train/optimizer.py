@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,43 +12,37 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from npr_jax.base.fields import Checked, Positive, PositiveOrZero, Range
 from npr_jax.model import ModelConfig, abstract_params
 from npr_jax.model.sharding import train_shardings
 
-SCHEDULES = ("constant", "cosine")
-
 
 @dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(Checked):
     """AdamW with a clip of the gradient's global norm.
 
     Attributes:
       learning_rate: after the warm-up.
       schedule: "constant", or "cosine" down to `final_learning_rate` at the last step.
-      warmup: steps of linear warm-up; below 1 it is a fraction of all steps.
-      b1, b2, eps, weight_decay: AdamW's; norms and biases do not decay.
+      final_learning_rate: where the cosine ends.
+      warmup (optimizer steps): of linear warm-up; below 1 it is a fraction of all steps. A rollout
+        batch has `minibatches` optimizer steps.
+      b1: decay of AdamW's first moment.
+      b2: decay of AdamW's second moment.
+      eps: AdamW's, added to the root of the second moment.
+      weight_decay: AdamW's, times the learning rate; norms and biases do not decay.
       clip: largest global norm of the gradient, taken after the division by the token count.
     """
 
-    learning_rate: float
-    schedule: str = "constant"
-    final_learning_rate: float = 0.0
-    warmup: float = 0.0
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    clip: float = 1.0
-
-    def __post_init__(self):
-        for name, good, need in (
-            ("learning_rate", self.learning_rate >= 0, "0 or more"),
-            ("schedule", self.schedule in SCHEDULES, f"one of {SCHEDULES}"),
-            ("warmup", self.warmup >= 0, "0 or more"),
-            ("clip", self.clip > 0, "above 0"),
-        ):
-            if not good:
-                raise ValueError(f"optimizer.{name} is {getattr(self, name)!r}, needed is {need}")
+    learning_rate: PositiveOrZero
+    schedule: Literal["constant", "cosine"] = "constant"
+    final_learning_rate: PositiveOrZero = 0.0
+    warmup: PositiveOrZero = 0.0
+    b1: Annotated[float, Range(ge=0, lt=1)] = 0.9
+    b2: Annotated[float, Range(ge=0, lt=1)] = 0.95
+    eps: Positive = 1e-8
+    weight_decay: PositiveOrZero = 0.0
+    clip: Positive = 1.0
 
 
 @struct.dataclass

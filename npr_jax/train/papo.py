@@ -8,10 +8,12 @@ per batch is on-policy.
 
 import dataclasses
 from pathlib import Path
+from typing import ClassVar, Literal
 
 import numpy as np
 
 from npr_jax.base.distributed import gather, gather_all
+from npr_jax.base.fields import Share
 from npr_jax.decode import Engine, SamplingParams, Trajectory
 from npr_jax.evaluate.judge import Answer
 from npr_jax.runs import loop
@@ -23,24 +25,23 @@ from npr_jax.train.rewards import papo_reward
 from npr_jax.train.rollout import PAPO, roll_out, sampled_example, summary
 from npr_jax.train.step import Objective
 from npr_jax.tree import TagIds, TraceError, parse
+from npr_jax.tree.parse import reference_depth
 
-MALFORMED = ("filter", "penalty")
 ADVANTAGES = {"batch_std": batch_std, "group_std": group_std}
-OBJECTIVES = ("papo", "dapo")
-LAYOUTS = ("strict", "reference")
 MALFORMED_REWARD = -2.0  # below WRONG
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PapoConfig(rl.RLConfig):
-    """Config of stage 3.
+    """Config of stage 3, beside what `RLConfig` has.
 
     Attributes:
       malformed: what happens to answers that are no whole tree. "filter" leaves them out, as the
         paper does; nothing then holds the policy back from writing more of them. "penalty" gives
         them a reward below that of a wrong answer.
-      acceleration, acceleration_cap: of the reward for tokens off the critical path
-        (`rewards.papo_reward`); 0 is the paper's.
+      acceleration: weight of the reward of a right answer for its share of tokens off the critical
+        path (`rewards.papo_reward`); 0 is the paper's.
+      acceleration_cap: up to which this share counts.
       advantage: "batch_std" is the paper's, "group_std" DAPO's.
       objective: "papo" is the paper's; "dapo" weighs by importance and clips, which does something
         from the second of several minibatches on.
@@ -50,32 +51,34 @@ class PapoConfig(rl.RLConfig):
         released trainer's masks and positions; answers that it cannot lay out are left out.
     """
 
-    malformed: str = "filter"
-    acceleration: float = 0.0
-    acceleration_cap: float = 0.5
-    advantage: str = "batch_std"
-    objective: str = "papo"
+    command: ClassVar[str] = "papo"
+
+    malformed: Literal["filter", "penalty"] = "filter"
+    acceleration: Share = 0.0
+    acceleration_cap: Share = 0.5
+    advantage: Literal["batch_std", "group_std"] = "batch_std"
+    objective: Literal["papo", "dapo"] = "papo"
     train_forced: bool = False
-    layout: str = "strict"
+    layout: Literal["strict", "reference"] = "strict"
 
     def __post_init__(self):
         super().__post_init__()
-        for name, known in (
-            ("malformed", MALFORMED),
-            ("advantage", tuple(ADVANTAGES)),
-            ("objective", OBJECTIVES),
-            ("layout", LAYOUTS),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, needed is one of {known}")
         if self.layout == "reference" and self.engine.max_depth != 1:
             raise ValueError(
                 f"engine.max_depth is {self.engine.max_depth}, needed is 1: layout='reference' has "
                 "no nested blocks"
             )
-        for name in ("acceleration", "acceleration_cap"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, needed is from 0 to 1")
+
+    @property
+    def depth(self) -> int:
+        """Hidden intervals per token of a row: the tree's, and one each for group and row."""
+        if self.layout == "reference":
+            return reference_depth(self.engine.max_branches) + 2
+        return self.engine.max_depth + 2
+
+    @property
+    def loss(self) -> Objective:
+        return Objective(self.objective)
 
 
 def run(config: PapoConfig, report: Report | None = None) -> Path:
@@ -87,12 +90,7 @@ def run(config: PapoConfig, report: Report | None = None) -> Path:
     def collect(engine: Engine, feed: rl.Feed, step: int) -> rl.Collected:
         return collect_groups(engine, feed, step, config)
 
-    # The tree's, and one each for the group and the row.
-    depth = config.engine.max_depth + 2
-    if config.layout == "reference":
-        depth = max(1, config.engine.max_branches - 1) + 2
-    policy = rl.Policy(PAPO, config, Objective(config.objective), collect, depth)
-    return loop.run(policy, report)
+    return loop.run(rl.Policy(PAPO, config, collect), report)
 
 
 def collect_groups(engine: Engine, feed: rl.Feed, step: int, config: PapoConfig) -> rl.Collected:

@@ -5,10 +5,12 @@ than a well-formed wrong answer, a policy learns to break the format instead of 
 """
 
 from collections.abc import Sequence
+from typing import Literal, get_args
 
 from npr_jax.tree.format import Violation
 
-RULES = ("ordered", "paper", "accuracy")
+Rule = Literal["ordered", "paper", "accuracy"]
+RULES = get_args(Rule)
 RIGHT, WRONG = 1.0, -1.0
 MILD = 0.1  # severity of a defect of a whole tree; several add up to at most MOST_MILD
 MOST_MILD = 0.4

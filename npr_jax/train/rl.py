@@ -5,7 +5,9 @@
 A stage is its way to collect groups (rewards, advantages, filters) and its objective.
 """
 
+import abc
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any, NamedTuple
 
 from npr_jax.base.config import dump_config
 from npr_jax.base.distributed import gather, gather_all, is_main
+from npr_jax.base.fields import Checked, Count, Seed
 from npr_jax.base.mesh import MeshConfig, local_decode_mesh, make_mesh
 from npr_jax.base.progress import Scalar
 from npr_jax.data.problems import Problem, read_problems, shuffled
@@ -35,7 +38,7 @@ Groups = list[list[Example]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RLConfig:
+class RLConfig(Checked, abc.ABC):
     """What Zero and PAPO have in common.
 
     Attributes:
@@ -44,40 +47,57 @@ class RLConfig:
       output: run directory; the trained model goes to its `final`.
       checkpoints: where they go, a directory or URL; null: `checkpoints` in the run directory.
       seed: of the problems' order and of sampling.
-      steps: rollout batches.
-      prompts, samples: problems of a batch, and answers to each.
-      minibatches: optimizer steps per batch; each one after the first is off-policy.
-      max_prompt_tokens: problems with longer prompts are left out.
-      max_tokens: of an answer's whole tree.
-      mesh: see MeshConfig; answers are decoded by replicas of mesh.tensor devices each.
-      engine, train: see EngineConfig and TrainConfig.
+      steps (rollout batches): until the end of the run.
+      prompts (problems): of a rollout batch.
+      samples (answers): to each problem of a batch.
+      minibatches (optimizer steps): per rollout batch; each one after the first is off-policy.
+      max_prompt_tokens (tokens): problems with longer prompts are left out.
+      max_tokens (tokens): the most that an answer may have, all its branches together.
+      mesh: the devices to train on; answers are decoded by replicas of mesh.tensor devices each.
+      engine: what decodes the answers.
+      train: what trains on them.
     """
 
     model: str
     problems: str
     output: str
     checkpoints: str | None = None
-    seed: int = 0
-    steps: int
-    prompts: int = 16
-    samples: int = 16
-    minibatches: int = 1
-    max_prompt_tokens: int = 2048
-    max_tokens: int
+    seed: Seed = 0
+    steps: Count
+    prompts: Count = 16
+    samples: Count = 16
+    minibatches: Count = 1
+    max_prompt_tokens: Count = 2048
+    max_tokens: Count
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
     train: TrainConfig
 
     def __post_init__(self):
-        for name in ("steps", "prompts", "samples", "minibatches", "max_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, needed is 1 or more")
+        super().__post_init__()
         need = self.max_prompt_tokens + self.max_tokens
         if self.train.row_len < need:
             raise ValueError(
                 f"train.row_len is {self.train.row_len}, needed is max_prompt_tokens + max_tokens "
                 f"= {need} or more"
             )
+
+    @property
+    @abc.abstractmethod
+    def depth(self) -> int:
+        """Hidden intervals per token of a row."""
+
+    @property
+    @abc.abstractmethod
+    def loss(self) -> Objective:
+        """What a train step minimises."""
+
+    @property
+    def rows(self) -> int:
+        """Rows of an optimizer step whose answers are all as long as can be."""
+        in_a_row = max(1, (self.train.row_len - self.max_prompt_tokens) // self.max_tokens)
+        rows = self.prompts * math.ceil(self.samples / in_a_row)
+        return math.ceil(rows / self.minibatches)
 
 
 class Feed:
@@ -125,16 +145,12 @@ class Policy(Body[TrainState, Path]):
     Args:
       stage: ZERO or PAPO.
       collect: (engine with the current weights, feed, step from 1) -> Collected.
-      depth: hidden intervals per token of a row.
     """
 
     shown = ("reward", "format_rate", "accuracy", "grad_norm")
 
-    def __init__(
-        self, stage: int, config: RLConfig, objective: Objective, collect: Collect, depth: int
-    ):
-        self.stage, self.config, self.objective = stage, config, objective
-        self.collect, self.depth = collect, depth
+    def __init__(self, stage: int, config: RLConfig, collect: Collect):
+        self.stage, self.config, self.collect = stage, config, collect
         self.name, self.total = STAGES[stage], config.steps
         self.every, self.max_nonfinite = config.train.checkpoint_every, config.train.max_nonfinite
         self.mesh = make_mesh(config.mesh)
@@ -184,11 +200,11 @@ class Policy(Body[TrainState, Path]):
         decoded = self.engine.stats()["sampled_tokens"] - decoded
         model_config = dataclasses.replace(self.model.config, remat=train.remat)
         history = []
-        for rows in minibatches(collected, config.minibatches, train.row_len, self.depth):
+        for rows in minibatches(collected, config.minibatches, train.row_len, config.depth):
             total = config.steps * config.minibatches
             rate = learning_rate(train.optimizer, int(state.step), total)
             state, metrics = optimize(
-                state, rows, model_config, train, self.objective, rate, self.mesh
+                state, rows, model_config, train, config.loss, rate, self.mesh
             )
             history.append(metrics)
         trained = time.perf_counter()

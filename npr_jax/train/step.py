@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,59 +20,50 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from npr_jax.base.distributed import gather
+from npr_jax.base.fields import Checked, Count, Dtype, PositiveOrZero, Range, Share
 from npr_jax.base.mesh import BATCH, batch_shards
 from npr_jax.model import ModelConfig, token_loss
+from npr_jax.model.config import Remat
 from npr_jax.model.score import Figures
 from npr_jax.train import losses
 from npr_jax.train.optimizer import OptimizerConfig, TrainState, make_optimizer, state_shardings
 from npr_jax.train.packing import Row, count_loss_tokens, stack
 
-OBJECTIVES = ("sft", "dapo", "papo")
-
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Checked):
     """How every stage trains.
 
     Attributes:
-      optimizer: see OptimizerConfig.
-      row_len: tokens of a row; the longest trace has to fit.
-      micro_rows: rows whose activations exist at one time, on each part of the batch
+      optimizer: AdamW and the rate of each step.
+      row_len (tokens): of a row; the longest trace has to fit.
+      micro_rows (rows): whose activations exist at one time, on each part of the batch
         (mesh.data x mesh.fsdp parts).
       compute_dtype: of the forward and backward pass and of the engine; parameters and optimizer
         state are float32.
-      remat: the model's rematerialisation policy. "dots" is the fastest on a CPU.
-      gap_warn, gap_stop: of the mean gap between the sampler's log-probs and the trainer's, at the
-        first optimizer step of a batch, a warning is given above the first and the run stops above
-        the second: then what is trained is not what was sampled.
-      checkpoint_every: steps between checkpoints; keep_checkpoints: how many of them stay.
-      keep_best: 1 keeps the best checkpoint too: that with the largest reward, or lowest loss.
-      max_nonfinite: steps in a row without a finite update, after which the run stops.
+      remat: what the backward pass computes again: "none", "full" (a layer keeps its input) or
+        "dots" (and its matrix products and what attention needs), the fastest on a CPU.
+      gap_warn (nats): the mean gap between the sampler's log-probs and the trainer's, at the first
+        optimizer step of a batch, above which a warning is given.
+      gap_stop (nats): the same gap above which the run stops: then what is trained is not what was
+        sampled.
+      checkpoint_every (steps): between checkpoints: rollout batches, or optimizer steps of a fit.
+      keep_checkpoints (checkpoints): how many of the last ones stay.
+      keep_best (checkpoints): 1 keeps that with the largest reward, or lowest loss, too.
+      max_nonfinite (steps): in a row without a finite update, after which the run stops.
     """
 
     optimizer: OptimizerConfig
-    row_len: int = 512
-    micro_rows: int = 4
-    compute_dtype: str = "float32"
-    remat: str = "dots"
-    gap_warn: float = 0.05
-    gap_stop: float = 0.5
-    checkpoint_every: int = 10
-    keep_checkpoints: int = 2
-    keep_best: int = 0
-    max_nonfinite: int = 3
-
-    def __post_init__(self):
-        positive = ("row_len", "micro_rows", "checkpoint_every", "keep_checkpoints")
-        for name in (*positive, "max_nonfinite"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"train.{name} is {getattr(self, name)}, needed is 1 or more")
-        if self.keep_best not in (0, 1):
-            raise ValueError(f"train.keep_best is {self.keep_best}, needed is 0 or 1")
-        if self.compute_dtype not in ("float32", "bfloat16"):
-            raise ValueError(
-                f"train.compute_dtype is {self.compute_dtype!r}, needed is float32 or bfloat16"
-            )
+    row_len: Count = 512
+    micro_rows: Count = 4
+    compute_dtype: Dtype = "float32"
+    remat: Remat = "dots"
+    gap_warn: PositiveOrZero = 0.05
+    gap_stop: PositiveOrZero = 0.5
+    checkpoint_every: Count = 10
+    keep_checkpoints: Count = 2
+    keep_best: Annotated[int, Range(ge=0, le=1)] = 0
+    max_nonfinite: Count = 3
 
     def check(self, mesh: Mesh | None) -> None:
         """Raises ValueError where rows cannot be split over the mesh."""
@@ -83,17 +75,13 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Objective:
+class Objective(Checked):
     """Which loss, with its hyper-parameters (those of "dapo"; the others have none)."""
 
-    name: str
-    clip_low: float = 0.2
-    clip_high: float = 0.28
-    dual_clip: float = 10.0
-
-    def __post_init__(self):
-        if self.name not in OBJECTIVES:
-            raise ValueError(f"objective is {self.name!r}, needed is one of {OBJECTIVES}")
+    name: Literal["sft", "dapo", "papo"]
+    clip_low: Share = 0.2
+    clip_high: PositiveOrZero = 0.28
+    dual_clip: Annotated[float, Range(gt=1)] = 10.0
 
 
 def cast(params: dict, dtype: str) -> dict:

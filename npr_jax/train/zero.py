@@ -8,21 +8,21 @@ correctness alone: this is what teaches the format while hardly any answer is ri
 
 import dataclasses
 from pathlib import Path
+from typing import Annotated, ClassVar
 
 import numpy as np
 
 from npr_jax.base.distributed import gather, gather_all
+from npr_jax.base.fields import Count, CountOrZero, PositiveOrZero, Range, Share
 from npr_jax.decode import Engine, SamplingParams
 from npr_jax.evaluate.judge import Answer
 from npr_jax.runs import loop
 from npr_jax.runs.log import Report
 from npr_jax.train import rl
 from npr_jax.train.advantages import group_std
-from npr_jax.train.rewards import RIGHT, RULES, WRONG, zero_reward
+from npr_jax.train.rewards import RIGHT, WRONG, Rule, zero_reward
 from npr_jax.train.rollout import ZERO, roll_out, sampled_example, summary
 from npr_jax.train.step import Objective
-
-DEPTH = 2  # no tree; one interval for the group, one for the row
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,27 +30,46 @@ class ZeroConfig(rl.RLConfig):
     """Config of stage 1, beside what `RLConfig` has.
 
     Attributes:
-      max_refills: rounds of further problems for dropped groups.
-      clip_low, clip_high, dual_clip: of the policy loss (`losses.dapo`).
-      reward: "ordered", "paper" or "accuracy" (`rewards.zero_reward`).
-      overlong_buffer, overlong_penalty: of the same; a buffer of 0 is off.
+      max_refills (rounds): of further problems for dropped groups.
+      clip_low: the policy loss is clipped where a token has become less likely by this share
+        (`losses.dapo`).
+      clip_high: the same where it has become more likely.
+      dual_clip: what a token of a bad answer adds to the loss, at most this times its advantage.
+      reward: "ordered" (malformed < wrong < right), "paper" (a mild defect pays more than a wrong
+        answer) or "accuracy" (whatever the format).
+      overlong_buffer (tokens): the last of `max_tokens`, in which an answer loses reward; 0 is off.
+      overlong_penalty: reward that an answer loses at the end of that buffer.
     """
 
-    minibatches: int = 2
-    max_refills: int = 3
-    clip_low: float = 0.2
-    clip_high: float = 0.28
-    dual_clip: float = 10.0
-    reward: str = "ordered"
-    overlong_buffer: int = 0
-    overlong_penalty: float = 1.0
+    command: ClassVar[str] = "zero"
+
+    minibatches: Count = 2
+    max_refills: CountOrZero = 3
+    clip_low: Share = 0.2
+    clip_high: PositiveOrZero = 0.28
+    dual_clip: Annotated[float, Range(gt=1)] = 10.0
+    reward: Rule = "ordered"
+    overlong_buffer: CountOrZero = 0
+    overlong_penalty: PositiveOrZero = 1.0
 
     def __post_init__(self):
         super().__post_init__()
-        if self.reward not in RULES:
-            raise ValueError(f"reward is {self.reward!r}, needed is one of {RULES}")
         if self.samples < 2:
             raise ValueError(f"samples is {self.samples}, needed is 2 or more: a group to compare")
+        if self.overlong_buffer > self.max_tokens:
+            raise ValueError(
+                f"overlong_buffer is {self.overlong_buffer}, needed is max_tokens="
+                f"{self.max_tokens} at most"
+            )
+
+    @property
+    def depth(self) -> int:
+        """Hidden intervals per token of a row: no tree's, and one each for group and row."""
+        return 2
+
+    @property
+    def loss(self) -> Objective:
+        return Objective("dapo", self.clip_low, self.clip_high, self.dual_clip)
 
 
 def run(config: ZeroConfig, report: Report | None = None) -> Path:
@@ -62,8 +81,7 @@ def run(config: ZeroConfig, report: Report | None = None) -> Path:
     def collect(engine: Engine, feed: rl.Feed, step: int) -> rl.Collected:
         return collect_groups(engine, feed, step, config)
 
-    objective = Objective("dapo", config.clip_low, config.clip_high, config.dual_clip)
-    return loop.run(rl.Policy(ZERO, config, objective, collect, DEPTH), report)
+    return loop.run(rl.Policy(ZERO, config, collect), report)
 
 
 def collect_groups(engine: Engine, feed: rl.Feed, step: int, config: ZeroConfig) -> rl.Collected:

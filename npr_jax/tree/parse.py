@@ -286,6 +286,11 @@ def parse(
     return tree if rule == "strict" else _reference(tree)
 
 
+def reference_depth(branches: int) -> int:
+    """Hidden intervals per token under rule="reference", of blocks of up to that many branches."""
+    return max(1, branches - 1)
+
+
 def _reference(tree: TreeLayout) -> TreeLayout:
     """The released SFT trainer's mask and positions for the blocks of `tree`.
 
@@ -299,7 +304,7 @@ def _reference(tree: TreeLayout) -> TreeLayout:
         if block.depth:
             raise TraceError(block.start, "rule='reference' has no nested blocks")
     siblings = max((len(block.steps) for block in tree.blocks), default=1)
-    hidden = np.zeros((num_tokens, max(1, siblings - 1), 2), np.int32)
+    hidden = np.zeros((num_tokens, reference_depth(siblings), 2), np.int32)
     begins, starts = ([0], [0])  # of the runs of tokens that count up by one: index, position
     for block in tree.blocks:
         base = starts[-1] + block.guideline_close - begins[-1]
