@@ -163,7 +163,7 @@ def _time(batch, context, size, copy) -> dict:
 
 
 def _check_tree(rows, tokens, heads, kv_heads, dim, dtype) -> dict:
-    """Out and gradients against the dense oracle in float32."""
+    """Out and gradients against the reference in float32."""
     hidden = jnp.asarray(np.stack([_forest(tokens, 1 + 2 * row) for row in range(rows)]))
     shapes = (rows, tokens, heads, dim), *[(rows, tokens, kv_heads, dim)] * 2
     q, k, v, d_out = (
@@ -172,8 +172,8 @@ def _check_tree(rows, tokens, heads, kv_heads, dim, dtype) -> dict:
     ours = jax.jit(functools.partial(_backward, flash))(3 * q, k, v, hidden, d_out)
     exact = (x.astype(jnp.float32) for x in (3 * q, k, v))
     with jax.default_matmul_precision("highest"):
-        oracle = jax.jit(functools.partial(_backward, attention.dense))
-        theirs = oracle(*exact, hidden, d_out.astype(jnp.float32))
+        reference = jax.jit(functools.partial(_backward, attention.dense))
+        theirs = reference(*exact, hidden, d_out.astype(jnp.float32))
     errors = {}
     for name, a, b in zip(("out", "d_q", "d_k", "d_v"), ours, theirs, strict=True):
         a, b = (np.asarray(x, np.float32) for x in (a, b))

@@ -27,7 +27,7 @@ flash = functools.partial(attention_tpu.flash, interpret=True)
         (71, 16, 16, 4, "bfloat16"),
     ],
 )
-def test_kernels_are_the_oracle_forward_and_backward(length, block_q, block_k, kv_heads, dtype):
+def test_kernels_are_the_reference_forward_and_backward(length, block_q, block_k, kv_heads, dtype):
     hidden = rows(length, seed=length)
     attend = functools.partial(flash, block_q=block_q, block_k=block_k)
     check(attend, *problem(hidden, kv_heads=kv_heads, dtype=dtype), hidden)

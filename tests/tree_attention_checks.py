@@ -84,7 +84,7 @@ def problem(hidden, num_queries=None, heads=4, kv_heads=2, dim=16, dtype="float3
     return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
 
 
-def oracle(q, k, v, hidden, offset=0):
+def reference(q, k, v, hidden, offset=0):
     """Like `dense`, for queries from `offset` on; 0 for those that see nothing."""
     batch, length, _, dim = q.shape
     queries, keys = offset + jnp.arange(length), jnp.arange(k.shape[1])
@@ -115,15 +115,15 @@ def value_and_grads(attend):
     return lambda *args: [np.asarray(x) for x in compiled(*args)]
 
 
-_oracle = value_and_grads(oracle)
+_reference = value_and_grads(reference)
 
 
 def check(flash, q, k, v, hidden, offsets=(0,)):
-    """Numbers of a kernel against the oracle, which gets the same in float32."""
+    """Numbers of a kernel against the reference, which gets the same in float32."""
     kernel = value_and_grads(flash)
     for offset in offsets:
         ours = kernel(q, k, v, hidden, offset)
-        theirs = _oracle(*(x.astype(jnp.float32) for x in (q, k, v)), hidden, offset)
+        theirs = _reference(*(x.astype(jnp.float32) for x in (q, k, v)), hidden, offset)
         for name, a, b in zip(("out", "d_q", "d_k", "d_v"), ours, theirs, strict=True):
             assert np.isfinite(a).all(), name
             if q.dtype == jnp.float32:
@@ -145,5 +145,5 @@ def check_skips(flash, length, block):
     poisoned = [x.at[:, middle].set(jnp.nan) for x in (k, v)]
     kernel = value_and_grads(functools.partial(flash, block_q=block, block_k=block))
     ours = kernel(q[:, later], *poisoned, hidden, 2 * block)
-    for a, b in zip(ours, _oracle(q[:, later], k, v, hidden, 2 * block), strict=True):
+    for a, b in zip(ours, _reference(q[:, later], k, v, hidden, 2 * block), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)

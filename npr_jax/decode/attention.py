@@ -11,8 +11,10 @@ All implementations have one face:
     ranks  i32[R, C]         a query sees the ranks up to its own; -1 is padding
     out    [R, C, H, K]
 
-`gather` is the oracle. `blockwise` is the same with work and memory that follow what a table holds:
-the choice on a CPU. `pallas` are the kernels for TPU and GPU. Softmax and sums are float32.
+What no query of a row sees may hold anything, NaN included, and changes nothing.
+
+`gather` is the reference. `blockwise` is the same with work and memory that follow what a table
+holds: the choice on a CPU. `pallas` are the kernels for TPU and GPU. Softmax and sums are float32.
 """
 
 import functools
@@ -61,7 +63,7 @@ def _pages_per_block(page_size: int) -> int:
 
 
 def gather(q, pool, layer, table, base, ranks) -> jax.Array:
-    """The oracle: gathers whole tables, masks what is not there."""
+    """The reference: gathers whole tables, masks what is not there."""
     num_rows, chunk, heads, dim = q.shape
     entry = base[:, :-1, None] + jnp.arange(pool.shape[2])  # [R, M, Z]
     listed = entry < base[:, 1:, None]
@@ -73,7 +75,9 @@ def gather(q, pool, layer, table, base, ranks) -> jax.Array:
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     scores = product("rcngd,rsnd->rngcs", q, kv[:, :, :, 0]) * dim**-0.5
     weights = jax.nn.softmax(jnp.where(seen[:, None, None], scores, EMPTY), axis=-1)
-    out = jnp.einsum("rngcs,rsnd->rcngd", weights.astype(q.dtype), kv[:, :, :, 1])
+    # What no query of a row sees weighs 0, but may be anything, and 0 * NaN is NaN.
+    values = jnp.where(jnp.any(seen, axis=1)[:, :, None, None], kv[:, :, :, 1], 0)
+    out = jnp.einsum("rngcs,rsnd->rcngd", weights.astype(q.dtype), values)
     return out.reshape(num_rows, chunk, heads, dim)
 
 
@@ -103,7 +107,10 @@ def blockwise(q, pool, layer, table, base, ranks) -> jax.Array:
             entry = jax.lax.dynamic_slice_in_dim(slots, j * pages * size, pages * size, axis=1)
             seen = entry[:, None, None] <= limit
             kv = pool[layer, here].reshape(rows, -1, kv_heads, 2, dim).astype(q.dtype)
-            k, v = kv[:, :, :, 0].swapaxes(1, 2), kv[:, :, :, 1].swapaxes(1, 2)
+            # What no query of a row sees weighs 0, but may be anything, and 0 * NaN is NaN.
+            some = entry <= jnp.max(ranks, axis=1, keepdims=True)
+            v = jnp.where(some[:, :, None, None], kv[:, :, :, 1], 0).swapaxes(1, 2)
+            k = kv[:, :, :, 0].swapaxes(1, 2)
             scores = product("rnqd,rnsd->rnqs", q, k) * dim**-0.5
             scores = jnp.where(seen, scores, EMPTY)
             new = jnp.maximum(top, jnp.max(scores, axis=-1))

@@ -29,7 +29,7 @@ def paged_attention(q, pool, layer, table, base, ranks, interpret=False) -> jax.
 
     Args:
       q: [R, C, H, K]; on a TPU K is a multiple of 128.
-      pool: [L, P, Z, 2KV, K], read where it lies; unused slots hold finite values.
+      pool: [L, P, Z, 2KV, K], read where it lies; slots that nobody sees may hold anything.
       layer: i32[].
       table: i32[R, M], whole in the chip's scalar memory: up to 250 000 entries.
       base: i32[R, M + 1].
@@ -75,7 +75,7 @@ def paged_attention(q, pool, layer, table, base, ranks, interpret=False) -> jax.
     out = pl.pallas_call(
         functools.partial(_kernel, tiles=tiles, tile=tile),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=4,
+            num_scalar_prefetch=5,
             grid=(halves, steps // halves),
             in_specs=[row, matrix, pl.BlockSpec(memory_space=pl.ANY)],
             out_specs=matrix,
@@ -100,6 +100,7 @@ def paged_attention(q, pool, layer, table, base, ranks, interpret=False) -> jax.
         jnp.reshape(layer, 1),
         table.reshape(-1),
         used.reshape(-1),
+        last.reshape(-1),
         ranks[:, 0],
         base[:, None],
         q,
@@ -112,12 +113,14 @@ def paged_attention(q, pool, layer, table, base, ranks, interpret=False) -> jax.
 def _kernel(*refs, tiles: int, tile: int):
     """One step: a tile of the queries of one row over the pages that it sees.
 
-    Scalars: layer [1], table [R * M], used [steps] (pages that a step sees), first [R] (rank of a
-    row's first query), base [1, M + 1]. q and out are [KV, N, K]; pool stays where it is.
+    Scalars: layer [1], table [R * M], used and last [steps] (pages and highest rank that a step
+    sees), first [R] (rank of a row's first query), base [1, M + 1]. q and out are [KV, N, K]; pool
+    stays where it is.
     Scratch: buffer [2, pages, Z, 2KV, K] with a semaphore for either half, turn [1] (the half that
     comes next), and of the softmax so far top and total [KV, N, 128] and acc [KV, N, K].
     """
-    layer, table, used, first, base, q, pool, out, buffer, arrived, turn, top, total, acc = refs
+    layer, table, used, last, first, base, q, pool, *refs = refs
+    out, buffer, arrived, turn, top, total, acc = refs
     _, pages, size, _, dim = buffer.shape
     kv_heads, num_queries, _ = q.shape
     width = base.shape[1] - 1
@@ -141,6 +144,20 @@ def _kernel(*refs, tiles: int, tile: int):
         def one(p):  # all copies bring the same number of bytes, which is what is waited for
             page = buffer.at[half, p]
             pltpu.make_async_copy(page, page, arrived.at[half]).wait()
+
+        each_page(i, block, one)
+
+    def clean(block, half):
+        """Clears slots that nobody sees: they weigh 0, but 0 * NaN is NaN."""
+
+        def one(p):
+            column = block * pages + p
+            start, end = base[0, column], jnp.minimum(base[0, column + 1], last[i] + 1)
+
+            def slot(z, _):
+                buffer[half, p, z] = jnp.zeros(buffer.shape[3:], buffer.dtype)
+
+            jax.lax.fori_loop(jnp.clip(end - start, 0, size), size, slot, None)
 
         each_page(i, block, one)
 
@@ -179,12 +196,13 @@ def _kernel(*refs, tiles: int, tile: int):
             fetch(jnp.where(more, i, i + 1), jnp.where(more, block + 1, 0), 1 - half)
 
         wait(block, half)
+        clean(block, half)
         attend(block, half)
         return 1 - half
 
     @pl.when(pl.program_id(1) == 0)
     def _():
-        def clear(p, _):  # slots that no copy reaches weigh 0, but 0 * NaN is NaN
+        def clear(p, _):  # the same for pages that no copy reaches
             at = jax.lax.div(p, pages), jax.lax.rem(p, pages)
             buffer[at] = jnp.zeros(buffer.shape[2:], buffer.dtype)
 
@@ -243,19 +261,23 @@ def plain_attention(q, pool, layer, table, base, ranks) -> jax.Array:
         raise ValueError(f"head_dim is {dim}, needed is a multiple of {_LANES}")
     if q.dtype != jnp.bfloat16 or pool.dtype != jnp.bfloat16:
         raise ValueError(f"queries are {q.dtype}, pages {pool.dtype}, needed is bfloat16")
-    # To that kernel the queries of a row are its last `chunk` entries, and no row is empty: so
-    # padding queries stand for entries to come, and a row at rest for one that begins.
+    # To that kernel the queries of a row are its last entries, without padding between rows, and no
+    # row is empty: a row at rest stands for one that begins.
+    count = jnp.maximum(jnp.sum(ranks >= 0, axis=1, dtype=jnp.int32), 1)
+    real = (jnp.arange(chunk) < count[:, None]).reshape(-1)
+    order = jnp.argsort(~real, stable=True)
     with jax.default_matmul_precision("default"):  # the kernel does not compile with another
         out = ragged_paged_attention(
-            q.reshape(-1, heads, dim),
+            q.reshape(-1, heads, dim)[order],
             pool.reshape(-1, size, double, dim),
-            jnp.maximum(ranks[:, 0], 0) + chunk,
+            jnp.maximum(ranks[:, 0], 0) + count,
             table + layer * num_pages,
-            jnp.arange(num_rows + 1, dtype=jnp.int32) * chunk,
+            jnp.cumulative_sum(count, include_initial=True, dtype=jnp.int32),
             jnp.array([num_rows], jnp.int32),
             sm_scale=dim**-0.5,
             num_kv_pages_per_block=min(max(1, _SLOTS // size), table.shape[1]),
             num_queries_per_block=min(chunk, 32),
             vmem_limit_bytes=_VMEM,
         )
+    out = jnp.where(real[:, None, None], out[jnp.argsort(order)], 0)
     return out.reshape(q.shape)

@@ -1,7 +1,7 @@
 """Tree attention: causal attention in which every key is hidden from a few intervals of queries.
 
 `hidden` i32[B, T, D, 2]: key k is hidden from query q where hidden[k, d, 0] <= q < hidden[k, d, 1]
-for any d. `dense` is the oracle; `blockwise` is the same in O(T) memory (online softmax forward,
+for any d. `dense` is the reference; `blockwise` is the same in O(T) memory (online softmax forward,
 recomputation backward, as FlashAttention), and skips what no query of a block can see. "pallas"
 are kernels for TPU and GPU that do so too (attention_tpu.py, attention_gpu.py).
 
@@ -69,7 +69,7 @@ def _visible(queries: jax.Array, keys: jax.Array, hidden: jax.Array) -> jax.Arra
 
 
 def dense(q: jax.Array, k: jax.Array, v: jax.Array, hidden: jax.Array, offset=0) -> jax.Array:
-    """The oracle: q [B, T, H, K], k and v [B, S, KV, K] -> [B, T, H, K], through a [T, S] mask.
+    """The reference: q [B, T, H, K], k and v [B, S, KV, K] -> [B, T, H, K], through a [T, S] mask.
     Query t has index `offset + t`."""
     batch, length, heads, dim = q.shape
     seen = _visible(offset + jnp.arange(length), jnp.arange(k.shape[1]), hidden)[:, None, None]

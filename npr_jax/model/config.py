@@ -27,8 +27,8 @@ class ModelConfig:
       tie_word_embeddings: the head is the embedding.
       qk_norm, attention_bias: Qwen3 has the norms, Qwen2 the biases of q, k and v.
       eos_token_ids: end an answer.
-      attention: "blockwise", "pallas" (kernels for TPU and GPU), "dense" (the oracle) or "" (what
-        suits the platform); attention_block: queries and keys per block of "blockwise".
+      attention: "blockwise", "pallas" (kernels for TPU and GPU), "dense" (the reference) or ""
+        (what suits the platform); attention_block: queries and keys per block of "blockwise".
       remat: "none", "full" (a layer keeps its input) or "dots" (and its matrix products and what
         attention needs).
       logp_chunk: tokens whose logits exist at one time.
