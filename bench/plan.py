@@ -9,6 +9,7 @@ they are named: `python bench/plan.py qwen3-4b`. No TPU is needed, and nothing i
 
 import argparse
 import json
+import math
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,6 +22,8 @@ PAGE = Path(__file__).parents[1] / "docs" / "plan.md"
 SLICES = ("v5e:4x4", "v5p:4x4x4", "v6e:16x16")
 TINY = {"v5e:4x4": "data=8", "v5p:4x4x4": "data=32", "v6e:16x16": "data=128"}
 BEGIN, END = "<!-- plans: made by bench/plan.py -->", "<!-- end of plans -->"
+LAUNCH = PAGE.with_name("launch.md")
+MESHES = "<!-- meshes: made by bench/plan.py -->", "<!-- end of meshes -->"
 
 
 def mesh_of(model: str, topology: str) -> str:
@@ -48,9 +51,31 @@ def main() -> None:
                 "cases": ordered,
             }
             RESULTS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    text = PAGE.read_text(encoding="utf-8")
-    head, tail = text.split(BEGIN)[0], text.split(END)[1]
-    PAGE.write_text(head + BEGIN + "\n" + table(known) + END + tail, encoding="utf-8")
+    put(PAGE, (BEGIN, END), table(known))
+    put(LAUNCH, MESHES, meshes(known))
+
+
+def put(path: Path, marks: tuple[str, str], lines: str) -> None:
+    """Writes a table between two marks of a page."""
+    text = path.read_text(encoding="utf-8")
+    head, tail = text.split(marks[0])[0], text.split(marks[1])[1]
+    path.write_text(f"{head}{marks[0]}\n{lines}{marks[1]}{tail}", encoding="utf-8")
+
+
+def meshes(known: dict) -> str:
+    """The slices on which the presets' model fits, and with which mesh, as Markdown."""
+    lines = ["| slice | chips | mesh | KV pages that fit | wanted |", "| --- " * 5 + "|"]
+    for topology in SLICES:
+        case = known["qwen3-4b", topology]
+        if case["fits"]:
+            others = [item for item in case["mesh"].items() if item[0] != "fsdp"]
+            settings = " ".join(f"`--set mesh.{axis}={size}`" for axis, size in others)
+            lines.append(
+                f"| `{topology}` | {math.prod(case['mesh'].values())} "
+                f"| {settings}: `fsdp` = {case['mesh']['fsdp']} "
+                f"| {case['pages']:,} | {case['pages_wanted']:,} |"
+            )
+    return "\n".join(lines) + "\n"
 
 
 def table(known: dict) -> str:

@@ -1,6 +1,7 @@
 """The launch scripts: they parse, refuse with a message, retry rightly, and name what there is."""
 
 import importlib
+import json
 import os
 import re
 import shlex
@@ -400,3 +401,16 @@ def test_settings_of_every_command_are_accepted():
         module = importlib.import_module(f"npr_jax.train.{stage}")
         for setting in given:
             load_config(getattr(module, f"{stage.capitalize()}Config"), preset, [setting])
+
+
+def test_every_tpu_mesh_of_the_document_is_one_that_the_plan_says_fits(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import plan
+
+    cases = json.loads(plan.RESULTS.read_text(encoding="utf-8"))["cases"]
+    known = {(case["model"], case["topology"]): case for case in cases}
+    text = DOC.read_text(encoding="utf-8")
+    assert plan.meshes(known) in text, "run bench/plan.py"
+    named = re.findall(r"\bv\d\w:\d+(?:x\d+)+", text)
+    assert len(named) > 2
+    assert all(known["qwen3-4b", topology]["fits"] for topology in named), named

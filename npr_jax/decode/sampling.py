@@ -32,9 +32,9 @@ class SamplingParams(Checked):
 
     Attributes:
       temperature: divides the logits; 0 is greedy, for which no filter matters.
-      top_p: the filter by probability, see above; 1 is off.
-      top_k (tokens): the filter by number; 0 is off.
-      min_p: the filter by the probability of the first; 0 is off.
+      top_p: the fewest tokens whose probabilities sum to it are kept; 1 is off.
+      top_k (tokens): that are kept, the likeliest; 0 is off.
+      min_p: tokens at least this many times as likely as the likeliest are kept; 0 is off.
       repetition_penalty: divides (multiplies, below 0) the logits of tokens that the line sees; 1
         is off.
       step_repetition_penalty: the same inside steps; null takes `repetition_penalty`.
