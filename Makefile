@@ -1,5 +1,5 @@
 # Every target sets up what it needs; nothing is installed outside this folder.
-.PHONY: help install libtpu demo test lint same test-real announce-real clean
+.PHONY: help install libtpu demo check test nightly check-wheel lint same test-real announce-real clean
 .DEFAULT_GOAL := help
 
 VENV := .venv
@@ -16,6 +16,15 @@ REAL_DIR := build/smollm2
 # The TPU compiler has a place of its own: where JAX finds it, it looks for TPUs.
 LIBTPU := libtpu==0.0.52
 LIBTPU_DIR := build/libtpu
+# It has wheels for Linux on x86-64; elsewhere the tests that use it are skipped.
+ifeq ($(shell uname -sm),Linux x86_64)
+LIBTPU_HERE := $(LIBTPU_DIR)/libtpu
+endif
+
+WHEEL_DIR := build/wheel
+
+# How many processes share the tests.
+JOBS ?= 2
 
 # $(call make_venv,DIR): a venv from the first Python that is new enough and can make one.
 define make_venv
@@ -29,7 +38,7 @@ define make_venv
 endef
 
 help:  ## list the targets
-	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP)  ## make .venv with the pinned versions
 
@@ -42,17 +51,40 @@ $(STAMP): setup.py constraints.txt
 demo: install  ## teach a tiny model to reason in parallel, and show it
 	$(VENV)/bin/npr-jax demo
 
-test: install  ## run the tests
-	PYTHONPATH=$(LIBTPU_DIR) $(VENV)/bin/python -m pytest -m "not real"
+# Whole files to $(JOBS) processes, so that what a module makes is made once.
+QUICK := -m "not slow and not nightly and not real"
+PYTEST := -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
+check: install $(LIBTPU_HERE)  ## run the quick tests (before each commit)
+	PYTHONPATH=$(LIBTPU_DIR) $(VENV)/bin/python $(PYTEST) $(QUICK)
+
+test: install $(LIBTPU_HERE)  ## run the tests
+	PYTHONPATH=$(LIBTPU_DIR) $(VENV)/bin/python $(PYTEST) -m "not nightly and not real"
+
+nightly: install $(LIBTPU_HERE)  ## run all of them, with more cases and optimised programs
+	NPR_KILLS=12 XLA_FLAGS=--xla_backend_optimization_level=3 PYTHONPATH=$(LIBTPU_DIR) \
+	  $(VENV)/bin/python $(PYTEST) -m "not real"
+
+# A copy of the tests without the package beside them: they can import the installed wheel alone.
+check-wheel:  ## run the quick tests on the built wheel, in a venv of its own (PYTHON=...)
+	rm -rf build/lib $(WHEEL_DIR)/dist $(WHEEL_DIR)/copy && mkdir -p $(WHEEL_DIR)/copy
+	$(call make_venv,$(WHEEL_DIR)/venv)
+	$(WHEEL_DIR)/venv/bin/python -m pip install -q pip setuptools -c constraints.txt
+	$(WHEEL_DIR)/venv/bin/python -m pip wheel -q --no-deps --no-build-isolation -w $(WHEEL_DIR)/dist .
+	$(WHEEL_DIR)/venv/bin/python -m pip uninstall -q -y npr-jax
+	$(WHEEL_DIR)/venv/bin/python -m pip install -q "$$(ls $(WHEEL_DIR)/dist/*.whl)[dev]" -c constraints.txt
+	cp -r README.md pyproject.toml docs configs scripts bench tests $(WHEEL_DIR)/copy
+	cd $(WHEEL_DIR)/copy && ../venv/bin/python $(PYTEST) $(QUICK)
 
 $(LIBTPU_DIR)/libtpu: | $(STAMP)
 	$(VENV)/bin/python -m pip install -q --no-deps --target $(LIBTPU_DIR) $(LIBTPU)
 
-libtpu: $(LIBTPU_DIR)/libtpu  ## bring the TPU compiler (Linux on x86), for the tests that use it
+libtpu: $(LIBTPU_DIR)/libtpu  ## bring the TPU compiler (Linux on x86), which planning needs
 
 lint: install  ## check style and format
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyright
 
 BASE ?= HEAD
 same: install  ## compare all numbers with those of another revision: make same BASE=main

@@ -16,11 +16,12 @@ setup(
     packages=[*find_packages(include=["npr_jax", "npr_jax.*"]), "npr_jax.configs"],
     package_dir={"npr_jax.configs": "configs"},
     package_data={
+        "npr_jax": ["py.typed"],
         "npr_jax.configs": ["*.yaml", "**/*.yaml"],
         "npr_jax.report": ["*.js", "*.css"],
     },
     install_requires=[
-        "jax>=0.10.2,<0.11",
+        "jax>=0.10.2,<0.13",
         "flax",
         "optax",
         "orbax-checkpoint",
@@ -44,7 +45,7 @@ setup(
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
         "wandb": ["wandb"],
-        "dev": ["pytest", "hypothesis", "chex", "ruff"],
+        "dev": ["pytest", "pytest-xdist", "hypothesis", "chex", "ruff", "pyright[nodejs]"],
     },
     entry_points={"console_scripts": ["npr-jax=npr_jax.cli:main"]},
 )

@@ -11,8 +11,11 @@ import tempfile
 import time
 from pathlib import Path
 
+# Programs are compiled quickly rather than well: they run once or twice. `make nightly` has the
+# compiler's usual level.
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=8 "
+    + os.environ.get("XLA_FLAGS", "")
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Most of the time goes into compiling, and many tests, their subprocesses and pytest's own workers
@@ -33,8 +36,14 @@ BEGUN = time.monotonic()
 
 
 def pytest_collection_modifyitems(items):
-    """Slow tests come last, so that what is broken shows early."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+    """Slow tests come last, so that what is broken shows early; where processes share the files,
+    those with slow tests come first, so that no process is left with a long one at the end."""
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        files = {item.path for item in slow}
+        items.sort(key=lambda item: item.path not in files)
+    else:
+        items.sort(key=lambda item: item in slow)
 
 
 def pytest_runtest_setup(item):
@@ -106,17 +115,20 @@ def home(tmp_path_factory):
     return make_home(tmp_path_factory.mktemp("stages"))
 
 
-_REPORTS: list[str] = []
-
-
 @pytest.fixture
 def report(request):
     """A function that adds a line to what is printed at the end of the run."""
-    return lambda line: _REPORTS.append(f"{request.node.name}: {line}")
+    # Properties travel from pytest's workers to the process that prints.
+    return lambda line: request.node.user_properties.append(
+        ("figure", f"{request.node.name}: {line}")
+    )
 
 
 def pytest_terminal_summary(terminalreporter):
-    if _REPORTS:
+    ended = [r for found in terminalreporter.stats.values() for r in found]
+    calls = [r for r in ended if getattr(r, "when", None) == "call"]
+    lines = [value for r in calls for name, value in r.user_properties if name == "figure"]
+    if lines:
         terminalreporter.section("figures")
-        for line in _REPORTS:
+        for line in lines:
             terminalreporter.write_line(line)
