@@ -56,7 +56,7 @@ def main() -> None:
         # All is saved. The interpreter's own clean-up can crash while the device still computes.
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(ending.code)
+        os._exit(128 + signal.SIGTERM)
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(_tell(error))
 

@@ -101,19 +101,19 @@ class _Worker:
 
     def ask(self, prediction: list, reference: list) -> bool:
         with self._lock:
-            if self._process is None:
-                self._start()
+            process = self._process or self._start()
+            assert process.stdin and process.stdout  # pipes, as _start asks for
             with contextlib.suppress(BrokenPipeError):  # it died; reading then finds the end
-                self._process.stdin.write(json.dumps([prediction, reference]) + "\n")
-                self._process.stdin.flush()
-            answer = self._process.stdout.readline()
+                process.stdin.write(json.dumps([prediction, reference]) + "\n")
+                process.stdin.flush()
+            answer = process.stdout.readline()
             if not answer:
                 self._stop()
             return answer == "true\n"
 
-    def _start(self) -> None:
+    def _start(self) -> subprocess.Popen:
         root = str(Path(__file__).parents[2])
-        self._process = subprocess.Popen(
+        self._process = process = subprocess.Popen(
             # -P: the working directory is not searched.
             [sys.executable, "-P", "-c", _SCRIPT, root],
             stdin=subprocess.PIPE,
@@ -121,10 +121,12 @@ class _Worker:
             stderr=subprocess.PIPE,
             text=True,
         )
-        if self._process.stdout.readline() != "ready\n":
-            detail = self._process.stderr.read()
+        assert process.stdout and process.stderr  # pipes
+        if process.stdout.readline() != "ready\n":
+            detail = process.stderr.read()
             self._stop()
             raise RuntimeError(f"the answer-checking process did not start:\n{detail}")
+        return process
 
     def _stop(self) -> None:
         process, self._process = self._process, None

@@ -142,7 +142,7 @@ def _parse(latex: str):
         f"${latex}$",
         [LatexExtractionConfig(normalization_config=nothing)],
         fallback_mode="no_fallback",
-        parsing_timeout=None,
+        parsing_timeout=None,  # pyright: ignore[reportArgumentType]  # no limit
     )
     found = [item for item in found if isinstance(item, Basic)]
     return found[0] if len(found) == 1 and isinstance(found[0], Expr) else None

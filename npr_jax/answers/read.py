@@ -114,9 +114,9 @@ def clean(text: str) -> str:
     return re.sub(r"(?<=\d) ?([AaPp]\. ?[Mm])\.?$", r" \\text{\1}", text)
 
 
-def _respell(match: re.Match) -> str:
+def _respell(match: re.Match[str]) -> str:
     name = match[1]
-    new = _SAME.get(name, name)
+    new: str = _SAME.get(name, name)
     return "\\" + new + " " if new.isalpha() else new
 
 
@@ -276,9 +276,8 @@ def _read_quantity(text: str) -> list:
     based = re.fullmatch(r"([-+]?[0-9A-F]+)_ ?(?:\{\s*(\d+)\s*\}|(\d))", text)
     if based and based[1].strip("+-") and (based[1][-1].isdigit() or len(based[1]) > 1):
         return ["based", based[1].lstrip("+"), based[2] or based[3]]
-    if text.startswith((r"\$", "$", "€", "£")):
-        sign = re.match(r"\\?[$€£]", text)[0]
-        return ["unit", ["expr", expression(text[len(sign) :].strip())], sign[-1]]
+    if sign := re.match(r"\\\$|[$€£]", text):
+        return ["unit", ["expr", expression(text[sign.end() :].strip())], sign[0][-1]]
     unit = _DEGREES.fullmatch(text) or _TEXT_UNIT.fullmatch(text)
     bare = _BARE_UNIT.fullmatch(text)
     if not unit and bare and set(re.findall("[a-zA-Z]+", bare[2])) <= BARE_UNITS:

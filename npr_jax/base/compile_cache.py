@@ -20,15 +20,15 @@ class Compilations(NamedTuple):
 _built = _read = 0
 
 
-def _on_duration(name: str, *_, **__) -> None:
+def _on_duration(event: str, duration_secs: float, **_: str | int) -> None:
     global _built
-    if name == "/jax/core/compile/backend_compile_duration":  # of programs from the cache too
+    if event == "/jax/core/compile/backend_compile_duration":  # of programs from the cache too
         _built += 1
 
 
-def _on_event(name: str, **_) -> None:
+def _on_event(event: str, **_: str | int) -> None:
     global _read
-    if name == "/jax/compilation_cache/cache_hits":
+    if event == "/jax/compilation_cache/cache_hits":
         _read += 1
 
 

@@ -30,7 +30,7 @@ def initialize() -> None:
     """
     if os.environ.get("JAX_PLATFORMS") == "cpu":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    given = {name: os.environ.get(name) for name in _VARIABLES}
+    given = {name: os.environ.get(name, "") for name in _VARIABLES}
     arguments: dict = {}
     if any(given.values()):
         missing = [name for name in _VARIABLES if not given[name]]

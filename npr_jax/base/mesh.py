@@ -81,7 +81,7 @@ def parse_mesh(text: str) -> MeshConfig:
     return MeshConfig(**sizes)
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh | None:
+def make_mesh(config: MeshConfig, devices: Sequence | None = None) -> Mesh | None:
     """The training mesh; None for a single device.
 
     Args:

@@ -5,6 +5,7 @@ order. No TensorFlow is needed to make or to read them.
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -103,7 +104,7 @@ def read_prepared(directory: str | Path) -> list[Problem]:
         )
     try:
         json.loads((directory / "dataset_info.json").read_bytes())  # tfds' own error is not clear
-        builder = tfds.builder_from_directory(directory)
+        builder: Any = tfds.builder_from_directory(directory)
         features = dict(builder.info.features)
         for name in ("problem", "answer"):
             if not isinstance(features.get(name), tfds.features.Text):

@@ -161,7 +161,7 @@ class _Sieve:
         return problem
 
     def _check_length(self, problem: Problem) -> None:
-        if self._tokenizer is None:
+        if self._tokenizer is None or self._max_tokens is None:
             return
         length = len(prompt_ids(self._tokenizer, problem.problem))
         if length > self._max_tokens:

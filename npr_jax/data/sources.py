@@ -11,7 +11,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, Generic, NamedTuple, TypeVar, cast
 
 from npr_jax.answers import find_boxed
 from npr_jax.base.files import reading
@@ -44,11 +44,14 @@ class Row(NamedTuple):
     end: int
 
 
-class Form(NamedTuple):
+_T = TypeVar("_T")
+
+
+class Form(NamedTuple, Generic[_T]):
     """How a data set is written down: what its rows are, and where a row has what."""
 
     unit: str
-    parse: Callable[[Any], Problem]
+    parse: Callable[[Any], _T]
 
 
 def read_rows(path: str | Path, unit: str, needed: str = "") -> Iterator[Row]:
@@ -76,12 +79,12 @@ def open_source(path: str | Path, needed: str) -> Iterator[BinaryIO]:
     with reading(path, needed), Path(path).open("rb") as file:
         packed = file.peek(2)[:2] == b"\x1f\x8b"
         try:
-            yield gzip.GzipFile(fileobj=file) if packed else file
+            yield cast(BinaryIO, gzip.GzipFile(fileobj=file)) if packed else file
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise ValueError(f"{path} is no whole gzip file: {error}; get it anew") from error
 
 
-def parse_row(raw: bytes, form: Form) -> Problem:
+def parse_row(raw: bytes, form: Form[_T]) -> _T:
     """The problem of one row; raises BadRow."""
     return form.parse(parse_json(raw))
 
@@ -122,10 +125,15 @@ def _items(data: bytes, path: str | Path) -> Iterator[Row]:
     """A JSON list's items. Bytes that are not UTF-8 spoil their item and no other."""
     text = data.decode("utf-8-sig", "surrogateescape")
     space, decode = re.compile(r"[ \t\r\n]*+"), json.JSONDecoder().raw_decode
-    at = space.match(text).end()
+
+    def skip(at: int) -> int:
+        found = space.match(text, at)
+        return found.end() if found else at
+
+    at = skip(0)
     if text[at : at + 1] != "[":
         raise ValueError(f"{path} starts with {short(text[at : at + 80])}, needed is one JSON list")
-    number, at = 0, space.match(text, at + 1).end()
+    number, at = 0, skip(at + 1)
     while text[at : at + 1] != "]" or number:
         number += 1
         try:
@@ -139,12 +147,12 @@ def _items(data: bytes, path: str | Path) -> Iterator[Row]:
             text[at:end].encode("utf-8", "surrogateescape"),
             len(data) * end // len(text),
         )
-        at = space.match(text, end).end()
+        at = skip(end)
         if text[at : at + 1] == "]":
             break
         if text[at : at + 1] != ",":
             raise ValueError(f"{path}: no comma or ] after item {number}; is the file whole?")
-        at = space.match(text, at + 1).end()
+        at = skip(at + 1)
     if rest := text[at + 1 :].strip()[:80]:
         raise ValueError(f"{path}: {short(rest)} stands behind the list, needed is one JSON list")
 

@@ -10,6 +10,7 @@ decoding alone), and it breaks the format more often than not.
 
 import dataclasses
 import itertools
+from collections.abc import Collection
 
 import numpy as np
 
@@ -54,7 +55,9 @@ def true_value(op: str, a: int, b: int) -> int:
     return (a + b if op == "+" else a * b) % 10
 
 
-def make_tasks(num: int, rng: np.random.Generator, exclude: set[str] = frozenset()) -> list[Task]:
+def make_tasks(
+    num: int, rng: np.random.Generator, exclude: Collection[str] = frozenset()
+) -> list[Task]:
     """`num` random tasks whose problems differ from each other and are not in `exclude`."""
     seen, tasks = set(exclude), []
     while len(tasks) < num:

@@ -9,6 +9,7 @@ decode/attention_gpu.py says why Triton.
 """
 
 import functools
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +59,8 @@ def flash(q, k, v, hidden, offset=0, block_q=None, block_k=None, interpret=False
     square = jnp.pad(square, ((0, 0), (0, q.shape[1] // block_k - square.shape[1]), (0, 0)))
     hidden = hidden.reshape(*hidden.shape[:2], -1).swapaxes(1, 2)
     offset = jnp.reshape(jnp.asarray(offset, jnp.int32), 1)
-    return _flash(interpret, q, k, v, hidden, kinds, square, offset)[:, :length]
+    out = cast(jax.Array, _flash(interpret, q, k, v, hidden, kinds, square, offset))
+    return out[:, :length]
 
 
 # From here on T and S are multiples of the blocks; hidden is i32[B, 2D, S]. norm (the logarithm of

@@ -10,6 +10,7 @@ Forward and the gradient of q go through the pairs query block by query block, w
 """
 
 import functools
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +77,7 @@ def flash(q, k, v, hidden, offset=0, block_q=None, block_k=None, interpret=False
     offset = jnp.reshape(jnp.asarray(offset, jnp.int32), 1)
     hidden = hidden.reshape(*hidden.shape[:2], -1)
     q, k, v = (x.reshape(*x.shape[:2], -1) for x in (q, k, v))
-    out = _flash((dim, interpret), q, k, v, hidden, kinds, offset)
+    out = cast(jax.Array, _flash((dim, interpret), q, k, v, hidden, kinds, offset))
     return out[:, :length].reshape(batch, length, heads, dim)
 
 

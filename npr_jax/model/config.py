@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from numbers import Real
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 ATTENTION = ("", "blockwise", "dense", "pallas")
 Remat = Literal["none", "full", "dots"]
@@ -102,7 +102,7 @@ class ModelConfig:
         else:  # by definition, where the file has none
             head_dim = hidden // heads
         vocab = _integer(hf, "vocab_size")
-        fields = dict(
+        fields: dict[str, Any] = dict(
             model_type=kind,
             vocab_size=vocab,
             padded_vocab_size=pad_vocab(vocab),
@@ -335,7 +335,7 @@ def _rope_theta(hf: Mapping) -> float:
 
 
 def _qwen3(hidden, layers, heads, ffn, tied, kv_heads=8, **changes) -> ModelConfig:
-    fields = dict(
+    fields: dict[str, Any] = dict(
         model_type="qwen3",
         vocab_size=151936,
         padded_vocab_size=151936,

@@ -108,7 +108,9 @@ def _read_json(path: Path) -> dict:
 def _places(config: ModelConfig) -> dict[str, tuple[str, int | None, bool]]:
     """Tensor name -> (weight, layer or None, transposed) for every tensor the model needs."""
     table = weight_table(config)
-    places = {name: (ours, None, flip) for name, (ours, flip) in _TOP.items() if ours in table}
+    places: dict[str, tuple[str, int | None, bool]] = {
+        name: (ours, None, flip) for name, (ours, flip) in _TOP.items() if ours in table
+    }
     for layer in range(config.num_layers):
         for name, (ours, flip) in _LAYER.items():
             if ours in table["layers"]:

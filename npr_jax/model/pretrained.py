@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import re
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,7 @@ class Model:
 
     config: ModelConfig
     params: dict
-    tokenizer: object | None = None
+    tokenizer: Any = None
     tags: TagIds | None = None
     source: SourceFiles | None = None
 

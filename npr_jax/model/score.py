@@ -65,8 +65,8 @@ def token_loss(
       mesh: of training, on which every device scores its own tokens; the vocabulary stays split
         over `tensor`.
     """
-    layout = ("tokens", "positions", "hidden", "pred")
-    x = _predictors(config, params, *(rows[name] for name in layout), mesh)
+    layout = rows["tokens"], rows["positions"], rows["hidden"], rows["pred"]
+    x = _predictors(config, params, *layout, mesh)
     columns = {name: value for name, value in rows.items() if name not in ("positions", "hidden")}
     return _chunked_loss(config, measure, mesh)(head(config, params), x, columns)
 

@@ -56,8 +56,9 @@ def _trips(line: str, lines: dict[str, list[str]]) -> int:
     if known := re.search(r'known_trip_count":\{"n":"(\d+)"', line):
         return int(known[1])
     condition, body = (
-        "\n".join(lines[re.search(rf"{part}=%?([\w.\-]+)", line)[1]])
+        "\n".join(lines[name])
         for part in ("condition", "body")
+        for name in re.findall(rf"{part}=%?([\w.\-]+)", line)[:1]
     )
     compared = re.search(r"ROOT .* compare\(%?([\w.\-]+), %?([\w.\-]+)\), direction=LT", condition)
     if compared is None:
@@ -66,8 +67,8 @@ def _trips(line: str, lines: dict[str, list[str]]) -> int:
     index = re.search(rf"%?{re.escape(compared[1])} = .*get-tuple-element.*index=(\d+)", condition)
     if end is None or index is None:
         return 1
-    results = re.search(r"ROOT .* tuple\((.*?)\)", body)
-    result = re.findall(r"%([\w.\-]+)", results[1])[int(index[1])]
+    results = re.findall(r"ROOT .* tuple\((.*?)\)", body)[0]
+    result = re.findall(r"%([\w.\-]+)", results)[int(index[1])]
     step = re.search(rf"%{re.escape(result)} = .* add\(%([\w.\-]+), %([\w.\-]+)\)", body)
     steps = [_constant(name, body) for name in step.groups()] if step else []
     return -(-end // next((step for step in steps if step), 1))

@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -193,6 +194,7 @@ def _one_host(mesh: Mesh, chip: Chip) -> Mesh:
     from jax.experimental import topologies
 
     local = local_decode_mesh(mesh, mesh.devices.flat[0].process_index)
+    assert local is not None  # a mesh has one
     alone = topologies.get_topology_desc(platform="tpu", topology_name=chip.host).devices
     if len(alone) != local.size:
         return local
@@ -267,7 +269,7 @@ def _decode_figures(
     def array(shape, dtype, sharding=whole):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    def row(dtype, *more):
+    def row(dtype, *more) -> Any:  # stands for an array
         return array((lanes, *more), dtype)
 
     params = jax.tree.map(
@@ -282,7 +284,7 @@ def _decode_figures(
         NamedSharding(mesh, pool_spec(arch, mesh)),
     )
     width = table_width(engine.longest_table, engine.page_size)
-    state = LaneState(*[row(jnp.int32) for _ in range(4)], row(jnp.bool_))
+    state = LaneState(*[row(dtype) for dtype in (*[jnp.int32] * 4, jnp.bool_)])
     knobs = LaneSampling(
         key=row(jnp.uint32, 2),
         temperature=row(jnp.float32),
@@ -365,7 +367,7 @@ def _advice(found: dict, mesh: Mesh, host: int, config: RLConfig | BetaConfig) -
     shares = ", ".join(f"{name} {size / GIB:.1f} GiB" for name, size in sizes.items())
     # What is resident has to fit before anything is computed.
     resident = state + found["engine_weights"] >= found["hbm"]
-    match max(("state", "weights") if resident else sizes, key=sizes.get):
+    match max(("state", "weights") if resident else sizes, key=sizes.__getitem__):
         case "state":
             what = "make mesh.fsdp larger, which takes more chips (mesh.data should be 1)"
         case "weights":

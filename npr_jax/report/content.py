@@ -148,7 +148,7 @@ def pack(trace: Trace) -> str:
         "blocks": [
             {
                 "start": block.start,
-                "fork": block.guideline_close + 1,
+                "fork": block.fork,
                 "branches": block.branches,
                 "join": block.join,
                 "depth": block.depth,

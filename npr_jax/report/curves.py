@@ -47,7 +47,7 @@ def charts_of(metrics: Sequence[Mapping[str, Scalar]]) -> list[str]:
     for row in metrics:
         for name, value in row.items():
             if name != "step" and not isinstance(value, str) and math.isfinite(value):
-                lines.setdefault(name, []).append((row["step"], value))
+                lines.setdefault(name, []).append((_number(row["step"]), value))
     charts, left = [], dict(lines)
     for title, wanted, bounds in _CHARTS:
         chosen = [
@@ -67,7 +67,13 @@ def thinned(line: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     if len(line) <= _POINTS:
         return list(line)
     parts = np.array_split(np.array(line), _POINTS)
-    return [tuple(map(float, part.mean(axis=0))) for part in parts]
+    means = [part.mean(axis=0) for part in parts]
+    return [(float(x), float(y)) for x, y in means]
+
+
+def _number(value: Scalar) -> float:
+    assert not isinstance(value, str)  # steps are numbers
+    return value
 
 
 def _label(name: str) -> str:

@@ -4,6 +4,8 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from npr_jax.tree import TreeLayout
 
 Span = tuple[int, int]
@@ -27,7 +29,7 @@ def sections(tree: TreeLayout, span: Span, depth: int = 0) -> list[Section]:
     found, (start, end) = [], span
     for block in tree.blocks:
         if block.depth == depth and block.branches and start <= block.start < end:
-            found.append(Section((start, block.guideline_close + 1), block.branches))
+            found.append(Section((start, block.fork), block.branches))
             start = block.join
     return [*found, Section((start, end), ())]
 
@@ -45,7 +47,7 @@ def _name(match: re.Match) -> str:
 
 
 def text_lines(
-    pieces: Sequence[str], forced: Sequence[bool], span: Span, limit: int | None = None
+    pieces: Sequence[str], forced: Sequence[bool] | np.ndarray, span: Span, limit: int | None = None
 ) -> list[list[tuple[str, bool]]]:
     """The text of a span as lines of (text, forced) pieces, without empty ones; a line is broken
     between tokens where it would be longer than `limit` characters."""

@@ -146,7 +146,7 @@ def _inside(span: tuple[float, float], whole: bool) -> list[float]:
 def histogram(
     title: str,
     values: Mapping[str, Sequence[float]],
-    edges: Sequence[float],
+    edges: Sequence[float] | np.ndarray,
     x_name: str,
     ticks: Sequence[float] | None = None,
 ) -> str:

@@ -17,7 +17,7 @@ _LONGEST = 32  # tokens looked at for the number of a step
 
 
 def canonical(
-    token_ids: Sequence[int], prompt_len: int, tags: TagIds, max_depth: int = 8
+    token_ids: Sequence[int] | np.ndarray, prompt_len: int, tags: TagIds, max_depth: int = 8
 ) -> np.ndarray:
     """Ids i32[T'] of the same trace with canonical headers; applied again, it changes nothing.
 
@@ -41,6 +41,7 @@ def canonical(
         heads = zip(block.branches, block.steps, tags.step_headers, strict=False)
         for number, ((start, end), (step_open, _), header) in enumerate(heads, 1):
             edits.append((start, _number_end(tokens, step_open + 1, end - 1, number, tags), header))
+        assert block.takeaway is not None  # complete blocks only
         content = block.takeaway[0] + 1
         while int(tokens[content]) in tags.whitespace:  # `</takeaway>` is none: this ends
             content += 1
@@ -55,7 +56,7 @@ def canonical(
 def _number_end(tokens, start: int, end: int, number: int, tags: TagIds) -> int:
     """Index after the prefix "{number}:" of the step body [start, end)."""
     for stop in range(start + 1, min(end, start + _LONGEST) + 1):
-        text = tags.decode(tokens[start:stop].tolist())
+        text = tags.text(tokens[start:stop].tolist())
         match = _NUMBER.match(text)
         if match and int(match[1]) == number:
             if match.end() == len(text):
@@ -63,5 +64,5 @@ def _number_end(tokens, start: int, end: int, number: int, tags: TagIds) -> int:
             raise TraceError(stop - 1, f"a token joins the prefix of step {number} to its text")
         if match:
             break
-    text = tags.decode(tokens[start : min(end, start + 8)].tolist())
+    text = tags.text(tokens[start : min(end, start + 8)].tolist())
     raise TraceError(start, f"step {number} starts with {text[:16]!r}, not '{number}:'")

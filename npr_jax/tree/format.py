@@ -10,6 +10,8 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from npr_jax.answers import find_boxed
 from npr_jax.tree import Block, TagIds, TraceError, parse
 
@@ -39,7 +41,7 @@ def check_block(
 
 def _check_numbers(token_ids, spans, tags: TagIds, name: str) -> Violation | None:
     for number, (start, end) in enumerate(spans, 1):
-        text = tags.decode(token_ids[start + 1 : end - 1])
+        text = tags.text(token_ids[start + 1 : end - 1])
         match = _NUMBERED.fullmatch(text)
         if match is None or int(match[1]) != number:
             return Violation(
@@ -53,7 +55,7 @@ def _check_numbers(token_ids, spans, tags: TagIds, name: str) -> Violation | Non
 
 
 def check_format(
-    token_ids: Sequence[int],
+    token_ids: Sequence[int] | np.ndarray,
     prompt_len: int,
     tags: TagIds,
     max_branches: int = 5,
@@ -84,9 +86,10 @@ def check_format(
             after = block.end
         found.append(check_block(token_ids, block, tags, max_branches))
         found.append(_check_numbers(token_ids, block.steps, tags, "step"))
-        if not tags.decode(token_ids[block.takeaway[0] + 1 : block.takeaway[1] - 1]).strip():
+        assert block.takeaway is not None  # complete blocks only
+        if not tags.text(token_ids[block.takeaway[0] + 1 : block.takeaway[1] - 1]).strip():
             found.append(Violation("empty_takeaway", block.takeaway[0], "the takeaway is empty"))
-    boxes = find_boxed(tags.decode(token_ids[after:]))
+    boxes = find_boxed(tags.text(token_ids[after:]))
     if not boxes:
         found.append(
             Violation("no_boxed", len(token_ids), "no complete \\boxed{} after the blocks")

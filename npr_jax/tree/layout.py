@@ -36,7 +36,13 @@ class Block(NamedTuple):
         if not self.steps:
             return ()
         ends = [end for _, end in self.steps]
-        return tuple(zip([self.guideline_close + 1, *ends[:-1]], ends, strict=True))
+        return tuple(zip([self.fork, *ends[:-1]], ends, strict=True))
+
+    @property
+    def fork(self) -> int:
+        """The first token after `</guideline>`, where the branches start."""
+        assert self.guideline_close is not None, "the block is cut off in its guideline"
+        return self.guideline_close + 1
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -128,7 +134,7 @@ def layout(
     structure = np.zeros(num_tokens, bool)
     cuts: list[tuple[int, int, bool]] = []  # (index, block, is a join): where counting breaks off
     for number, block in enumerate(blocks):
-        start = block.guideline_close + 1 if block.steps else 0
+        start = block.fork if block.steps else 0
         for step_open, end in block.steps:
             if not start <= step_open < end <= block.join <= num_tokens:
                 raise ValueError(
@@ -136,7 +142,7 @@ def layout(
                     f"{block.join} of {num_tokens} tokens: out of order"
                 )
             hidden[start:end, block.depth] = end, block.join
-            pred[start] = block.guideline_close
+            pred[start] = block.fork - 1
             structure[start : step_open + 1] = True
             cuts.append((start, number, False))
             start = end

@@ -61,6 +61,12 @@ class TagIds:
         """The eight tag ids in the order of TAG_NAMES."""
         return tuple(getattr(self, field.name) for field in dataclasses.fields(self)[:8])
 
+    def text(self, ids: Sequence[int]) -> str:
+        """The text of ids; raises ValueError where no tokenizer has made these TagIds."""
+        if self.decode is None:
+            raise ValueError("these TagIds know no text, needed are TagIds.from_tokenizer")
+        return self.decode(ids)
+
     @classmethod
     def from_tokenizer(cls, tokenizer) -> "TagIds":
         """Reads the ids from a transformers tokenizer in which every tag is a single token."""
@@ -99,7 +105,10 @@ class _OpenBlock:
 
     def __init__(self, start: int, depth: int):
         self.start, self.depth = start, depth
-        self.guideline_close = self.join = self.end = self.takeaway = None
+        self.guideline_close: int | None = None
+        self.join: int | None = None
+        self.end: int | None = None
+        self.takeaway: list | None = None
         self.plans: list[list] = []
         self.steps: list[list] = []
 
@@ -180,18 +189,18 @@ class Automaton:
                 self.blocks.append(block)
                 self.stack.append(block)
                 return GUIDELINE
-            case "guideline", 2:
+            case "guideline", 2 if block:
                 block.plans.append([index, None])
                 return PLAN
-            case "plan", 3:
+            case "plan", 3 if block:
                 block.plans[-1][1] = index + 1
                 return GUIDELINE
-            case "guideline", 1:
+            case "guideline", 1 if block:
                 if not block.plans:
                     raise TraceError(index + 1, "a guideline without a plan has ended")
                 block.guideline_close = index
                 return STEPS
-            case "steps", 4:
+            case "steps", 4 if block:
                 if len(block.steps) == len(block.plans):
                     raise TraceError(index, f"more steps than plans ({len(block.plans)})")
                 block.steps.append([index, None])
@@ -202,7 +211,7 @@ class Automaton:
             case "text", 5 if self.in_step:
                 self.closed = True
                 return TEXT
-            case "steps", 6:
+            case "steps", 6 if block:
                 if len(block.steps) < len(block.plans):
                     raise TraceError(
                         index, f"fewer steps ({len(block.steps)}) than plans ({len(block.plans)})"
@@ -210,7 +219,7 @@ class Automaton:
                 block.join = block.steps[-1][1]
                 block.takeaway = [index, None]
                 return TAKEAWAY
-            case "takeaway", 7:
+            case "takeaway", 7 if block and block.takeaway:
                 block.takeaway[1] = block.end = index + 1
                 self.stack.pop()
                 return TEXT
@@ -236,6 +245,7 @@ class Automaton:
             )
         if self.stack and self.state is STEPS:
             block = self.stack[-1]
+            assert block.guideline_close is not None  # steps come after it
             after = block.steps[-1][1] if block.steps else block.guideline_close + 1
             if after < self.index:
                 raise TraceError(after, "cut off in white space: a step's or the trunk's?")
@@ -243,7 +253,7 @@ class Automaton:
 
 
 def parse(
-    token_ids: Sequence[int],
+    token_ids: Sequence[int] | np.ndarray,
     prompt_len: int,
     tags: TagIds,
     rule: str = "strict",
@@ -307,7 +317,8 @@ def _reference(tree: TreeLayout) -> TreeLayout:
     hidden = np.zeros((num_tokens, reference_depth(siblings), 2), np.int32)
     begins, starts = ([0], [0])  # of the runs of tokens that count up by one: index, position
     for block in tree.blocks:
-        base = starts[-1] + block.guideline_close - begins[-1]
+        assert block.takeaway is not None  # complete blocks only
+        base = starts[-1] + block.fork - 1 - begins[-1]
         for i, (start, end) in enumerate(block.steps):
             for d, later in enumerate(block.steps[i + 1 :]):
                 hidden[start:end, d] = later
