@@ -53,6 +53,12 @@ def pytest_runtest_setup(item):
         pytest.skip(f"NPR_TEST_MINUTES={minutes:g} are over")
 
 
+def quick_first(cases) -> list:
+    """Cases of a parametrized test of which `make check` runs the first, `make test` all."""
+    first, *others = cases
+    return [first, *(pytest.param(case, marks=pytest.mark.slow) for case in others)]
+
+
 DATA = Path(__file__).parent / "data"
 
 

@@ -69,10 +69,17 @@ def test_what_the_kernels_do_not_take():
         plain_attention(*problem([5], [[4, 4]], dim=128))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", [paged_attention, plain_attention])
-@pytest.mark.parametrize("size", [16, 64])
+@pytest.mark.parametrize(
+    ("chip", "size"),
+    [
+        *(("v5e", 16), ("v5e", 64), ("v5p", 16), ("v6e", 16)),
+        pytest.param("v5p", 64, marks=pytest.mark.nightly),
+        pytest.param("v6e", 64, marks=pytest.mark.nightly),
+    ],
+)
 @pytest.mark.parametrize(("num_rows", "chunk"), [(64, 1), (4, 128)])
-@pytest.mark.parametrize("chip", CHIPS)
 def test_tpu_compiler_takes_qwen3_4b_at_16k(tpu_compiler, kernel, chip, num_rows, chunk, size):
     device = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip]).devices[0]
     array = functools.partial(jax.ShapeDtypeStruct, sharding=SingleDeviceSharding(device))

@@ -314,6 +314,7 @@ def fit_config(**fields):
     return FitConfig(train, batch=2, steps=5)
 
 
+@pytest.mark.slow
 def test_a_run_of_steps_that_are_not_finite_stops_with_its_checkpoint(model, tmp_path):
     params = model.params | {"final_norm": jnp.full_like(model.params["final_norm"], np.nan)}
     broken = type(model)(model.config, params, model.tokenizer, model.tags)
@@ -326,6 +327,7 @@ def test_a_run_of_steps_that_are_not_finite_stops_with_its_checkpoint(model, tmp
         assert steps_in(tmp_path / "checkpoints") == [2]
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_the_same_call_goes_on(model, tmp_path):
     config, made = fit_config(), examples(model, 8)
     whole = fit(model, made, config, tmp_path / "whole", report=lambda metrics: None)

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from bigram import EOS, GC, GO, NL, PC, PO, SC, SO, TAGS, TC, TO
+from conftest import quick_first
 from engine_checks import recount, same
 
 from npr_jax.decode import Engine, EngineConfig, SamplingParams, fork_join
@@ -96,6 +97,7 @@ def test_replayed_traces_have_the_log_probs_of_one_forward():
     assert engine.schedulers[0].pages.num_held == 0
 
 
+@pytest.mark.slow
 def test_cut_off_traces_can_be_replayed():
     ids, prompt_len = script_of_blocks()
     traces = []
@@ -113,6 +115,7 @@ def test_cut_off_traces_can_be_replayed():
             assert gap(answer) < 1e-4
 
 
+@pytest.mark.slow
 def test_sampled_traces_have_the_log_probs_of_one_forward():
     answers = sampled()
     for answer in answers:
@@ -149,6 +152,7 @@ def test_the_layout_is_the_parse_of_the_tokens():
     assert whole > 2
 
 
+@pytest.mark.slow
 def test_an_answer_does_not_depend_on_its_batch_lane_or_pages():
     params = SamplingParams(n=6, max_tokens=120, seed=(1, 2, 3, 4))
     changes = [
@@ -170,7 +174,7 @@ def test_an_answer_does_not_depend_on_its_batch_lane_or_pages():
             assert answer.token_ids.tolist() == other.token_ids.tolist()
 
 
-@pytest.mark.parametrize("pages", [200, 60])
+@pytest.mark.parametrize("pages", quick_first([60, 200]))
 def test_pages_add_up_after_every_operation(monkeypatch, pages):
     engine = Engine(model(), dataclasses.replace(CONFIG, pages=pages, table_pages=0))
     counted = 0

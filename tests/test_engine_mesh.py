@@ -51,6 +51,7 @@ def one_device():
     return decode_all(None)[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_mesh_gives_the_tokens_of_one_device(shape, report):
     undisturbed = one_device()
@@ -74,6 +75,7 @@ def test_a_mesh_gives_the_tokens_of_one_device(shape, report):
     assert wq.addressable_shards[0].data.shape == (96, 96 // shape[1])
 
 
+@pytest.mark.slow
 def test_every_replica_works_and_shares_its_prompts():
     mesh = jax.make_mesh((4, 1), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     engine = Engine(bigram.model(), CONFIG, mesh)
@@ -101,6 +103,7 @@ def test_layouts_that_cannot_be_are_refused():
         resolve("w", weight, {}, DECODE_RULES | {"heads": "rows"}, mesh)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_tokens_of_one_device():
     first, second = (json.loads(out.splitlines()[-1]) for out in two_processes.run(__file__))
     assert first == second  # every process knows every answer

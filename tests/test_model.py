@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import shared_path
+from conftest import quick_first, shared_path
 
 import npr_jax
 from npr_jax.model import (
@@ -54,9 +54,10 @@ def score(model, ids, tree):
 
 
 @pytest.mark.parametrize(
-    ("name", "attention"), [("a_tied_h4kv2", "dense"), *((name, "blockwise") for name in NAMES)]
+    "case", quick_first([*((name, "blockwise") for name in NAMES), ("a_tied_h4kv2", "dense")])
 )
-def test_logits_are_those_of_transformers(name, attention):
+def test_logits_are_those_of_transformers(case):
+    name, attention = case
     model, arrays, info, tags = golden(name)
     config = dataclasses.replace(model.config, attention=attention, attention_block=64)
     model = dataclasses.replace(model, config=config)
@@ -83,7 +84,7 @@ def test_logits_are_those_of_transformers(name, attention):
     assert compared >= 3
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", quick_first(NAMES))
 def test_packed_and_batched_rows_are_those_of_transformers(name):
     model, arrays, _, tags = golden(name)
     segments = arrays["packed_segment_ids"].reshape(-1)
@@ -108,7 +109,7 @@ def test_packed_and_batched_rows_are_those_of_transformers(name):
     np.testing.assert_allclose(out, arrays["batch_logits"], atol=1e-4)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", quick_first(NAMES))
 def test_loss_and_gradient_norm_are_those_of_transformers(name):
     model, arrays, info, tags = golden(name)
     case = next(c for c in info["cases"] if c["variant"] == "strict")
@@ -164,7 +165,7 @@ def test_token_logp_is_log_softmax_of_the_predictor():
             np.testing.assert_allclose(entropy[b, t], spread, atol=1e-4)
 
 
-@pytest.mark.parametrize("remat", REMAT)
+@pytest.mark.parametrize("remat", quick_first(REMAT))
 def test_rematerialisation_and_chunks_change_nothing(remat):
     def grads(config):
         return jax.grad(lambda p: jnp.sum(token_logp(config, p, **ROW)))(params())
@@ -205,6 +206,7 @@ def test_gradients_of_weights_transpose_no_activations():
     assert f"[192,{tokens}]" not in text
 
 
+@pytest.mark.slow
 def test_no_logits_of_a_whole_batch_exist():
     config = dataclasses.replace(
         TINY, vocab_size=5000, padded_vocab_size=5000, logp_chunk=64, attention_block=64
@@ -257,6 +259,7 @@ def test_token_loss_is_that_of_all_tokens_at_once():
     chex.assert_trees_all_close(grads, expected_grads, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_head_s_gradient_is_added_up_in_float32():
     config = dataclasses.replace(TINY, vocab_size=64, padded_vocab_size=64, logp_chunk=16)
     keys = jax.random.split(jax.random.key(0), 3)

@@ -84,6 +84,7 @@ def one_device(objective: str):
     return train(objective, None)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, objective",
     [
@@ -108,6 +109,7 @@ def test_a_mesh_trains_as_one_device(name, objective):
     }
 
 
+@pytest.mark.slow
 def test_bfloat16_on_a_mesh_and_a_step_that_is_not_finite():
     toy, mesh = model(), make_mesh(MESHES["all-but-data"])
     config = dataclasses.replace(CONFIG, compute_dtype="bfloat16")
@@ -129,6 +131,7 @@ def test_bfloat16_on_a_mesh_and_a_step_that_is_not_finite():
     chex.assert_trees_all_equal(state, once)
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_device(tmp_path):
     found = [json.loads(out.splitlines()[-1]) for out in two_processes.run(__file__)]
     for objective in ("sft", "papo"):

@@ -23,8 +23,8 @@ flash = functools.partial(attention_tpu.flash, interpret=True)
     ("length", "block_q", "block_k", "kv_heads", "dtype"),
     [
         (64, 16, 16, 2, "float32"),
-        (75, 16, 32, 1, "float32"),
-        (71, 16, 16, 4, "bfloat16"),
+        pytest.param(75, 16, 32, 1, "float32", marks=pytest.mark.slow),
+        pytest.param(71, 16, 16, 4, "bfloat16", marks=pytest.mark.slow),
     ],
 )
 def test_kernels_are_the_reference_forward_and_backward(length, block_q, block_k, kv_heads, dtype):
@@ -33,11 +33,13 @@ def test_kernels_are_the_reference_forward_and_backward(length, block_q, block_k
     check(attend, *problem(hidden, kv_heads=kv_heads, dtype=dtype), hidden)
 
 
+@pytest.mark.slow
 def test_kernels_at_the_shapes_of_a_model_and_their_own_blocks():
     hidden = rows(200)[1:2]
     check(flash, *problem(hidden, heads=8, dim=128, dtype="bfloat16"), hidden)
 
 
+@pytest.mark.slow
 def test_queries_that_start_elsewhere():
     """With 60 there are queries after the last key."""
     hidden = rows(70)
@@ -59,6 +61,7 @@ def test_blocks_that_nobody_sees_are_skipped():
     check_skips(flash, length=64, block=16)
 
 
+@pytest.mark.slow
 def test_copies_of_blocks_are_waited_for():
     """In the interpreter that has memories and copies, with memory full of NaN."""
     hidden = rows(40)[1:2]
