@@ -1,5 +1,5 @@
 # Every target sets up what it needs; nothing is installed outside this folder.
-.PHONY: help install libtpu demo check test nightly check-wheel lint same test-real announce-real clean
+.PHONY: help install libtpu demo check test nightly check-wheel lint types same test-real announce-real clean
 .DEFAULT_GOAL := help
 
 VENV := .venv
@@ -84,7 +84,9 @@ libtpu: $(LIBTPU_DIR)/libtpu  ## bring the TPU compiler (Linux on x86), which pl
 lint: install  ## check style and format
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/pyright
+
+types: install  ## check types
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
 BASE ?= HEAD
 same: install  ## compare all numbers with those of another revision: make same BASE=main

@@ -28,6 +28,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 jax.config.update("jax_default_matmul_precision", "highest")
 
@@ -51,6 +52,14 @@ def pytest_runtest_setup(item):
     minutes = float(os.environ.get("NPR_TEST_MINUTES", "inf"))
     if time.monotonic() - BEGUN > 60 * minutes:
         pytest.skip(f"NPR_TEST_MINUTES={minutes:g} are over")
+
+
+def lowered_for_cuda(function, *arguments) -> str:
+    """The module of `function` for an H100, which need not be there; JAX 0.12 asks which it is."""
+    device = AbstractDevice("NVIDIA H100 80GB HBM3", None, "cuda")
+    with use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+        traced = jax.jit(function).trace(*arguments)
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 def quick_first(cases) -> list:

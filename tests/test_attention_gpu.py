@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
+from conftest import lowered_for_cuda
 from paged_attention_checks import ENTRIES, FILLS, REST, check, problem
 
 from npr_jax.kernels import paged_gpu as attention_gpu
@@ -58,8 +59,7 @@ def test_lowering_for_cuda_at_qwen3_4b_and_16k(num_rows, chunk, size):
         jax.ShapeDtypeStruct((num_rows, width + 1), jnp.int32),
         jax.ShapeDtypeStruct((num_rows, chunk), jnp.int32),
     )
-    lowered = jax.jit(paged_attention).trace(*arguments).lower(lowering_platforms=("cuda",))
-    text = lowered.as_text()
+    text = lowered_for_cuda(paged_attention, *arguments)
     (call,) = [line for line in text.splitlines() if "__gpu$xla.gpu.triton" in line]
     assert "npr_paged_attention" in call
     # The pool is an argument of the function and of the kernel, and of nothing else.

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import lowered_for_cuda
 from tree_attention_checks import check, check_skips, problem, rows
 
 from npr_jax.kernels import tree_gpu as attention_gpu
@@ -79,8 +80,7 @@ def test_lowering_for_cuda(length, heads, kv_heads, dim, dtype):
         return out, pull(d_out)
 
     offset = jax.ShapeDtypeStruct((), jnp.int32)
-    traced = jax.jit(gradient).trace(q, kv, kv, hidden, offset, q)
-    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    text = lowered_for_cuda(gradient, q, kv, kv, hidden, offset, q)
     calls = [line for line in text.splitlines() if "__gpu$xla.gpu.triton" in line]
     for name, call in zip(("forward", "query", "key"), calls, strict=True):
         assert f"npr_tree_attention_{name}" in call
