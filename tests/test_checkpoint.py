@@ -2,6 +2,7 @@
 what cannot be written leaves what was there."""
 
 import contextlib
+import dataclasses
 import importlib.util
 import logging
 import os
@@ -18,6 +19,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from train_toy import examples, tiny
 
+from npr_jax.model.pretrained import publish_model
 from npr_jax.runs import directory as claims
 from npr_jax.runs import sigterm
 from npr_jax.runs.checkpoint import Checkpoints
@@ -316,7 +318,7 @@ def fit_config(**fields):
 
 @pytest.mark.slow
 def test_a_run_of_steps_that_are_not_finite_stops_with_its_checkpoint(model, tmp_path):
-    params = model.params | {"final_norm": jnp.full_like(model.params["final_norm"], np.nan)}
+    params = model.params | {"final_norm": jnp.full_like(model.params["final_norm"], 3e38)}
     broken = type(model)(model.config, params, model.tokenizer, model.tags)
     config, made = fit_config(checkpoint_every=2), examples(model, 4)
     for _ in range(2):  # the second run counts on from the checkpoint of step 2
@@ -325,6 +327,21 @@ def test_a_run_of_steps_that_are_not_finite_stops_with_its_checkpoint(model, tmp
         lines = read_metrics(tmp_path)
         assert [line["nonfinite_in_a_row"] for line in lines] == [1, 2, 3]
         assert steps_in(tmp_path / "checkpoints") == [2]
+
+
+def test_what_is_not_finite_is_neither_saved_nor_published(saved, model, tmp_path):
+    state = make_state(3)
+    bad = state.replace(params={"w": state.params["w"].at[5, 7].set(np.inf)})
+    with Checkpoints(saved, TEXT, keep=1) as checkpoints:
+        with pytest.raises(FloatingPointError, match=r"after step 3 is not saved: params\.w has"):
+            checkpoints.save(3, bad, {})
+        assert checkpoints.restore(state)[0] == 2
+    layers = model.params["layers"]
+    broken = layers | {"wq": layers["wq"].at[0, 0, 0].set(np.nan)}
+    broken = dataclasses.replace(model, params=model.params | {"layers": broken})
+    with pytest.raises(FloatingPointError, match=r"not written to .*final: layers\.wq has"):
+        publish_model(broken, tmp_path / "final")
+    assert not (tmp_path / "final").exists()
 
 
 @pytest.mark.slow

@@ -164,6 +164,19 @@ def test_a_step_that_is_not_finite_changes_nothing(model, groups):
     chex.assert_trees_all_equal(state, once)
 
 
+def test_a_step_whose_new_state_is_not_finite_changes_nothing(model, groups):
+    """Loss and gradient are finite, and what the optimizer makes of them is not."""
+    rows = make_rows(groups[:1], 256, 3)
+    for name, value, rate in (("eps", np.nan, 1e-3), ("weight_decay", 1.0, np.inf)):
+        settings = config()
+        object.__setattr__(settings.optimizer, name, value)  # whatever is accepted as a setting
+        state = new_state(model.params, settings.optimizer)
+        before = jax.tree.map(np.array, state)
+        state, metrics = optimize(state, rows, model.config, settings, Objective("papo"), rate)
+        assert metrics["nonfinite"] == 1 and math.isfinite(metrics["grad_norm"])
+        chex.assert_trees_all_equal(state, before)
+
+
 def test_a_step_does_not_copy_its_state(model, groups):
     """Moments are as large as the parameters, and the step has them to itself."""
     batch = stack(make_rows(groups[:1], 256, 3), 2, 1)

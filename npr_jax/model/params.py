@@ -4,6 +4,7 @@ Parameters are a nested dict {"embed", "layers": {name: [L, ...]}, "final_norm"[
 layers are stacked on the first axis, and every matrix is stored so that `x @ w` needs no transpose.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -108,3 +109,20 @@ def logical_axes(config: ModelConfig) -> dict:
 def num_params(config: ModelConfig) -> int:
     """Number of parameters, padding rows included."""
     return sum(x.size for x in jax.tree.leaves(abstract_params(config)))
+
+
+def check_finite(arrays, what: str) -> None:
+    """Raises FloatingPointError that names `what` and the arrays of a pytree, on devices or on the
+    host, that have a value that is not finite."""
+    found = jax.tree.leaves_with_path(_finite(arrays))
+    name = functools.partial(jax.tree_util.keystr, simple=True, separator=".")
+    bad = [name(path) for path, finite in found if not finite]
+    if bad:
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        named = f"{', '.join(bad[:3])}{more}"
+        raise FloatingPointError(f"{what}: {named} has values that are not finite")
+
+
+@jax.jit
+def _finite(arrays):
+    return jax.tree.map(lambda x: jnp.isfinite(x).all(), arrays)

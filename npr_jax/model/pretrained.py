@@ -14,7 +14,7 @@ from npr_jax.base.distributed import is_main, to_host, wait
 from npr_jax.base.files import DEMO, absent, hub_error, publish, writing
 from npr_jax.model.config import PRESETS, ModelConfig
 from npr_jax.model.hf import CONFIG, SourceFiles, read_config, read_params, write
-from npr_jax.model.params import init_params
+from npr_jax.model.params import check_finite, init_params
 from npr_jax.model.sharding import place_params, train_shardings
 from npr_jax.model.tokenizer import add_tags, demo_tokenizer, has_tags
 from npr_jax.tree import TAG_NAMES, TagIds
@@ -149,7 +149,9 @@ def save(model: Model, directory: str | Path) -> None:
 
 def publish_model(model: Model, directory: Path) -> None:
     """Like `save`, but the directory is there as a whole or not at all. Of several processes, all
-    of which make the call, the first writes."""
+    of which make the call, the first writes. FloatingPointError for parameters that are not finite.
+    """
+    check_finite(model.params, f"the model is not written to {directory}")
     model = dataclasses.replace(model, params=to_host(model.params))
     if is_main():
         with writing(directory):

@@ -20,6 +20,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 
 from npr_jax.base.distributed import gather, is_main, wait
 from npr_jax.base.files import REMEDY, is_url, writing
+from npr_jax.model.params import check_finite
 from npr_jax.runs.digest import find_fault, write_digests
 from npr_jax.runs.directory import same_config
 
@@ -76,10 +77,12 @@ class Checkpoints:
           position: JSON values, where the run goes on.
           value: the larger, the better the state; None or a value that is not finite is no best.
 
-        Raises OSError, also for the save before, if it cannot be written; those before stay.
+        Raises OSError, also for the save before, if it cannot be written, and FloatingPointError
+        for a state that is not finite; those before stay.
         """
         if step == self.last:
             return
+        check_finite(state, f"the state after step {step} is not saved")
         self.wait()
         meta = {"config": self.config_text, "position": dict(position)}
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))

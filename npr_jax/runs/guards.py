@@ -54,8 +54,9 @@ class NonfiniteGuard:
         """Raises FloatingPointError if `step` was the last that may be so."""
         if self.in_a_row >= self.limit:
             raise FloatingPointError(
-                f"step {step}: the loss or its gradient was not finite for {self.in_a_row} steps "
-                f"in a row (train.max_nonfinite={self.limit}). They have not changed the "
-                "parameters, and the last checkpoint is intact: look at the metrics before them, "
-                "and begin anew with a lower optimizer.learning_rate or optimizer.clip"
+                f"step {step}: the loss, its gradient or the parameters that it would have made "
+                f"were not finite for {self.in_a_row} steps in a row "
+                f"(train.max_nonfinite={self.limit}). They have not changed the parameters, and "
+                "the last checkpoint is intact: look at the metrics before them, and begin anew "
+                "with another train.optimizer, such as a lower learning_rate or clip"
             )

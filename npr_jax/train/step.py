@@ -8,7 +8,6 @@ one batch gives, however their token counts differ.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Annotated, Literal
 
@@ -103,8 +102,9 @@ def optimize(
     Of several processes each gives rows of its own, one at least (`rows.empty_row`), and all make
     the call together. Metrics are means over the loss tokens of all, beside `grad_norm` (before
     the clip), `loss_tokens`, `learning_rate` and, where the rows carry log-probs of the sampler,
-    the mean and largest gap to them, `logp_gap` and `logp_gap_max`. Where the loss or the norm of
-    its gradient is not finite, `nonfinite` is 1 and the new state is the old one.
+    the mean and largest gap to them, `logp_gap` and `logp_gap_max`. Where the loss, the norm of its
+    gradient or anything of the new state is not finite, `nonfinite` is 1 and the new state is the
+    old one.
 
     Raises ValueError if there is no token to train on.
     """
@@ -126,13 +126,12 @@ def optimize(
         config.compute_dtype,
         mesh,
     )
-    state, sums, largest, norm = step(
+    state, sums, largest, norm, finite = step(
         state, batch, np.int32(used), np.float32(count), np.float32(rate)
     )
     metrics = {name: float(value) / count for name, value in sums.items()}
     metrics |= {name: float(value) for name, value in largest.items()}
     metrics |= {"grad_norm": float(norm), "loss_tokens": count, "learning_rate": rate}
-    finite = math.isfinite(norm) and math.isfinite(sums["loss"])
     return state, metrics | {"nonfinite": int(not finite)}
 
 
@@ -193,9 +192,9 @@ def compiled_step(
     """The compiled step(state, batch, used, count, rate), which uses the state up.
 
     Over batch [M, B, T, ...], of which the first `used` i32 micro-batches run; `count` f32 loss
-    tokens, learning rate `rate` f32. Returns the new state (the old one if loss or norm are not
-    finite), sums over loss tokens {name: f32}, largest values {name: f32}, and the norm of the
-    gradient f32 before its clip.
+    tokens, learning rate `rate` f32. Returns the new state, sums over loss tokens {name: f32},
+    largest values {name: f32}, the norm of the gradient f32 before its clip, and whether loss, norm
+    and new state are finite (bool); where they are not, the state is the old one.
     """
     shardings = None if mesh is None else state_shardings(model_config, config, mesh)
 
@@ -229,10 +228,12 @@ def compiled_step(
         grads, (sums, largest) = jax.lax.fori_loop(0, used, add, zeros)
         grads = jax.tree.map(lambda g: g / count, grads)
         norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(norm) & jnp.isfinite(sums["loss"])
+        # The new state is made twice: here it melts into the check, and no memory is taken for it.
+        values = [norm, sums["loss"], *jax.tree.leaves(update(state, grads, rate))]
+        finite = functools.reduce(jnp.logical_and, [jnp.isfinite(x).all() for x in values])
         # A branch, since choosing between new and old moments would copy the old ones first.
         new = jax.lax.cond(finite, update, lambda state, *_: state, state, grads, rate)
-        return new, sums, largest, norm
+        return new, sums, largest, norm, finite
 
     if mesh is None:
         return jax.jit(step, donate_argnums=0)
@@ -241,5 +242,5 @@ def compiled_step(
         step,
         donate_argnums=0,
         in_shardings=(shardings, batch, everywhere, everywhere, everywhere),
-        out_shardings=(shardings, everywhere, everywhere, everywhere),
+        out_shardings=(shardings, everywhere, everywhere, everywhere, everywhere),
     )
