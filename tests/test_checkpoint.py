@@ -304,8 +304,12 @@ def test_steps_that_are_not_finite_count_in_a_row():
         ({"nonfinite": 1, "off_policy_steps": 1}, 0),  # one of two updates was
         ({"nonfinite": 2, "off_policy_steps": 1}, 1),
     ):
-        assert guard.count(metrics) == {"nonfinite_in_a_row": count}
+        counted = guard.count(metrics)
+        assert counted["nonfinite_in_a_row"] == count
+        whole = metrics.get("nonfinite", 0) > metrics.get("off_policy_steps", 0)
+        assert ("not finite" in counted.get("skipped_because", "")) == whole
         guard.check(7)
+    assert guard.count({"accepted_rate": 1.0}) == {}  # no step of training
     guard.count({"nonfinite": 1})
     with pytest.raises(FloatingPointError, match=r"step 8: .* 2 steps in a row"):
         guard.check(8)

@@ -97,8 +97,34 @@ def test_papo_centers_each_group_and_divides_by_the_whole_batch(model, monkeypat
     for ours, theirs in zip(found, expected, strict=True):
         np.testing.assert_allclose(ours, np.array(theirs) / std, atol=1e-4)
     assert collected.metrics["filtered"] == 1
-    equal = [[judged(model, True), judged(model, True)]]
-    assert collect(papo, config, equal, monkeypatch, model).groups == []
+    equal = collect(papo, config, [[judged(model, True), judged(model, True)]], monkeypatch, model)
+    assert equal.groups == [] and "2 whole trees are equal" in equal.metrics["skipped_because"]
+
+
+def test_what_papo_leaves_out_makes_no_weights_better(model, monkeypatch):
+    """The score, by which the best checkpoint is chosen, is that of all answers."""
+    config = load_config(papo.PapoConfig, "tiny_papo", ["malformed=filter"])
+    cut = judged(model, True, reason="length")
+    scores = []
+    for group in (
+        [judged(model, True), judged(model, True), judged(model, False), judged(model, False)],
+        [judged(model, True), cut, cut, cut],  # one tree is left, and it is right
+        [cut] * 4,
+    ):
+        collected = collect(papo, config, [group], monkeypatch, model)
+        scores.append(collected.metrics["score"])
+    assert scores == [0.0, -1.25, -2.0]
+    assert collected.metrics["filtered"] == 4 and "reward" not in collected.metrics
+    assert collected.metrics["skipped_because"] == "none of 4 answers is a whole tree"
+
+
+def test_zero_says_why_there_is_nothing_to_train_on(model, monkeypatch):
+    config = load_config(zero.ZeroConfig, "tiny_zero", ["prompts=1", "samples=2", "max_refills=0"])
+    metrics = collect(
+        zero, config, [[judged(model, True), judged(model, True)]], monkeypatch, model
+    ).metrics
+    assert metrics["skipped_because"] == "in each of 1 groups all rewards are equal"
+    assert metrics["score"] == metrics["reward"] == 1
 
 
 def test_what_the_engine_forced_is_not_trained_on(model, monkeypatch):

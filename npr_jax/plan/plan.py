@@ -4,7 +4,7 @@
 
 Only arrays' shapes exist here. What is resident while a stage runs: parameters and optimizer
 state, the engine's copy of the weights, the KV pool; beside them either a train step or a decode
-step needs room for what it computes. Pages are given what is left.
+step needs room for what it computes, or the engine's next weights. Pages are given what is left.
 """
 
 import dataclasses
@@ -127,7 +127,10 @@ def plan(
     found |= _decode_figures(arch, config, local, chip)
     found["step_least_s"] = found["micro_batches"] * found["least_s"]
     resident = found["params"] + found["optimizer"] + found["engine_weights"]
-    room = chip.hbm - resident - max(found["train_temp"], found["decode_temp"])
+    # When the engine gets new weights, both copies are there for a moment, and no step runs.
+    room = (
+        chip.hbm - resident - max(found[n] for n in ("train_temp", "decode_temp", "engine_weights"))
+    )
     found["pages"] = max(0, math.floor(room / found["page"]))
     found["pages_wanted"] = config.engine.pages
     found["fits"] = found["pages"] >= found["pages_wanted"]

@@ -41,13 +41,16 @@ class NonfiniteGuard:
         self.limit, self.in_a_row = limit, in_a_row
 
     def count(self, metrics: Mapping[str, Scalar]) -> dict[str, int]:
-        """Counts a step by its metrics; returns the metric that tells how many it is in a row, none
-        for a step that is not one of training."""
+        """Counts a step by its metrics; returns the metric that tells how many it is in a row, and
+        why the step has changed nothing if so. Steps that are none of training give no metric."""
         if not metrics.keys() & {"nonfinite", "skipped"}:
             return {}
         if "nonfinite" in metrics:
             all_of_them = metrics["nonfinite"] > metrics.get("off_policy_steps", 0)
             self.in_a_row = self.in_a_row + 1 if all_of_them else 0
+            if all_of_them:
+                reason = "the loss, its gradient or the new parameters are not finite"
+                return {"nonfinite_in_a_row": self.in_a_row, "skipped_because": reason}
         return {"nonfinite_in_a_row": self.in_a_row}
 
     def check(self, step: int) -> None:

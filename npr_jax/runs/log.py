@@ -17,8 +17,8 @@ class RunLog:
     several processes the first tells.
 
     `report(metrics)`, if given, is called at every step in place of the progress line, which shows
-    the metrics named in `shown`. NPR_WANDB=PROJECT in the environment sends them to Weights &
-    Biases too; ValueError if it is not installed.
+    the metrics named in `shown`, and of a step that was skipped why. NPR_WANDB=PROJECT in the
+    environment sends them to Weights & Biases too; ValueError if it is not installed.
     """
 
     def __init__(
@@ -56,7 +56,10 @@ class RunLog:
         if self._report:
             self._report(metrics)
         else:
-            self._progress.advance(1, {k: metrics[k] for k in self._shown if k in metrics})
+            values = {k: metrics[k] for k in self._shown if k in metrics}
+            if reason := metrics.get("skipped_because"):
+                values = {"skipped:": reason} | values
+            self._progress.advance(1, values)
 
     def __enter__(self) -> "RunLog":
         if self._progress:

@@ -7,6 +7,7 @@ the seed model learns them: from here on it thinks in parallel.
 
 import bisect
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -25,12 +26,12 @@ from npr_jax.base.progress import Scalar
 from npr_jax.data.problems import read_problems, shuffled
 from npr_jax.decode import Engine, EngineConfig, SamplingParams
 from npr_jax.evaluate.judge import Answer
-from npr_jax.model.pretrained import Model, load, publish_model
+from npr_jax.model.pretrained import Model, load, load_tokenizer, publish_model
 from npr_jax.runs import loop, sigterm
 from npr_jax.runs.directory import claim
 from npr_jax.runs.log import Report
 from npr_jax.runs.loop import Body
-from npr_jax.train.fit import FitConfig, fit
+from npr_jax.train.fit import Fit, FitConfig
 from npr_jax.train.packing import Example, loss_mask
 from npr_jax.train.rollout import BETA, encode_problems, engine_params, roll_out
 from npr_jax.train.step import Objective, TrainConfig
@@ -137,17 +138,18 @@ def _train(config: BetaConfig, output: Path, report: Report | None) -> Model:
     mesh = make_mesh(config.mesh)
     config.fit.train.check(mesh)
     records = loop.run(Sampling(config, output / "accepted.jsonl", mesh), report)
-    with sigterm.interruptible():
-        model = load(config.model, seed=config.seed, tags=True, mesh=mesh)
-    examples = make_examples(records, model.tags, config.layout, config.train_forced)
+    tags = TagIds.from_tokenizer(load_tokenizer(config.model))
+    examples = make_examples(records, tags, config.layout, config.train_forced)
     if not examples:
         raise ValueError(
             f"none of {len(records)} problems got an accepted answer in sample.tries="
             f"{config.sample.tries}: train {config.sampler_model} for longer, or raise sample.tries"
         )
-    return fit(
-        model, examples, config.fit, output / "fit", config.seed, "beta", report, mesh, config.depth
+    seed_model = functools.partial(load, config.model, seed=config.seed, tags=True, mesh=mesh)
+    body = Fit(
+        seed_model, examples, config.fit, output / "fit", config.seed, "beta", mesh, config.depth
     )
+    return loop.run(body, report)
 
 
 class Sampling(Body[list[dict], list[dict]]):

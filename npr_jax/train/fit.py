@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from jax.sharding import Mesh
@@ -14,12 +14,18 @@ from npr_jax.base.fields import Checked, Count, CountOrZero, PositiveOrZero
 from npr_jax.base.progress import Scalar
 from npr_jax.data.problems import shuffled
 from npr_jax.model.pretrained import Model
-from npr_jax.runs import loop
+from npr_jax.runs import loop, sigterm
 from npr_jax.runs.checkpoint import Checkpoints
 from npr_jax.runs.directory import claim
 from npr_jax.runs.log import Report
 from npr_jax.runs.loop import Body
-from npr_jax.train.optimizer import TrainState, learning_rate, new_state, state_shardings
+from npr_jax.train.optimizer import (
+    TrainState,
+    learning_rate,
+    new_state,
+    state_shardings,
+    warn_untrained,
+)
 from npr_jax.train.packing import Example, empty_row, make_rows
 from npr_jax.train.step import Objective, TrainConfig, optimize
 
@@ -76,17 +82,18 @@ def fit(
     longer than a row, and for a directory of another run; OSError where it cannot write;
     FloatingPointError after `max_nonfinite` steps; Preempted after SIGTERM.
     """
-    return loop.run(Fit(model, examples, config, Path(directory), seed, name, mesh, depth), report)
+    body = Fit(lambda: model, examples, config, Path(directory), seed, name, mesh, depth)
+    return loop.run(body, report)
 
 
 class Fit(Body[TrainState, Model]):
-    """The body of `fit`."""
+    """The body of `fit`; it loads the model when it begins, and then keeps its state only."""
 
     shown = ("loss", "grad_norm", "tokens_per_s")
 
     def __init__(
         self,
-        model: Model,
+        load: Callable[[], Model],
         examples: Sequence[Example],
         config: FitConfig,
         directory: Path,
@@ -98,7 +105,7 @@ class Fit(Body[TrainState, Model]):
         if not examples:
             raise ValueError(f"{name}: there are no examples to train on")
         config.train.check(mesh)
-        self.model, self.examples, self.config, self.mesh = model, examples, config, mesh
+        self.load, self.examples, self.config, self.mesh = load, examples, config, mesh
         self.name, self.directory = name, directory
         self.total = config.num_steps(len(examples))
         self.every, self.max_nonfinite = config.train.checkpoint_every, config.train.max_nonfinite
@@ -113,8 +120,11 @@ class Fit(Body[TrainState, Model]):
 
     def begin(self) -> tuple[TrainState, Checkpoints]:
         train = self.config.train
-        shardings = self.mesh and state_shardings(self.model.config, train.optimizer, self.mesh)
-        state = new_state(self.model.params, train.optimizer, shardings)
+        with sigterm.interruptible():
+            model = self.load()
+        shardings = self.mesh and state_shardings(model.config, train.optimizer, self.mesh)
+        state = new_state(model.params, train.optimizer, shardings)
+        self.model = dataclasses.replace(model, params={})
         place = self.config.checkpoints or self.directory / "checkpoints"
         return state, Checkpoints(place, self.text, train.keep_checkpoints, train.keep_best)
 
@@ -139,6 +149,7 @@ class Fit(Body[TrainState, Model]):
         return -metrics["loss"]
 
     def finish(self, state: TrainState) -> Model:
+        warn_untrained(state, self.total)
         return dataclasses.replace(self.model, params=state.params)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 import math
 from typing import Annotated, Literal
 
@@ -15,6 +16,8 @@ from jax.sharding import PartitionSpec as P
 from npr_jax.base.fields import Checked, Positive, PositiveOrZero, Range
 from npr_jax.model import ModelConfig, abstract_params
 from npr_jax.model.sharding import train_shardings
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +95,16 @@ def _state(config: OptimizerConfig, params: dict) -> TrainState:
     # The copy is asked for: jit returns an argument as it is where a cast has nothing to do.
     params = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), params)
     return TrainState(params, make_optimizer(config).init(params), jnp.zeros((), jnp.int32))
+
+
+def warn_untrained(state: TrainState, steps: int) -> None:
+    """Says so at the end of a run of that many steps if none of them has trained anything."""
+    if not int(state.step):
+        _log.warning(
+            "none of the %d steps has trained anything: the model is the one that the run began "
+            "with. metrics.jsonl says by step why (skipped_because)",
+            steps,
+        )
 
 
 def learning_rate(config: OptimizerConfig, step: int, total: int) -> float:

@@ -112,16 +112,25 @@ def collect_groups(engine: Engine, feed: rl.Feed, step: int, config: PapoConfig)
     # Advantages are about the rewards of all processes; they come in the order of the prompts.
     batch = sorted(gather_all([(n, i, reward) for i, (n, _, reward) in enumerate(kept)]))
     rewards, labels = [reward for *_, reward in batch], [number for number, *_ in batch]
+    filtered = sum(gather(len(everything) - len(kept)))
     metrics = summary(everything) | {
-        "reward": float(np.mean(rewards)) if rewards else 0.0,
-        "filtered": sum(gather(len(everything) - len(kept))),
+        # What is left out counts here, or writing no trees would make it better.
+        "score": float(np.mean([*rewards, *[MALFORMED_REWARD] * filtered])),
+        "filtered": filtered,
         "groups_equal": len(prompts)
         - sum(
             len({r for r, label in zip(rewards, labels, strict=True) if label == number}) > 1
             for number in set(labels)
         ),
     }
+    if rewards:
+        metrics["reward"] = float(np.mean(rewards))
     if len(set(rewards)) < 2:
+        metrics["skipped_because"] = (
+            f"the rewards of all {len(rewards)} whole trees are equal"
+            if rewards
+            else f"none of {filtered} answers is a whole tree"
+        )
         return rl.Collected([], [], metrics, first)
     advantages = {
         entry[:2]: advantage

@@ -28,7 +28,13 @@ from npr_jax.runs.checkpoint import Checkpoints
 from npr_jax.runs.directory import claim
 from npr_jax.runs.guards import check_gap
 from npr_jax.runs.loop import Body
-from npr_jax.train.optimizer import TrainState, learning_rate, new_state, state_shardings
+from npr_jax.train.optimizer import (
+    TrainState,
+    learning_rate,
+    new_state,
+    state_shardings,
+    warn_untrained,
+)
 from npr_jax.train.packing import Example, Row, empty_row, make_rows
 from npr_jax.train.rollout import STAGES, encode_problems, engine_params
 from npr_jax.train.rollout_cache import Pending, fingerprint
@@ -121,8 +127,9 @@ class Feed:
 
 class Collected(NamedTuple):
     """A rollout batch: this process's groups to train on (where no process has any, the step is
-    skipped), the place of each among those of all processes, metrics of all of it, and the answers
-    to its first problem, for people to look at."""
+    skipped, and the metrics say `skipped_because`), the place of each among those of all processes,
+    metrics of all of it with the `score` by which `keep_best` judges the weights that sampled it,
+    and the answers to its first problem, for people to look at."""
 
     groups: Groups
     places: list[int]
@@ -200,7 +207,8 @@ class Policy(Body[TrainState, Path]):
         decoded = self.engine.stats()["sampled_tokens"] - decoded
         model_config = dataclasses.replace(self.model.config, remat=train.remat)
         history = []
-        for rows in minibatches(collected, config.minibatches, train.row_len, config.depth):
+        parts = list(minibatches(collected, config.minibatches, train.row_len, config.depth))
+        for rows in filter(None, parts):
             total = config.steps * config.minibatches
             rate = learning_rate(train.optimizer, int(state.step), total)
             state, metrics = optimize(
@@ -208,7 +216,7 @@ class Policy(Body[TrainState, Path]):
             )
             history.append(metrics)
         trained = time.perf_counter()
-        updates = merged(history)
+        updates = merged(history, len(parts))
         return state, {
             **collected.metrics,
             **updates,
@@ -222,10 +230,11 @@ class Policy(Body[TrainState, Path]):
     def check(self, number: int, metrics: Mapping[str, Scalar]) -> None:
         check_gap(number, metrics, self.config.train.gap_warn, self.config.train.gap_stop)
 
-    def value(self, metrics: Mapping[str, Scalar]) -> float:
-        return metrics["reward"]
+    def value(self, metrics: Mapping[str, Scalar]) -> float | None:
+        return metrics.get("score")  # rollouts that were kept by an older version have none
 
     def finish(self, state: TrainState) -> Path:
+        warn_untrained(state, self.total)
         final = self.directory / "final"
         self.pending.drop(self.total)
         publish_model(dataclasses.replace(self.model, params=state.params), final)
@@ -265,28 +274,39 @@ class Policy(Body[TrainState, Path]):
         return collected
 
 
-def minibatches(collected: Collected, most: int, row_len: int, depth: int) -> Iterator[list[Row]]:
-    """This process's rows for each optimizer step: whole groups, dealt by their places. There is
-    one row at least; there are no steps where no process has groups."""
+def minibatches(
+    collected: Collected, most: int, row_len: int, depth: int
+) -> Iterator[list[Row] | None]:
+    """This process's rows, one at least, for each optimizer step: whole groups, dealt by their
+    places. None where every advantage of all processes is 0: such a step has no gradient, and would
+    move the parameters by momentum and decay alone."""
     for number in range(min(most, sum(gather(len(collected.groups))))):
         part = [
             group
             for group, place in zip(collected.groups, collected.places, strict=True)
             if place % most == number
         ]
-        yield make_rows(part, row_len, depth) or [empty_row(row_len, depth)]
+        teaches = any((e.advantage * e.loss_mask).any() for group in part for e in group)
+        if not any(gather(bool(teaches))):
+            yield None
+        else:
+            yield make_rows(part, row_len, depth) or [empty_row(row_len, depth)]
 
 
-def merged(history: Sequence[Mapping[str, Scalar]]) -> dict[str, Scalar]:
-    """Metrics of a batch from those of its optimizer steps: their means; the gap to the sampler's
-    log-probs is that of the first, whose weights are those that sampled. A batch without steps is
-    skipped, and counted."""
+def merged(history: Sequence[Mapping[str, Scalar]], parts: int) -> dict[str, Scalar]:
+    """Metrics of a batch of `parts` minibatches from those of its optimizer steps: their means; the
+    gap to the sampler's log-probs is that of the first, whose weights are those that sampled. A
+    batch without steps is skipped, and counted; so is a part of it."""
     if not history:
-        return {"skipped": 1, "off_policy_steps": 0}
+        reason = {"skipped_because": "within each group all rewards are equal"} if parts else {}
+        return {"skipped": 1, "off_policy_steps": 0, **reason}
     found: dict[str, Scalar] = {
         key: sum(metrics[key] for metrics in history) / len(history) for key in history[0]
     }
     found |= {key: history[0][key] for key in ("logp_gap", "logp_gap_max")}
     for key in ("loss_tokens", "nonfinite"):
         found[key] = sum(metrics[key] for metrics in history)
-    return found | {"skipped": 0, "off_policy_steps": len(history) - 1}
+    found |= {"skipped": 0, "off_policy_steps": len(history) - 1}
+    if len(history) < parts:
+        found["minibatches_skipped"] = parts - len(history)
+    return found

@@ -109,8 +109,10 @@ def collect_groups(engine: Engine, feed: rl.Feed, step: int, config: ZeroConfig)
             keys.append((rounds, number))
         rounds += 1
         found = sum(gather(len(groups)))
+    reward = float(np.mean(gather_all(all_rewards)))
     metrics = summary(everything) | {
-        "reward": float(np.mean(gather_all(all_rewards))),
+        "reward": reward,
+        "score": reward,
         **{
             f"reward/{name}": mean
             for name, mean in reward_parts(everything, all_rewards, config.reward).items()
@@ -119,6 +121,8 @@ def collect_groups(engine: Engine, feed: rl.Feed, step: int, config: ZeroConfig)
         "groups_dropped": taken - found,
         "rounds": rounds,
     }
+    if not found:
+        metrics["skipped_because"] = f"in each of {taken} groups all rewards are equal"
     return rl.Collected(groups, rl.places(keys), metrics, everything[: config.samples])
 
 

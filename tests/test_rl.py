@@ -1,0 +1,161 @@
+"""A policy's step, with an engine that decodes nothing: what is trained of what was collected, and
+what stays in memory."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from train_toy import examples, tiny, write_problems
+
+from npr_jax.base.config import load_config
+from npr_jax.model.pretrained import load
+from npr_jax.runs import loop
+from npr_jax.runs.metrics import read_metrics
+from npr_jax.train import beta, fit, rl, zero
+from npr_jax.train.fit import FitConfig
+from npr_jax.train.rollout import ZERO
+from npr_jax.train.step import Objective
+
+OBJECTIVE = Objective("papo")
+
+
+class FakeEngine:
+    """Has weights, as the engine has, and gives no answers."""
+
+    def __init__(self, model, config, mesh=None):
+        self.params, self.tags, self.tokenizer = model.params, model.tags, model.tokenizer
+
+    def set_params(self, params):
+        self.params = params
+
+    def stats(self):
+        return {"sampled_tokens": 0}
+
+
+@pytest.fixture
+def settings(tmp_path, monkeypatch):
+    """(stage, changes) -> a config of the tiny model, the engine of which decodes nothing."""
+    write_problems(tmp_path / "problems.jsonl", 16)
+    monkeypatch.setattr(rl, "Engine", FakeEngine)
+    monkeypatch.setattr(beta, "Engine", FakeEngine)
+
+    def make(stage, *changes):
+        cls = {"zero": zero.ZeroConfig, "beta": beta.BetaConfig}[stage]
+        paths = {"problems": tmp_path / "problems.jsonl", "output": tmp_path / stage}
+        paths = [f"{key}={json.dumps(str(value))}" for key, value in paths.items()]
+        return load_config(cls, f"tiny_{stage}", ["model=tiny", *paths, *changes])
+
+    return make
+
+
+def nothing(engine, feed, step):
+    return rl.Collected([], [], {"score": 0.0, "skipped_because": "there is nothing"})
+
+
+def arrays(dtype):
+    """Live arrays as large as the embedding, of which every copy of the weights has one."""
+    shape = load("tiny").with_tags().params["embed"].shape
+    return sum(x.shape == shape and x.dtype == dtype for x in jax.live_arrays())
+
+
+def test_the_engine_has_the_only_copy_of_its_weights(settings):
+    """Parameters and two moments in float32, and one copy in what is decoded with."""
+    config, counts = settings("zero", "steps=3", "train.compute_dtype=bfloat16"), []
+
+    def collect(engine, feed, step):
+        counts.append((arrays("float32"), arrays("bfloat16")))
+        return nothing(engine, feed, step)
+
+    before = arrays("float32"), arrays("bfloat16")
+    loop.run(rl.Policy(ZERO, config, OBJECTIVE, collect, 2), lambda metrics: None)
+    assert [np.subtract(count, before).tolist() for count in counts] == [[3, 1]] * 3
+
+
+def test_sampling_keeps_the_weights_of_the_engine_only(settings, tmp_path, monkeypatch):
+    config, counts = settings("beta", "sampler_model=tiny", "sample.batch=8"), []
+    config = dataclasses.replace(
+        config,
+        fit=dataclasses.replace(
+            config.fit, train=dataclasses.replace(config.fit.train, compute_dtype="bfloat16")
+        ),
+    )
+
+    def sample_batch(engine, batch, *_):
+        counts.append((arrays("float32"), arrays("bfloat16")))
+        return [{"accepted": []} for _ in batch], {"accepted_rate": 0.0}
+
+    monkeypatch.setattr(beta, "_sample_batch", sample_batch)
+    before = arrays("float32"), arrays("bfloat16")
+    found = loop.run(beta.Sampling(config, tmp_path / "a.jsonl"), lambda metrics: None)
+    assert len(found) == 16
+    assert [np.subtract(count, before).tolist() for count in counts] == [[0, 1]] * 2
+
+
+def test_fitting_keeps_its_state_only(settings, tmp_path, monkeypatch):
+    made, counts = examples(tiny(), 4), []
+    train = dataclasses.replace(settings("zero").train, row_len=256)
+
+    def optimize(state, *_):
+        counts.append(arrays("float32"))
+        return state, {"loss": 1.0, "nonfinite": 0}
+
+    monkeypatch.setattr(fit, "optimize", optimize)
+    before = arrays("float32")
+    body = fit.Fit(
+        lambda: load("tiny", tags=True),
+        made,
+        FitConfig(train, batch=2, steps=1),
+        tmp_path / "fit",
+        0,
+        "fit",
+        None,
+    )
+    loop.run(body, lambda metrics: None)
+    assert [count - before for count in counts] == [3]
+
+
+def collected(*advantages):
+    """A group for every number, of one example that has it as its advantage."""
+    made = examples(tiny(), len(advantages), seed=3)
+    groups = [
+        [
+            dataclasses.replace(
+                e,
+                advantage=np.full(len(e.layout), a, np.float32),
+                old_logp=np.zeros(len(e.layout), np.float32),
+            )
+        ]
+        for e, a in zip(made, advantages, strict=True)
+    ]
+    return rl.Collected(groups, list(range(len(groups))), {"score": 0.0})
+
+
+def test_where_every_advantage_is_zero_no_step_is_made(settings, tmp_path, caplog):
+    """Nor would a step be made by decay and momentum alone."""
+    config = settings("zero", "steps=2", "minibatches=1", "train.optimizer.weight_decay=0.5")
+    before = load("tiny", seed=config.seed, tags=True).params
+
+    def collect(engine, feed, step):
+        return collected(0.0, 0.0)
+
+    final = loop.run(rl.Policy(ZERO, config, OBJECTIVE, collect, 3), lambda metrics: None)
+    lines = read_metrics(tmp_path / "zero")
+    assert [line["skipped"] for line in lines] == [1, 1]
+    assert {line["skipped_because"] for line in lines} == {
+        "within each group all rewards are equal"
+    }
+    size = len(load(final).tokenizer)
+    assert np.array_equal(load(final).params["embed"][:size], before["embed"][:size])
+    assert "none of the 2 steps has trained anything" in caplog.text
+
+
+def test_minibatches_that_teach_nothing_are_left_out_and_counted():
+    dealt = list(rl.minibatches(collected(0.0, 1.0, 0.0, -1.0, 0.0), 2, 256, 3))
+    assert dealt[0] is None and sum(row["loss_mask"].any() for row in dealt[1]) == len(dealt[1])
+    metrics = {"loss": 1.0, "logp_gap": 0.1, "logp_gap_max": 0.2, "loss_tokens": 7, "nonfinite": 0}
+    found = rl.merged([metrics], parts=2)
+    assert found["minibatches_skipped"] == 1 and found["skipped"] == 0
+    assert "minibatches_skipped" not in rl.merged([metrics, metrics], parts=2)
+    assert list(rl.minibatches(collected(), 2, 256, 3)) == []
