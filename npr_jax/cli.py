@@ -224,6 +224,28 @@ def evaluate(
 
 
 @app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory of a stage.")],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="New model directory.")],
+    step: Annotated[
+        int | None, typer.Option(metavar="N", help="Of the checkpoint; by default the last.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Model that the run began with, if it has moved."),
+    ] = None,
+) -> None:
+    """Make a model directory (Hugging Face) of a checkpoint of a run, also while it goes on.
+
+    A run's last model needs no export: it is in RUN/final.
+    """
+    from npr_jax.train.export import export as write_model
+
+    done = write_model(run, output, step, model)
+    typer.echo(f"model of step {done}: {output}")
+
+
+@app.command()
 def view(
     trace: Annotated[Path, typer.Argument(metavar="TRACE", help="JSONL of traces.")],
     number: Annotated[

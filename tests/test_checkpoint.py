@@ -19,14 +19,15 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from train_toy import examples, tiny
 
-from npr_jax.model.pretrained import publish_model
+from npr_jax.model.pretrained import load, publish_model
 from npr_jax.runs import directory as claims
 from npr_jax.runs import sigterm
 from npr_jax.runs.checkpoint import Checkpoints
-from npr_jax.runs.directory import claim
+from npr_jax.runs.directory import SIZES, claim, claim_inputs
 from npr_jax.runs.guards import NonfiniteGuard
 from npr_jax.runs.log import RunLog
 from npr_jax.runs.metrics import read_metrics
+from npr_jax.train.export import export
 from npr_jax.train.fit import FitConfig, fit
 from npr_jax.train.optimizer import OptimizerConfig, new_state
 from npr_jax.train.packing import make_rows
@@ -202,6 +203,80 @@ def test_another_config_is_named_and_nothing_overwritten(saved, tmp_path):
     assert claim(output, "seed: 0\nkeep_best: 1\ncheckpoints: elsewhere\n") == output
 
 
+def begun(directory, text, final=False):
+    """A run directory in which something has been done."""
+    output = claim(directory, text)
+    (output / "metrics.jsonl").write_text("{}\n")
+    if final:
+        (output / "final").mkdir()
+    return output
+
+
+def test_what_changes_no_number_may_change(saved, tmp_path):
+    old = "train: {micro_rows: 4, remat: dots}\nengine: {pages: 9, lanes: 2, max_depth: 1}\n"
+    new = "train: {micro_rows: 1, remat: full}\nengine: {pages: 5, lanes: 1, max_depth: 1}\n"
+    output = begun(tmp_path / "run", old)
+    assert claim(output, new, SIZES) == output
+    with pytest.raises(ValueError, match=r"engine\.max_depth was 1, is 2.*depends on that"):
+        claim(output, new.replace("max_depth: 1", "max_depth: 2"), SIZES)
+    with pytest.raises(ValueError, match=r"engine\.lanes was 1, is 2"):
+        claim(output, old)  # of an evaluation: its figures tell of speed, too
+    with Checkpoints(tmp_path / "c", old, keep=1) as checkpoints:
+        checkpoints.save(1, make_state(1), {})
+    with Checkpoints(tmp_path / "c", new, keep=1) as checkpoints:
+        assert checkpoints.restore(make_state(0))[0] == 1
+    pending = Pending(tmp_path / "p", old)
+    pending.save(1, 7, [], {}, 0)
+    assert Pending(tmp_path / "p", new).load(1, 7) is not None
+
+
+@pytest.mark.parametrize("key", ["steps", "fit.steps", "fit.epochs"])
+def test_a_run_can_be_made_longer_and_not_shorter_than_it_is(tmp_path, caplog, key):
+    def text(number):
+        *outer, name = key.split(".")
+        return f"{outer[0]}: {{{name}: {number}}}\n" if outer else f"{name}: {number}\n"
+
+    output = begun(tmp_path, text(10), final=True)
+    before = content(output)
+    with pytest.raises(ValueError, match=rf"{key} was 10, is 9.*{key}=10 or more"):
+        claim(output, text(9))
+    assert content(output) == before and (output / "final").exists()
+    claim(output, text(20))
+    assert not (output / "final").exists()
+    assert (output / f"final-{key.split('.')[-1]}-10").exists()
+    assert f"{key} was 10, is 20: the run goes on" in caplog.text
+    claim(output, text(15))  # nothing was made of 20 yet
+
+
+def test_inputs_may_move_where_their_content_is_known(saved, tmp_path):
+    old, new = "model: here\nseed: 1\n", "model: there\nseed: 1\n"
+    output = begun(tmp_path / "run", old)
+    with pytest.raises(ValueError, match=r"model was .*here.*, is .*there"):
+        claim(output, new)  # a run of before contents were written down
+    text = claim_inputs(output, {"model": "weights 1"})
+    claim(output, new)
+    assert claim_inputs(output, {"model": "weights 1"}) == text
+    with pytest.raises(ValueError, match=r"inputs\.model was .*weights 1.*, is .*weights 2"):
+        claim_inputs(output, {"model": "weights 2"})
+    with Checkpoints(tmp_path / "c", old + text, keep=1) as checkpoints:
+        checkpoints.save(1, make_state(1), {})
+    with Checkpoints(tmp_path / "c", new + text, keep=1) as checkpoints:
+        assert checkpoints.restore(make_state(0))[0] == 1
+    with (
+        Checkpoints(tmp_path / "c", new + text.replace("weights 1", "weights 2"), 1) as checkpoints,
+        pytest.raises(ValueError, match=r"inputs\.model was"),
+    ):
+        checkpoints.restore(make_state(0))
+
+
+def test_a_run_from_before_a_key_was_there_goes_on(tmp_path, caplog):
+    output = begun(tmp_path, "seed: 1\n")
+    claim(output, "seed: 1\nlater: 5\n")
+    assert "begun without later; it is 5 now" in caplog.text
+    with pytest.raises(ValueError, match="later was 5, is null; other was null, is 2"):
+        claim(output, "seed: 1\nother: 2\n")
+
+
 def test_a_full_disk_is_named_and_the_last_good_checkpoint_stays(saved, tmp_path):
     checkpoints = Checkpoints(saved, TEXT, keep=1)
     checkpoints.restore(make_state(0))
@@ -346,6 +421,44 @@ def test_what_is_not_finite_is_neither_saved_nor_published(saved, model, tmp_pat
     with pytest.raises(FloatingPointError, match=r"not written to .*final: layers\.wq has"):
         publish_model(broken, tmp_path / "final")
     assert not (tmp_path / "final").exists()
+
+
+def test_a_checkpoint_is_exported_as_a_model(model, tmp_path):
+    """Of a run of one loop, and of Beta, whose checkpoints are those of `fit`."""
+    started = load("tiny", seed=0, tags=True)
+    for name, text, inside in (("zero", "", "."), ("beta", "fit: {}\n", "fit")):
+        run = claim(tmp_path / name, f"model: tiny\nseed: 0\n{text}")
+        states = {}
+        with Checkpoints(run / inside / "checkpoints", TEXT, keep=3) as checkpoints:
+            for step in (2, 4):
+                state = new_state(jax.tree.map(lambda x: x + step, started.params), OPTIMIZER)
+                states[step] = jax.tree.map(np.array, state.params)
+                checkpoints.save(step, state, {})
+        before = content(run)
+        assert export(run, tmp_path / f"{name}-last") == 4
+        assert export(run, tmp_path / f"{name}-2", 2) == 2
+        assert content(run) == before
+        for step, output in ((4, "last"), (2, "2")):
+            found = load(tmp_path / f"{name}-{output}")
+            used = slice(len(found.tokenizer))  # the rest of the table is padding
+            assert np.array_equal(found.params["embed"][used], states[step]["embed"][used])
+            assert same(found.params["layers"], states[step]["layers"])
+            assert found.tags == started.tags
+    with pytest.raises(ValueError, match=r"no checkpoint of step 3, there are 2, 4"):
+        export(run, tmp_path / "x", 3)
+    with pytest.raises(ValueError, match=r"beta-2 is there already"):
+        export(run, tmp_path / "beta-2", 2)
+    with pytest.raises(ValueError, match=r"no config\.yaml"):
+        export(tmp_path, tmp_path / "x")
+    with pytest.raises(ValueError, match=r"has no checkpoint: there is none in"):
+        export(claim(tmp_path / "empty", "model: tiny\nseed: 0\n"), tmp_path / "x")
+    flip(run / "fit" / "checkpoints" / "2")
+    with pytest.raises(ValueError, match=r"2 is damaged .*take another step"):
+        export(run, tmp_path / "x", 2)
+    (run / "config.yaml").write_text("model: no/such\nseed: 0\nfit: {}\n")
+    with pytest.raises(FileNotFoundError, match="--model DIR"):
+        export(run, tmp_path / "x")
+    assert export(run, tmp_path / "x", start="tiny") == 4
 
 
 @pytest.mark.slow

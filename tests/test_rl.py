@@ -10,7 +10,7 @@ import pytest
 from train_toy import examples, tiny, write_problems
 
 from npr_jax.base.config import load_config
-from npr_jax.model.pretrained import load
+from npr_jax.model.pretrained import load, save
 from npr_jax.runs import loop
 from npr_jax.runs.metrics import read_metrics
 from npr_jax.train import beta, fit, rl, zero
@@ -114,6 +114,34 @@ def test_fitting_keeps_its_state_only(settings, tmp_path, monkeypatch):
     )
     loop.run(body, lambda metrics: None)
     assert [count - before for count in counts] == [3]
+
+
+def test_a_run_goes_on_with_its_model_elsewhere_and_more_steps(settings, tmp_path):
+    save(load("tiny", seed=1, tags=True), tmp_path / "a")
+
+    def run(*changes):
+        config = settings("zero", *changes)
+        return loop.run(rl.Policy(ZERO, config, OBJECTIVE, nothing, 2), lambda metrics: None)
+
+    def done():
+        return [line["step"] for line in read_metrics(tmp_path / "zero")]
+
+    run(f"model={tmp_path / 'a'}", "steps=2")
+    (tmp_path / "a").rename(tmp_path / "b")
+    final = run(f"model={tmp_path / 'b'}", "steps=3", "train.micro_rows=1", "engine.lanes=3")
+    assert done() == [1, 2, 3] and final.exists()
+    assert sorted(path.name for path in final.parent.glob("final*")) == ["final", "final-steps-2"]
+    assert run(f"model={tmp_path / 'b'}", "steps=3") == final
+    with pytest.raises(ValueError, match="steps was 3, is 2"):
+        run(f"model={tmp_path / 'b'}", "steps=2")
+    save(load("tiny", seed=2, tags=True), tmp_path / "other")
+    with pytest.raises(ValueError, match=r"inputs\.model was .*weights"):
+        run(f"model={tmp_path / 'other'}", "steps=4")
+    (final.parent / "final-steps-3").rename(final)
+    run(f"model={tmp_path / 'b'}", "steps=4")
+    with pytest.raises(ValueError, match="4 steps"):
+        (final.parent / "final").rename(final.parent / "gone")
+        run(f"model={tmp_path / 'b'}", "steps=3")
 
 
 def collected(*advantages):

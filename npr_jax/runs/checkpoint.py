@@ -22,7 +22,7 @@ from npr_jax.base.distributed import gather, is_main, wait
 from npr_jax.base.files import REMEDY, is_url, writing
 from npr_jax.model.params import check_finite
 from npr_jax.runs.digest import find_fault, write_digests
-from npr_jax.runs.directory import same_config
+from npr_jax.runs.directory import SIZES, same_config
 
 State = TypeVar("State")  # a pytree of arrays
 _log = logging.getLogger(__name__)
@@ -142,7 +142,7 @@ class Checkpoints:
         if fault := gather(find_fault(path) if is_main() else None)[0]:
             raise _Damaged(fault)
         meta = self._read(step, meta=ocp.args.JsonRestore())
-        same_config(meta["config"], self.config_text, self.directory)
+        same_config(meta["config"], self.config_text, self.directory, SIZES)
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
         return self._read(step, state=ocp.args.StandardRestore(target)), meta["position"]
 
@@ -184,6 +184,36 @@ class Checkpoints:
                 f"the checkpoint of step {self.last} cannot be written to {self.directory}, {good} "
                 f"there: {REMEDY}. What was said: {error}"
             ) from error
+
+
+def checkpoint_steps(directory: epath.PathLike) -> list[int]:
+    """Steps of which there is a checkpoint, damaged or not; nothing is written."""
+    directory = epath.Path(directory)
+    if not directory.exists():
+        return []
+    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())
+
+
+def read_checkpoint_params(directory: epath.PathLike, step: int, params: dict) -> dict:
+    """The parameters alone of a checkpoint, also of a run that goes on; nothing is written.
+
+    `params` gives shapes, dtypes and shardings. Raises ValueError where it is damaged.
+    """
+    path = epath.Path(directory) / str(step)
+    fault = find_fault(path)
+    wanted = {"params": jax.tree.map(ocp.utils.to_shape_dtype_struct, params)}
+    arguments = ocp.args.PyTreeRestore(
+        item=wanted,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+        partial_restore=True,
+    )
+    try:
+        if fault is None:
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+                return reader.restore(path / "state", args=arguments)["params"]
+    except _ERRORS as error:
+        fault = f"it cannot be restored: {error}"
+    raise ValueError(f"checkpoint {path} is damaged ({fault}): take another step")
 
 
 def _value(metrics: Mapping[str, float]) -> float:

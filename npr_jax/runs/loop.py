@@ -116,6 +116,11 @@ def run(body: Body[State, Result], report: Report | None = None) -> Result:
                 start, state, position = found
                 guard.in_a_row = position.get("nonfinite_in_a_row", 0)
                 body.move(position)
+            if start > body.total:
+                raise ValueError(
+                    f"{body.directory} has done {start} {body.unit}s, and is to have "
+                    f"{body.total}: needed are {start} or more, or another output"
+                )
             arguments = body.name, body.directory, body.total, start, body.shown, report, body.unit
             with RunLog(*arguments) as log:
                 for number in range(start + 1, body.total + 1):

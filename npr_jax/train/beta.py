@@ -7,7 +7,6 @@ the seed model learns them: from here on it thinks in parallel.
 
 import bisect
 import dataclasses
-import functools
 import itertools
 import json
 import os
@@ -28,10 +27,11 @@ from npr_jax.decode import Engine, EngineConfig, SamplingParams
 from npr_jax.evaluate.judge import Answer
 from npr_jax.model.pretrained import Model, load, load_tokenizer, publish_model
 from npr_jax.runs import loop, sigterm
-from npr_jax.runs.directory import claim
+from npr_jax.runs.directory import SIZES, claim, claim_inputs
 from npr_jax.runs.log import Report
 from npr_jax.runs.loop import Body
 from npr_jax.train.fit import Fit, FitConfig
+from npr_jax.train.inputs import model_content, problems_content
 from npr_jax.train.packing import Example, loss_mask
 from npr_jax.train.rollout import BETA, encode_problems, engine_params, roll_out
 from npr_jax.train.step import Objective, TrainConfig
@@ -124,7 +124,7 @@ def run(config: BetaConfig, report: Report | None = None) -> Path:
 
     `report(metrics)`, if given, is called after every step in place of a progress line.
     """
-    output = claim(config.output, dump_config(config))
+    output = claim(config.output, dump_config(config), SIZES)
     final = output / "final"
     if gather(final.exists())[0]:
         return final
@@ -145,7 +145,12 @@ def _train(config: BetaConfig, output: Path, report: Report | None) -> Model:
             f"none of {len(records)} problems got an accepted answer in sample.tries="
             f"{config.sample.tries}: train {config.sampler_model} for longer, or raise sample.tries"
         )
-    seed_model = functools.partial(load, config.model, seed=config.seed, tags=True, mesh=mesh)
+
+    def seed_model() -> Model:
+        model = load(config.model, seed=config.seed, tags=True, mesh=mesh)
+        claim_inputs(output, {"model": model_content(config.model, model.params)})
+        return model
+
     body = Fit(
         seed_model, examples, config.fit, output / "fit", config.seed, "beta", mesh, config.depth
     )
@@ -174,6 +179,11 @@ class Sampling(Body[list[dict], list[dict]]):
             problems, prompts = encode_problems(
                 model.tokenizer, read_problems(config.problems), sizes.max_prompt_tokens
             )
+        contents = {
+            "sampler_model": model_content(config.sampler_model, model.params),
+            "problems": problems_content(problems, prompts),
+        }
+        claim_inputs(self.path.parent, contents)
         self.model, self.engine = model, None
         order = shuffled(len(problems), config.seed, BETA)
         wanted = min(len(problems), sizes.num_problems or len(problems))

@@ -16,7 +16,7 @@ from npr_jax.data.problems import shuffled
 from npr_jax.model.pretrained import Model
 from npr_jax.runs import loop, sigterm
 from npr_jax.runs.checkpoint import Checkpoints
-from npr_jax.runs.directory import claim
+from npr_jax.runs.directory import SIZES, claim
 from npr_jax.runs.log import Report
 from npr_jax.runs.loop import Body
 from npr_jax.train.optimizer import (
@@ -116,7 +116,7 @@ class Fit(Body[TrainState, Model]):
         self.text = f"{dump_config(config)}seed: {seed}\nexamples: {_digest(examples)}\n"
 
     def claim(self) -> None:
-        claim(self.directory, self.text)
+        claim(self.directory, self.text, SIZES)
 
     def begin(self) -> tuple[TrainState, Checkpoints]:
         train = self.config.train

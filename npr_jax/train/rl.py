@@ -25,9 +25,10 @@ from npr_jax.evaluate.traces import make_trace, write_traces
 from npr_jax.model.pretrained import load, publish_model
 from npr_jax.runs import sigterm
 from npr_jax.runs.checkpoint import Checkpoints
-from npr_jax.runs.directory import claim
+from npr_jax.runs.directory import SIZES, claim, claim_inputs
 from npr_jax.runs.guards import check_gap
 from npr_jax.runs.loop import Body
+from npr_jax.train.inputs import model_content, problems_content
 from npr_jax.train.optimizer import (
     TrainState,
     learning_rate,
@@ -166,7 +167,7 @@ class Policy(Body[TrainState, Path]):
         self.directory = Path(config.output)
 
     def claim(self) -> Path | None:
-        final = claim(self.config.output, self.text) / "final"
+        final = claim(self.config.output, self.text, SIZES) / "final"
         return final if gather(final.exists())[0] else None
 
     def begin(self) -> tuple[TrainState, Checkpoints]:
@@ -178,13 +179,18 @@ class Policy(Body[TrainState, Path]):
             )
             shardings = self.mesh and state_shardings(model.config, train.optimizer, self.mesh)
             state = new_state(model.params, train.optimizer, shardings)
+            contents = {
+                "model": model_content(config.model, model.params),
+                "problems": problems_content(problems, prompts),
+            }
+        text = self.text + claim_inputs(self.directory, contents)
         # The state has the parameters from here on, and the engine gets its own in the first step.
         self.model, self.engine = dataclasses.replace(model, params={}), None
         # Each stage has an order of its own: what the stage before has learnt teaches nothing.
         self.feed = Feed(problems, prompts, config.seed, self.stage)
         place = config.checkpoints or self.directory / "checkpoints"
-        self.pending = Pending(f"{place}/rollouts", self.text)
-        self.checkpoints = Checkpoints(place, self.text, train.keep_checkpoints, train.keep_best)
+        self.pending = Pending(f"{place}/rollouts", text)
+        self.checkpoints = Checkpoints(place, text, train.keep_checkpoints, train.keep_best)
         return state, self.checkpoints
 
     def position(self) -> dict[str, int]:

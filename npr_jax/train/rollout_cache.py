@@ -17,7 +17,7 @@ from etils import epath
 
 from npr_jax.base.files import write_atomically, writing
 from npr_jax.base.progress import Scalar
-from npr_jax.runs.directory import essence
+from npr_jax.runs.directory import INPUTS, SIZES, essence
 from npr_jax.train.packing import Example
 from npr_jax.tree import TreeLayout
 
@@ -33,7 +33,7 @@ class Pending:
         if jax.process_count() > 1:  # each has its own
             directory = f"{directory}-{jax.process_index()}-of-{jax.process_count()}"
         self.directory = epath.Path(directory)
-        self._config = json.dumps(essence(config_text), sort_keys=True)
+        self._config = json.dumps(essence(config_text, (*SIZES, *INPUTS)), sort_keys=True)
 
     def save(
         self,

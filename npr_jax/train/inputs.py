@@ -1,0 +1,22 @@
+"""What the inputs of a run hold, told apart wherever they lie."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+
+from npr_jax.data.problems import Problem
+from npr_jax.model import PRESETS
+from npr_jax.train.rollout_cache import fingerprint
+
+
+def model_content(source: str, params: dict) -> str:
+    """The weights of a loaded model; a preset's are told by its name (and the run's seed)."""
+    return f"preset {source}" if source in PRESETS else f"weights {fingerprint(params):08x}"
+
+
+def problems_content(problems: Sequence[Problem], prompts: Sequence[Sequence[int]]) -> str:
+    """Problems as they are asked, and their answers."""
+    digest = hashlib.sha256()
+    for problem, prompt in zip(problems, prompts, strict=True):
+        digest.update(json.dumps([list(map(int, prompt)), problem.answer]).encode())
+    return f"problems {digest.hexdigest()[:16]}"
