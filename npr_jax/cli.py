@@ -51,7 +51,7 @@ def main() -> None:
     try:
         app(prog_name="npr-jax")
     except SystemExit as ending:
-        if ending.code != 128 + signal.SIGTERM:
+        if ending.code not in (128 + signal.SIGTERM, _INTERRUPTED):
             raise
         # All is saved. The interpreter's own clean-up can crash while the device still computes.
         sys.stdout.flush()
@@ -59,6 +59,20 @@ def main() -> None:
         os._exit(128 + signal.SIGTERM)
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(_tell(error))
+
+
+_INTERRUPTED = 128 + signal.SIGINT
+
+
+@contextlib.contextmanager
+def _interruptible(kept: str) -> Iterator[None]:
+    """Ctrl-C in here ends the command with one line, which says what is kept. A stage that has
+    begun sees to that itself (runs/sigterm.py)."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted: {kept}; the same command goes on", err=True)
+        raise SystemExit(_INTERRUPTED) from None
 
 
 def _tell(error: BaseException) -> int:
@@ -167,7 +181,8 @@ def generate(
     if instruction is not None:
         settings = dataclasses.replace(settings, instruction=_instruction(instruction))
     tell = functools.partial(typer.echo, err=True)
-    written, bad = run(model, source, target, settings, warn=tell, tell=tell)
+    with _interruptible(f"the answers so far are in {target}"):
+        written, bad = run(model, source, target, settings, warn=tell, tell=tell)
     typer.echo(f"{written} answers written to {target}, {bad} bad lines left out")
     if bad:
         raise typer.Exit(LEFT_OUT)
@@ -218,7 +233,8 @@ def evaluate(
     }
     options = {key: option for key, option in given.items() if option[1] is not None}
     settings = load_config(EvalConfig, config, overrides or (), options)
-    results = run(settings, tell=functools.partial(typer.echo, err=True))
+    with _interruptible(f"the answers so far are in {output}"):
+        results = run(settings, tell=functools.partial(typer.echo, err=True))
     Console().print(*tables(results))
     typer.echo(f"all figures: {output / 'results.json'}; report: {write_report(output)}")
 
@@ -370,7 +386,9 @@ def demo(
     """Teach a tiny model to reason in parallel: all stages, with a table and a report."""
     from npr_jax.demo import run
 
-    sys.exit(run(seed=seed, output=output, check=check))
+    with _interruptible(f"what is done is in {output}"):
+        code = run(seed=seed, output=output, check=check)
+    sys.exit(code)
 
 
 def _instruction(path: Path) -> str:
@@ -395,7 +413,8 @@ def _stage(
 
     if distributed:
         initialize()
-    with ends_together(_tell):
+    kept = f"what is done is in {settings.output}"
+    with ends_together(_tell), _interruptible(kept):
         if is_main():
             typer.echo(describe(make_mesh(settings.mesh)), err=True)
         yield settings
@@ -404,4 +423,4 @@ def _stage(
 
             report = write_report(settings.output)
             final = Path(settings.output) / "final"
-            typer.echo(f"trained model, a Hugging Face directory: {final}; report: {report}")
+            typer.echo(f"final model, a Hugging Face directory: {final}; report: {report}")

@@ -3,6 +3,7 @@ what cannot be written leaves what was there."""
 
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import logging
 import os
@@ -431,7 +432,8 @@ def test_a_checkpoint_is_exported_as_a_model(model, tmp_path):
         states = {}
         with Checkpoints(run / inside / "checkpoints", TEXT, keep=3) as checkpoints:
             for step in (2, 4):
-                state = new_state(jax.tree.map(lambda x: x + step, started.params), OPTIMIZER)
+                params = jax.tree.map(functools.partial(jnp.add, step), started.params)
+                state = new_state(params, OPTIMIZER)
                 states[step] = jax.tree.map(np.array, state.params)
                 checkpoints.save(step, state, {})
         before = content(run)
@@ -500,19 +502,36 @@ def test_sigterm_waits_but_for_what_may_end_anywhere():
         pass
 
 
-def test_a_second_sigterm_ends_the_process_at_once():
-    program = """if True:
-        import os, signal
+@pytest.mark.parametrize(
+    "number, name", [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C")], ids=str
+)
+def test_a_second_signal_ends_the_process_at_once(number, name):
+    program = f"""if True:
+        import os
         from npr_jax.runs import sigterm
         with sigterm.watched():
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), {number:d})
             print("one", flush=True)
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), {number:d})
             print("two", flush=True)
         """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (-signal.SIGTERM, "one\n")
-    assert "SIGTERM" in done.stderr
+    assert (done.returncode, done.stdout) == (-number, "one\n")
+    assert f"{name}: this run saves what it has" in done.stderr
+
+
+def test_ctrl_c_is_as_sigterm_and_stays_ignored_where_it_is():
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(sigterm.Preempted) as caught, sigterm.watched(), sigterm.interruptible():
+        os.kill(os.getpid(), signal.SIGINT)
+    assert caught.value.code == 130 and signal.getsignal(signal.SIGINT) is before
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell does for jobs in the background
+    try:
+        with sigterm.watched(), sigterm.interruptible():
+            os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(autouse=True)

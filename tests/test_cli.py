@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from npr_jax.cli import app, main
 
 VERBS = (
-    *("zero", "beta", "papo", "generate", "eval", "view", "report"),
+    *("zero", "beta", "papo", "generate", "eval", "export", "view", "report"),
     *("plan", "config", "data", "demo"),
 )
 COMMANDS = (*VERBS, "data prepare")
@@ -123,3 +123,31 @@ def test_help_is_quick():
         "sys.exit(bool({'jax', 'transformers', 'orbax'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=600).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "module, args, words",
+    [
+        (
+            "npr_jax.evaluate.generate.generate",
+            ["generate", "--model", "m", "--input", "i.jsonl", "--output", "o.jsonl"],
+            "the answers so far are in o.jsonl",
+        ),
+        (
+            "npr_jax.evaluate.run.evaluate",
+            ["eval", "--model", "m", "--benchmarks", "aime25", "--output", "o"],
+            "the answers so far are in o",
+        ),
+        ("npr_jax.train.papo.run", ["papo", "tiny_papo", "--output", "o"], "what is done is in o"),
+        ("npr_jax.demo.run", ["demo", "--output", "o"], "what is done is in o"),
+    ],
+)
+def test_ctrl_c_is_one_line_that_says_what_is_kept(monkeypatch, module, args, words):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, interrupted)
+    result = CliRunner().invoke(app, args)
+    assert result.exit_code == 130
+    *_, line = result.stderr.splitlines()
+    assert line == f"interrupted: {words}; the same command goes on"

@@ -101,7 +101,9 @@ def test_it_saves_every_so_many_steps_and_the_last_one(tmp_path):
         (terminated, sigterm.Preempted, 4),  # the step was done
     ],
 )
-def test_a_run_that_was_ended_goes_on_as_if_nothing_had_happened(tmp_path, event, ends, kept):
+def test_a_run_that_was_ended_goes_on_as_if_nothing_had_happened(
+    tmp_path, capsys, event, ends, kept
+):
     store = Memory()
     with pytest.raises(ends):
         loop.run(Digits(tmp_path, store, {4: event}), lambda metrics: None)
@@ -110,6 +112,8 @@ def test_a_run_that_was_ended_goes_on_as_if_nothing_had_happened(tmp_path, event
         "1234"[:kept],
         {"place": 10 * kept, "nonfinite_in_a_row": 0},
     )
+    told = f"digits: {kept} of 5 steps are saved; the same command goes on\n"
+    assert capsys.readouterr().err == (told if ends is sigterm.Preempted else "")
     again = loop.run(Digits(tmp_path, store), lambda metrics: None)
     assert again == ("12345", 50)
     assert steps(tmp_path) == [1, 2, 3, 4, 5]

@@ -50,7 +50,7 @@ def lines(directory):
 def undisturbed(settings, tmp_path_factory):
     output = tmp_path_factory.mktemp("whole") / "run"
     outs = two_processes.run(*command(settings, output), **settings[1])
-    assert "trained model" in outs[0] and "trained model" not in outs[1]
+    assert "final model" in outs[0] and "final model" not in outs[1]
     return output
 
 

@@ -10,11 +10,14 @@ What is random comes from the run's seed and the step's number, so a run that wa
 by SIGTERM, ends as one that nobody has touched.
 """
 
+import contextlib
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
+from npr_jax.base.distributed import is_main
 from npr_jax.base.progress import Scalar
 from npr_jax.runs import sigterm
 from npr_jax.runs.guards import NonfiniteGuard
@@ -104,13 +107,13 @@ def run(body: Body[State, Result], report: Report | None = None) -> Result:
       report: called with the metrics of every step, in place of a progress line.
 
     Raises ValueError for a directory of another run, OSError where it cannot write,
-    FloatingPointError after `max_nonfinite` steps, Preempted after SIGTERM.
+    FloatingPointError after `max_nonfinite` steps, Preempted after SIGTERM or Ctrl-C.
     """
     if (result := body.claim()) is not None:
         return result
     with sigterm.watched():
         state, store = body.begin()
-        with store:
+        with _tells_what_is_saved(body, store), store:
             start, guard, value = 0, NonfiniteGuard(body.max_nonfinite), None
             if found := store.restore(state):
                 start, state, position = found
@@ -140,6 +143,17 @@ def run(body: Body[State, Result], report: Report | None = None) -> Result:
                     if ending:
                         raise sigterm.Preempted
         return body.finish(state)
+
+
+@contextlib.contextmanager
+def _tells_what_is_saved(body: Body, store: Store) -> Iterator[None]:
+    try:
+        yield
+    except sigterm.Preempted:
+        if is_main():
+            what = f"{store.last} of {body.total} {body.unit}s are saved"
+            print(f"{body.name}: {what}; the same command goes on", file=sys.stderr)
+        raise
 
 
 def _position(body: Body, guard: NonfiniteGuard) -> dict[str, Any]:

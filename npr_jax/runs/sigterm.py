@@ -1,11 +1,12 @@
-"""SIGTERM, which comes before a preempted TPU or a Slurm job ends: save and exit, to be resumed.
+"""SIGTERM, which comes before a preempted TPU or a Slurm job ends, and Ctrl-C: save and exit, to be
+resumed.
 
     with watched():                 a stage, from its start to its end
-        with interruptible(): ...   loading, sampling: SIGTERM ends it at once, nothing is lost
-        ...                         training, saving: SIGTERM waits for the next look at `wanted()`
+        with interruptible(): ...   loading, sampling: the signal ends it at once, nothing is lost
+        ...                         training, saving: it waits for the next look at `wanted()`
 
-A stage that ends for it raises `Preempted`, an exit with code 143 (128 + SIGTERM). A second SIGTERM
-ends the process at once.
+A stage that ends for it raises `Preempted`, an exit with code 143 (128 + SIGTERM), or 130 after
+Ctrl-C. A second signal ends the process at once.
 """
 
 import contextlib
@@ -18,45 +19,52 @@ import jax
 
 from npr_jax.base.distributed import gather
 
-EXIT_CODE = 128 + signal.SIGTERM
+SIGNALS = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
+EXIT_CODES = tuple(128 + number for number in SIGNALS)
 
-_watching = _interruptible = _seen = False
+_watching = _interruptible = False
+_seen = 0  # the signal that came
 
 
 class Preempted(SystemExit):
     """The process was asked to end; the same command goes on."""
 
     def __init__(self):
-        super().__init__(EXIT_CODE)
+        super().__init__(128 + (_seen or signal.SIGTERM))
 
 
 def wanted() -> bool:
     """Whether this process, or any other of the run, has been asked to end; all ask together."""
-    return any(gather(_seen))
+    return any(gather(bool(_seen)))
 
 
 @contextlib.contextmanager
 def watched() -> Iterator[None]:
-    """Catches SIGTERM in here, also where it is within another `watched`. Works in the main thread;
-    in others nothing is caught."""
+    """Catches the signals in here, also where it is within another `watched`. Works in the main
+    thread; in others nothing is caught. What is ignored (Ctrl-C of a job in the background) stays
+    so."""
     global _watching, _seen
     if _watching or threading.current_thread() is not threading.main_thread():
         yield
         return
-    _watching, _seen = True, False
-    outer = signal.signal(signal.SIGTERM, _on_signal)
+    _watching, _seen = True, 0
+    outer = {number: signal.getsignal(number) for number in SIGNALS}
+    caught = [number for number in SIGNALS if outer[number] is not signal.SIG_IGN]
+    for number in caught:
+        signal.signal(number, _on_signal)
     try:
         yield
         if _seen:  # or what follows the stage would go on as if nothing had been said
             raise Preempted
     finally:
-        _watching = _seen = False
-        signal.signal(signal.SIGTERM, outer)
+        _watching, _seen = False, 0
+        for number in caught:
+            signal.signal(number, outer[number])
 
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """A part of `watched` that may end anywhere: Preempted is raised where SIGTERM comes. Several
+    """A part of `watched` that may end anywhere: Preempted is raised where a signal comes. Several
     processes end where they ask `wanted` together, and nowhere else."""
     global _interruptible
     if jax.process_count() > 1:
@@ -73,8 +81,11 @@ def interruptible() -> Iterator[None]:
 
 def _on_signal(number, frame) -> None:
     global _seen
-    _seen = True
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    os.write(2, b"SIGTERM: this run saves what it has and ends; the same command goes on\n")
+    _seen = number
+    for other in SIGNALS:
+        if signal.getsignal(other) is _on_signal:
+            signal.signal(other, signal.SIG_DFL)
+    what = "this run saves what it has and ends; the same command goes on"
+    os.write(2, f"{SIGNALS[number]}: {what}\n".encode())
     if _interruptible:
         raise Preempted

@@ -31,7 +31,7 @@ while true; do
   done
   child=''
   case $status in
-    0 | 2 | 4 | 126 | 127) exit "$status" ;;  # 126 and 127: no such command
+    0 | 2 | 4 | 126 | 127 | 130) exit "$status" ;;  # 126, 127: no such command; 130: Ctrl-C
     143) ;;
     *) crashes=$((crashes + 1)) ;;
   esac
