@@ -16,7 +16,7 @@ from typing import TextIO
 
 import tensorflow_datasets as tfds
 
-from npr_jax.base.files import writing
+from npr_jax.base.files import json_text, writing
 from npr_jax.base.progress import Progress
 from npr_jax.data.builders import BUILDERS
 from npr_jax.data.prompts import prompt_ids
@@ -124,7 +124,7 @@ def prepare(
         report = Report(made_from, str(source), sieve.problems, sieve.bad, sieve.first)
         made = Path(builder.data_dir)
         rejected.rename(made / rejected.name)
-        text = json.dumps(dataclasses.asdict(report), indent=1)
+        text = json_text(dataclasses.asdict(report), indent=1)
         (made / "prepared.json").write_text(text + "\n", encoding="utf-8")
         _sync(made)
         try:
@@ -180,7 +180,7 @@ class _Sieve:
             "detail": str(error),
             "text": row.raw.decode("utf-8", "surrogateescape"),
         }
-        self._rejected.write(json.dumps(record) + "\n")
+        self._rejected.write(json_text(record) + "\n")
 
 
 def _nothing(name: str, source: str | Path, sieve: _Sieve) -> str:

@@ -19,7 +19,6 @@ itself writes its unfinished requests, its events, and the pending step.
 """
 
 import dataclasses
-import json
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +27,7 @@ from pathlib import Path
 from jax.sharding import Mesh
 
 from npr_jax.base.compile_cache import compilations
+from npr_jax.base.files import json_text
 from npr_jax.decode.config import EngineConfig
 from npr_jax.decode.fork_join import ForkJoin
 from npr_jax.decode.outputs import Event, TextPieces, Trajectory, make_trajectory
@@ -96,7 +96,7 @@ class Engine:
     def write_stats(self, path: str | Path) -> None:
         """Appends `stats()` to a file as one line of JSON."""
         with Path(path).open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"time": time.time()} | self.stats()) + "\n")
+            file.write(json_text({"time": time.time()} | self.stats()) + "\n")
 
     def set_params(self, params) -> None:
         """Swaps the weights (same shapes and dtypes, so nothing compiles), and forgets the cached

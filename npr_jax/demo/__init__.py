@@ -14,6 +14,7 @@ import numpy as np
 from rich.console import Console
 
 from npr_jax.base.config import dump_config, load_config
+from npr_jax.base.files import json_text
 from npr_jax.data.problems import Problem
 from npr_jax.data.prompts import prompt_ids
 from npr_jax.decode import Engine
@@ -180,4 +181,4 @@ class _Results:
     def add(self, name: str, row: dict) -> None:
         self.rows[name] = row
         content = {"rows": self.rows, "seconds": self.seconds}
-        self.path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+        self.path.write_text(json_text(content, indent=1), encoding="utf-8")

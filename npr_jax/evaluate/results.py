@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from npr_jax.base.config import dump_config
-from npr_jax.base.files import write_atomically
+from npr_jax.base.files import json_text, write_atomically
 from npr_jax.base.mesh import describe
 from npr_jax.data.benchmarks import Source
 from npr_jax.evaluate.judge import Figures
@@ -68,7 +68,7 @@ def sum_up(
                 for id, group in problems.items()
             ],
         }
-    write_atomically(output / "results.json", json.dumps(results, indent=1).encode())
+    write_atomically(output / "results.json", json_text(results, indent=1).encode())
 
 
 def _timing(output: Path, run: Run) -> Timing:

@@ -8,7 +8,6 @@ so that it does not depend on what else is decoded, nor on where an evaluation w
 """
 
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -16,7 +15,7 @@ from typing import ClassVar
 from npr_jax.base.compile_cache import DEFAULT_CACHE, use_cache
 from npr_jax.base.config import dump_config
 from npr_jax.base.fields import Checked, Count, Dtype
-from npr_jax.base.files import cut_half_line
+from npr_jax.base.files import json_text, cut_half_line
 from npr_jax.base.progress import Progress
 from npr_jax.base.seeds import seed_of
 from npr_jax.data.benchmarks import Question, Source, read_benchmark, split
@@ -201,7 +200,7 @@ def _decode(
             figures = done[question.id, i] = answer.figures
             now = engine.stats()["seconds"]
             record = {"run": run.name, "seconds": now - since, "tokens": figures.tokens}
-            times.write(json.dumps(record) + "\n")
+            times.write(json_text(record) + "\n")
             times.flush()
             since, tokens, right = now, tokens + figures.tokens, right + figures.correct
             progress.advance(1, {"right": right / len(done), "tokens/s": tokens / (now - begun)})

@@ -18,6 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from npr_jax.base.files import json_text
 from npr_jax.model.config import ModelConfig, eos_ids, unknown_keys
 from npr_jax.model.params import Weight, weight_table
 
@@ -311,4 +312,4 @@ def write(
 
 
 def _write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json_text(value, indent=2) + "\n", encoding="utf-8")

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from npr_jax.base.files import json_text
 from npr_jax.base.progress import Scalar
 from npr_jax.evaluate.judge import Figures
 from npr_jax.evaluate.traces import Trace, read_traces
@@ -157,7 +158,7 @@ def pack(trace: Trace) -> str:
             if block.branches
         ],
     }
-    data = json.dumps(values, separators=(",", ":")).encode()  # ASCII, whatever the texts hold
+    data = json_text(values, separators=(",", ":")).encode()  # ASCII, whatever the texts hold
     return base64.b64encode(gzip.compress(data, mtime=0)).decode()
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from npr_jax.base.files import write_atomically, writing
+from npr_jax.base.files import json_text, write_atomically, writing
 from npr_jax.evaluate.judge import Figures
 from npr_jax.report.content import Content, read
 from npr_jax.report.curves import curve_charts
@@ -226,7 +226,7 @@ def viewer(content: Content) -> str:
 
 def _json(values) -> str:
     """JSON that ends no script element: ASCII, and no `<`."""
-    return json.dumps(values, separators=(",", ":")).replace("<", "\\u003c")
+    return json_text(values, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def _asset(name: str) -> str:

@@ -1,11 +1,13 @@
 """Where numbers of a run go: `metrics.jsonl` and TensorBoard for later, a progress line for now,
 and Weights & Biases if the environment asks for it.
 
-One line of `metrics.jsonl` is one flat JSON object with an integer `step`. A resumed run first
+One line of `metrics.jsonl` is one flat JSON object with an integer `step`; numbers that are not
+finite are null (base/files.py). A resumed run first
 calls `truncate` with the checkpoint's step, so that the file reads as if nothing had happened.
 """
 
 import json
+import math
 import os
 import time
 import uuid
@@ -15,7 +17,7 @@ from pathlib import Path
 import yaml
 from tensorboardX import SummaryWriter
 
-from npr_jax.base.files import write_atomically
+from npr_jax.base.files import json_text, write_atomically
 
 Scalar = float | int | str
 WANDB = "NPR_WANDB"  # the variable that names a project of Weights & Biases to send metrics to
@@ -60,7 +62,7 @@ class MetricsWriter:
                     f"metric {key!r} is {value!r} ({type(value).__name__}), needs a Python float, "
                     "int or str; convert it with float() or .item()"
                 )
-        self._file.write(json.dumps(dict(values)) + "\n")
+        self._file.write(json_text(values) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())
         for key, value in values.items():
@@ -126,9 +128,10 @@ class WandbWriter:
 
 
 def read_metrics(directory: str | Path) -> list[dict[str, Scalar]]:
-    """The whole lines of `directory/metrics.jsonl`, in order."""
+    """The whole lines of `directory/metrics.jsonl`, in order; what is not finite is NaN."""
     text = (Path(directory) / "metrics.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    return [{k: math.nan if v is None else v for k, v in line.items()} for line in lines]
 
 
 def _rewrite(path: Path, step: int | None) -> None:

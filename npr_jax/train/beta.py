@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from npr_jax.base.config import dump_config
 from npr_jax.base.distributed import gather, gather_all, is_main
 from npr_jax.base.fields import Checked, Count, CountOrZero, PositiveOrZero, Range, Seed
-from npr_jax.base.files import write_atomically, writing
+from npr_jax.base.files import json_text, write_atomically, writing
 from npr_jax.base.mesh import MeshConfig, local_decode_mesh, make_mesh
 from npr_jax.base.progress import Scalar
 from npr_jax.data.problems import read_problems, shuffled
@@ -257,7 +257,7 @@ class Records:
 
 
 def _lines(records: Iterable[dict]) -> bytes:
-    return "".join(json.dumps(record) + "\n" for record in records).encode()
+    return "".join(json_text(record) + "\n" for record in records).encode()
 
 
 def _sample_batch(
