@@ -213,7 +213,7 @@ def begun(directory, text, final=False):
     return output
 
 
-def test_what_changes_no_number_may_change(saved, tmp_path):
+def test_what_changes_no_number_may_change(tmp_path):
     old = "train: {micro_rows: 4, remat: dots}\nengine: {pages: 9, lanes: 2, max_depth: 1}\n"
     new = "train: {micro_rows: 1, remat: full}\nengine: {pages: 5, lanes: 1, max_depth: 1}\n"
     output = begun(tmp_path / "run", old)
@@ -249,7 +249,7 @@ def test_a_run_can_be_made_longer_and_not_shorter_than_it_is(tmp_path, caplog, k
     claim(output, text(15))  # nothing was made of 20 yet
 
 
-def test_inputs_may_move_where_their_content_is_known(saved, tmp_path):
+def test_inputs_may_move_where_their_content_is_known(tmp_path):
     old, new = "model: here\nseed: 1\n", "model: there\nseed: 1\n"
     output = begun(tmp_path / "run", old)
     with pytest.raises(ValueError, match=r"model was .*here.*, is .*there"):
@@ -295,7 +295,7 @@ def test_a_full_disk_is_named_and_the_last_good_checkpoint_stays(saved, tmp_path
 
     with (
         no_room(110),
-        pytest.raises(OSError, match=r"run.* cannot be written \(File too large\): make room"),
+        pytest.raises(OSError, match=r"run.* cannot be written \(file too large\): make room"),
         RunLog("run", tmp_path / "run", 10, report=lambda metrics: None) as log,
     ):
         for step in range(1, 11):

@@ -16,7 +16,6 @@ ELSEWHERE = {
     "base/config.py": 1,  # pydantic's way in; whether .nan is allowed is said there
     "base/files.py": 1,  # json_text itself
     "base/seeds.py": 1,  # a digest
-    "cli.py": 2,  # YAML on the command line
     "data/benchmarks.py": 2,  # a line as if of a file of JSON; a digest
     "data/sources.py": 1,  # whether it can be encoded
     "demo/__init__.py": 2,  # texts

@@ -16,9 +16,6 @@ from npr_jax.runs.metrics import read_metrics
 from npr_jax.train import beta, fit, rl, zero
 from npr_jax.train.fit import FitConfig
 from npr_jax.train.rollout import ZERO
-from npr_jax.train.step import Objective
-
-OBJECTIVE = Objective("papo")
 
 
 class FakeEngine:
@@ -69,7 +66,7 @@ def test_the_engine_has_the_only_copy_of_its_weights(settings):
         return nothing(engine, feed, step)
 
     before = arrays("float32"), arrays("bfloat16")
-    loop.run(rl.Policy(ZERO, config, OBJECTIVE, collect, 2), lambda metrics: None)
+    loop.run(rl.Policy(ZERO, config, collect), lambda metrics: None)
     assert [np.subtract(count, before).tolist() for count in counts] == [[3, 1]] * 3
 
 
@@ -111,6 +108,7 @@ def test_fitting_keeps_its_state_only(settings, tmp_path, monkeypatch):
         0,
         "fit",
         None,
+        None,
     )
     loop.run(body, lambda metrics: None)
     assert [count - before for count in counts] == [3]
@@ -121,7 +119,7 @@ def test_a_run_goes_on_with_its_model_elsewhere_and_more_steps(settings, tmp_pat
 
     def run(*changes):
         config = settings("zero", *changes)
-        return loop.run(rl.Policy(ZERO, config, OBJECTIVE, nothing, 2), lambda metrics: None)
+        return loop.run(rl.Policy(ZERO, config, nothing), lambda metrics: None)
 
     def done():
         return [line["step"] for line in read_metrics(tmp_path / "zero")]
@@ -168,7 +166,7 @@ def test_where_every_advantage_is_zero_no_step_is_made(settings, tmp_path, caplo
     def collect(engine, feed, step):
         return collected(0.0, 0.0)
 
-    final = loop.run(rl.Policy(ZERO, config, OBJECTIVE, collect, 3), lambda metrics: None)
+    final = loop.run(rl.Policy(ZERO, config, collect), lambda metrics: None)
     lines = read_metrics(tmp_path / "zero")
     assert [line["skipped"] for line in lines] == [1, 1]
     assert {line["skipped_because"] for line in lines} == {

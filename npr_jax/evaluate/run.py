@@ -15,7 +15,7 @@ from typing import ClassVar
 from npr_jax.base.compile_cache import DEFAULT_CACHE, use_cache
 from npr_jax.base.config import dump_config
 from npr_jax.base.fields import Checked, Count, Dtype
-from npr_jax.base.files import json_text, cut_half_line
+from npr_jax.base.files import cut_half_line, json_text
 from npr_jax.base.progress import Progress
 from npr_jax.base.seeds import seed_of
 from npr_jax.data.benchmarks import Question, Source, read_benchmark, split
