@@ -1,6 +1,6 @@
-"""A device in plain Python: pages hold (token, position), and what is drawn is a function of just
-what a table lists. So a finished answer can be checked against its own layout: had any page been
-given away too early, listed twice, or read at a wrong fill, another token would have come out.
+"""A device in plain Python: pages hold (token, position, weights), and what is drawn is a function
+of just what a table lists. So a finished answer can be checked against its own layout: had any page
+been given away too early, listed twice, or read at a wrong fill, another token would have come out.
 """
 
 import dataclasses
@@ -33,7 +33,8 @@ class Device:
     """Stands in for the compiled steps."""
 
     def __init__(self, config: EngineConfig):
-        self.cells = np.full((config.pages, config.page_size, 2), -1, np.int64)
+        self.cells = np.full((config.pages, config.page_size, 3), -1, np.int64)
+        self.weights = 0  # the number of those that the call at hand was given
         self.steps = config.steps
 
     def _seen(self, rows, r: int, rank: int):
@@ -43,15 +44,17 @@ class Device:
         seen = (entry < base[1:, None]) & (entry <= rank)
         cells = self.cells[rows.table[r]][seen]
         assert (cells >= 0).all(), "an entry that was never written is read"
+        assert (cells[:, 2] == self.weights).all(), "an entry of other weights is read"
         return cells[:, 0], cells[:, 1]
 
     def _write(self, rows, r: int, rank: int, token: int, position: int) -> None:
         column = int((rows.base[r, 1:] <= rank).sum())
         page, slot = rows.table[r, column], rank - rows.base[r, column]
         assert page > 0 and 0 <= slot < self.cells.shape[1], "a write outside the table"
-        self.cells[page, slot] = token, position
+        self.cells[page, slot] = token, position, self.weights
 
     def prefill(self, params, pool, rows, tokens, positions, ranks):
+        self.weights = int(params["final_norm"][0])
         for r, c in np.argwhere(ranks >= 0):
             self._write(rows, r, ranks[r, c], tokens[r, c], positions[r, c])
         for r, c in np.argwhere(ranks >= 0):
@@ -60,6 +63,7 @@ class Device:
         return pool
 
     def decode(self, params, pool, rows, state, restart, restarted, given, lanes, seen, limit):
+        self.weights = int(params["final_norm"][0])
         new = jax.tree.map(lambda a, b: np.where(restart, a, b), restarted, state)
         tokens, positions, ranks, left, frozen = (
             np.array(x) for x in (new.tokens, new.positions, new.ranks, new.left, new.frozen)
@@ -101,9 +105,9 @@ class Landed(np.ndarray):
         return True
 
 
-def engine_on_fake_device(config: EngineConfig) -> Engine:
-    """An engine whose every call to the device goes to `Device`."""
-    engine = Engine(_model(), config)
+def engine_on_fake_device(config: EngineConfig, **changes) -> Engine:
+    """An engine whose every call to the device goes to `Device`; `changes` are of its model."""
+    engine = Engine(dataclasses.replace(_model(), **changes), config)
     device, runner = Device(config), engine.runner
 
     def decode(*args):
@@ -164,8 +168,8 @@ def run_program(config: EngineConfig, program: list[tuple[str, int]]) -> dict[st
     budget = min(90, (config.pages - 8) * config.page_size - 20)
 
     def collect():
-        while engine._events:
-            event = engine._events.popleft()
+        while engine._outputs.events:
+            event = engine._outputs.events.popleft()
             if event.kind == "finish":
                 assert event.request not in answers
                 answers[event.request] = event.trajectory

@@ -193,7 +193,7 @@ def test_pages_add_up_after_every_operation(monkeypatch, pages):
         (engine.schedulers[0], "admit"),
         (engine.schedulers[0], "reserve"),
         (engine._fork_join, "advance"),
-        (engine._fork_join, "_finish"),
+        (engine._fork_join, "_fork"),
     ):
         monkeypatch.setattr(owner, name, counting(getattr(owner, name)))
     params = SamplingParams(n=5, max_tokens=150, seed=tuple(range(12)))

@@ -19,7 +19,7 @@ class ForkJoin:
     """Advances sequences by what was drawn for them.
 
     `fold(key, n)` gives the keys of n branches; `finish(request, reason, detail)` is called once
-    for every answer, when its trunk has ended; `emit(sequence, kind, **what)` hears what happens.
+    for every answer, when its trunk has ended; `note(sequence, kind, **what)` hears what happens.
     """
 
     def __init__(
@@ -29,11 +29,11 @@ class ForkJoin:
         schedulers: abc.Sequence[Scheduler],
         fold: abc.Callable,
         finish: abc.Callable[[Request, str, str], None],
-        emit: abc.Callable[..., None],
+        note: abc.Callable[..., None],
         stats: dict[str, int],
     ):
         self.config, self.tags, self.schedulers = config, tags, schedulers
-        self._fold_keys, self._finish, self._emit, self._stats = fold, finish, emit, stats
+        self._fold_keys, self._finish, self._note, self._stats = fold, finish, note, stats
 
     def advance(self, sequence: Sequence, tokens: list[int], *figures: list) -> None:
         """Takes the tokens drawn for a sequence, with log-probs, margins and steps, and acts on the
@@ -71,7 +71,7 @@ class ForkJoin:
         sequence.tail.append(tokens, *figures)
         sequence.budget -= len(tokens)
         self._stats["sampled_tokens"] += len(tokens)
-        self._emit(sequence, "token", tokens=tokens, logp=figures[0])
+        self._note(sequence, "token", tokens=tokens, logp=figures[0])
 
     def _check_limits(self, sequence: Sequence) -> None:
         request = sequence.request
@@ -97,7 +97,7 @@ class ForkJoin:
         spare = sequence.budget - sum(map(len, heads))
         share = (spare - len(tags.takeaway_header)) // (num + 1)  # the join keeps one as well
         sequence.budget = spare - num * share
-        self._emit(sequence, "fork", branches=num)
+        self._note(sequence, "fork", branches=num)
         branches = []
         for number, (key, head) in enumerate(
             zip(self._fold_keys(sequence.key, num), heads, strict=True)
@@ -135,7 +135,7 @@ class ForkJoin:
         segment = Segment(start, before)
         segment.append_known(head, forced=True)
         sequence.items.append(segment)
-        self._emit(sequence, "token", tokens=head, logp=None)
+        self._note(sequence, "token", tokens=head, logp=None)
 
     def _wait(self, sequence: Sequence, fork: Fork) -> None:
         """The sequence gives its lane up and waits for the branches of `fork`."""
@@ -182,7 +182,7 @@ class ForkJoin:
             before += branch.table[len(old[0]) :]
         fork.joined = True
         sequence.waiting = False
-        self._emit(sequence, "join")
+        self._note(sequence, "join")
         self._start_segment(sequence, head, _after(fork), before)
         scheduler = self.schedulers[sequence.request.replica]
         scheduler.hold(sequence.table)

@@ -4,6 +4,7 @@ A finished answer is a `Trajectory`: its tokens with their tree, log-probs and f
 """
 
 import dataclasses
+from collections import abc, deque
 
 import numpy as np
 
@@ -75,8 +76,9 @@ class Event:
       branch: where it happened: (block, branch) on the way from the trunk, counted from 0; () is
         the trunk. Tokens of one sequence come in order; sequences are interleaved.
       token_id, logp, forced: of a token; logp is raw, 0 for a forced token.
-      text: what the token adds to its sequence's text: "" while a character is incomplete, None
-        without a tokenizer.
+      text: what the token adds to its sequence's text: "" while a character is incomplete (what is
+        left of one comes with the sequence's last token, or, of a trunk that was cut off later,
+        with the finish); None without a tokenizer.
       branches: of a fork, their number.
       trajectory: of a finish, the answer.
     """
@@ -110,6 +112,116 @@ class TextPieces:
             return ""
         self._ids, self._known = self._ids[self._known :], len(self._ids) - self._known
         return text[len(before) :]
+
+    def flush(self) -> str:
+        """What was kept back: the text ends inside a character."""
+        before, text = self._decode(self._ids[: self._known]), self._decode(self._ids)
+        self._ids, self._known = [], 0
+        return text[len(before) :]
+
+
+class Outputs:
+    """What has happened; told in one place, to callbacks and to whoever takes the events out.
+
+    `end(request, reason, detail)` ends an answer whose callback or tokenizer raises; `forget(id)`
+    is called when its finish is told.
+
+    Attributes:
+      events: for a stream; `tokens`: whether it wants those of tokens.
+      finished: the last events of quiet requests, whose consumer waits for nothing else.
+    """
+
+    def __init__(self, tokenizer, end: abc.Callable, forget: abc.Callable):
+        self.events: deque[Event] = deque()
+        self.finished: deque[Event] = deque()
+        self.tokens = False
+        self._tokenizer, self._end, self._forget = tokenizer, end, forget
+        self._untold: deque[tuple] = deque()
+        self._delivering = False
+
+    def note(self, sequence: Sequence, kind: str, tokens=(), logp=None, branches=None) -> None:
+        """Something happened: `tokens` were sampled with `logp`, or forced where this is None."""
+        if kind == "token":
+            if not self._listens(sequence.request):
+                return
+            sequence.untold += 1
+        self._untold.append((sequence, kind, tokens, logp, branches))
+
+    def _listens(self, request: Request) -> bool:
+        return bool(request.on_event) or (self.tokens and not request.quiet)
+
+    def deliver(self) -> None:
+        """Tells what has happened. Callbacks run here, so no lane or page is being changed; what
+        they cause (an abort, their own failure) is told after what had happened before."""
+        if self._delivering:
+            return
+        self._delivering = True
+        try:
+            while self._untold:
+                sequence, kind, *what = self._untold.popleft()
+                if kind == "finish":
+                    self._finish(sequence.request)
+                elif not sequence.request.silent:
+                    try:
+                        self._tell_all(sequence, kind, *what)
+                    except Exception as error:  # the caller's or the tokenizer's
+                        self._fail(sequence.request, error)
+        finally:
+            self._delivering = False
+
+    def _tell_all(self, sequence: Sequence, kind: str, tokens, logp, branches) -> None:
+        request = sequence.request
+        if kind != "token":
+            self._tell(request, Event(kind, request.id, sequence.branch, branches=branches))
+            return
+        sequence.untold -= 1
+        over = not sequence.untold and (sequence.done or request.end is not None)
+        for i, token in enumerate(tokens):
+            if request.silent:
+                return
+            text = self._text(sequence, token, over and i + 1 == len(tokens))
+            event = Event(
+                kind,
+                request.id,
+                sequence.branch,
+                token_id=token,
+                logp=0.0 if logp is None else logp[i],
+                forced=logp is None,
+                text=text,
+            )
+            self._tell(request, event)
+
+    def _text(self, sequence: Sequence, token: int, last: bool) -> str | None:
+        if self._tokenizer is None:
+            return None
+        sequence.text = sequence.text or TextPieces(self._tokenizer)
+        text = sequence.text.add(token)
+        return text + sequence.text.flush() if last else text
+
+    def _tell(self, request: Request, event: Event) -> None:
+        if not request.quiet and (self.tokens or event.kind != "token"):
+            self.events.append(event)
+        if request.on_event:
+            request.on_event(event)
+
+    def _fail(self, request: Request, error: Exception) -> None:
+        request.silent, request.on_event = True, None
+        self._end(request, "error", f"{type(error).__name__}: {error}")
+
+    def _finish(self, request: Request) -> None:
+        self._forget(request.id)
+        answer = make_trajectory(request, *request.end, self._tokenizer)
+        pieces = request.trunk.text
+        text = (pieces.flush() or None) if pieces and answer.finish_reason != "error" else None
+        event = Event("finish", request.id, text=text, trajectory=answer)
+        try:
+            if request.on_event:
+                request.on_event(event)
+        except Exception as error:
+            failed = f"{type(error).__name__}: {error}"
+            answer = dataclasses.replace(answer, finish_reason="error", detail=failed)
+            event = dataclasses.replace(event, trajectory=answer)
+        (self.finished if request.quiet else self.events).append(event)
 
 
 def make_trajectory(request: Request, reason: str, detail: str, tokenizer) -> Trajectory:

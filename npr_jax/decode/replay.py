@@ -57,7 +57,7 @@ class Replay(ForkJoin):
             self._end(sequence, "stop", "replayed")
             return
         block, opens, children = script.forks[sequence.piece]
-        self._emit(sequence, "fork", branches=len(children))
+        self._note(sequence, "fork", branches=len(children))
         branches = []
         for number, child in enumerate(children):
             branch = ReplayedSequence(sequence.request, sequence, number, sequence.key, child)

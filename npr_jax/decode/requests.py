@@ -31,16 +31,15 @@ class RequestMaker:
     def groups(self, prompts: abc.Sequence, sampling: SamplingParams) -> list[list[Request]]:
         """`sampling.n` requests to every prompt, in groups of one prompt and one replica; raises
         the ValueErrors of `Engine.submit`."""
+        if isinstance(prompts, str | bytes) or not isinstance(prompts, abc.Sequence | np.ndarray):
+            raise ValueError(
+                f"prompts is {type(prompts).__name__}, needed is a list of prompts ([prompt])"
+            )
         seeds = sampling.seed
         if isinstance(seeds, int):
             seeds = [seeds] * len(prompts)
         if len(seeds) != len(prompts):
             raise ValueError(f"seed has {len(seeds)} entries, needed is one, or {len(prompts)}")
-        if sampling.parallel and (self.tags is None or self.tags.decode is None):
-            raise ValueError(
-                "parallel decoding needs a tokenizer with the eight tags; this model has none "
-                "(parallel=False decodes it as plain text)"
-            )
         ids = [self.check(prompt, sampling, f"prompt {i}") for i, prompt in enumerate(prompts)]
         # Fewer prompts than replicas: the answers to one are split among some of them.
         split = math.ceil(self._replicas / max(1, len(prompts)))
@@ -57,6 +56,11 @@ class RequestMaker:
 
     def check(self, prompt: str | abc.Sequence[int], sampling: SamplingParams, name: str):
         """The ids of a prompt; raises the ValueError with which it would be refused."""
+        if sampling.parallel and (self.tags is None or self.tags.decode is None):
+            raise ValueError(
+                "parallel decoding needs a tokenizer with the eight tags; this model has none "
+                "(parallel=False decodes it as plain text)"
+            )
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise ValueError(f"{name} is text, but the model has no tokenizer")
@@ -76,6 +80,12 @@ class RequestMaker:
         for token in sampling.stop_token_ids:
             if token >= vocab:
                 raise ValueError(f"stop_token_ids holds {token}, needed are ids below {vocab}")
+        stops = self._stops(sampling)
+        if len(stops) > self.config.max_stops:
+            raise ValueError(
+                f"{len(stops)} ids end or stop a sequence (stop_token_ids, ends of text, tags), "
+                f"max_stops is {self.config.max_stops}"
+            )
         self.refuse_too_long(len(ids), sampling, name)
         return ids
 
@@ -103,15 +113,8 @@ class RequestMaker:
         trunk's own segment starts with the last, from which its first token is drawn."""
         request = Request(self._count, sampling, len(prompt), self._max_position(sampling))
         self._count += 1
-        eos = (*self.model_config.eos_token_ids, *sampling.stop_token_ids)
-        request.ends = frozenset(eos)
-        request.stops = eos
-        if sampling.parallel and self.tags is not None:
-            request.stops = (*eos, self.tags.guideline_close, self.tags.step_close)
-        if len(request.stops) > self.config.max_stops:
-            raise ValueError(
-                f"{len(request.stops)} ids end or stop a line, max_stops is {self.config.max_stops}"
-            )
+        request.ends = frozenset((*self.model_config.eos_token_ids, *sampling.stop_token_ids))
+        request.stops = self._stops(sampling)
         trunk = request.trunk = Sequence(request, None, 0, key)
         own = Segment(len(prompt) - 1, (shared,) if shared.tokens else ())
         own.append_known(prompt[-1:], forced=False)
@@ -121,6 +124,13 @@ class RequestMaker:
         if sampling.parallel and self.tags is not None:
             trunk.automaton = Automaton(self.tags, NO_DEPTH_LIMIT, index=len(prompt))
         return request
+
+    def _stops(self, sampling: SamplingParams) -> tuple[int, ...]:
+        """Ids at which a lane freezes: ends of the text, and the two tags that may be events."""
+        eos = (*self.model_config.eos_token_ids, *sampling.stop_token_ids)
+        if sampling.parallel and self.tags is not None:
+            eos += self.tags.guideline_close, self.tags.step_close
+        return eos
 
     def _max_position(self, sampling: SamplingParams) -> int:
         limit = self.model_config.max_position_embeddings

@@ -45,9 +45,26 @@ class PendingStep:
         """Whether the device has finished it."""
         return self.output.count.is_ready()
 
-    def read(self) -> SamplerOutput:
-        """Waits for the arrays on the host."""
-        return jax.device_get(self.output)
+    def read(self, stats: dict[str, int]) -> abc.Iterator[tuple]:
+        """Waits for the arrays, and counts the steps that ran; then, for every sequence that is
+        still in the same epoch: (sequence, most tokens it might draw, whether its lane froze, its
+        tokens with log-probs, log-probs as sampled, margins and steps, or None without any)."""
+        output = jax.device_get(self.output)
+        first = stats["decode_steps"]
+        stats["decode_steps"] += int(output.steps.max())
+        figures = (output.tokens, output.logp, output.logp_sampled, output.margin)
+        columns = [figure.tolist() for figure in figures]
+        return self._each(output, columns, first)
+
+    def _each(self, output: SamplerOutput, columns: list, first: int) -> abc.Iterator[tuple]:
+        for sequence, epoch, most in self.sequences:
+            lane = sequence.lane
+            if lane is None or sequence.epoch != epoch:
+                continue  # it has ended, or will draw the same again
+            count = int(output.count[lane])
+            drawn = [column[lane][:count] for column in columns]
+            drawn.append(list(range(first, first + count)))
+            yield sequence, most, bool(output.frozen[lane]), drawn if count else None
 
 
 class Runner:
@@ -65,9 +82,11 @@ class Runner:
         self._prompt_steps = self._steps
         if stock and params["embed"].dtype == dtype:
             self._prompt_steps = compiled_steps(model_config, "plain", config.steps, mesh)
+        self._dtype = dtype
+        self._like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
         self.set_params(params)
-        self._pool = self._make_pool(dtype)
-        self._lanes = Lanes(config, self.replicas * config.lanes, self._put)
+        self.reset()
+        self._pool = self._make_pool()
         self._shapes = tuple(
             dict.fromkeys(
                 (
@@ -79,12 +98,21 @@ class Runner:
         self.stats = dict.fromkeys(("decode_steps", "prefill_calls", "prefill_tokens"), 0)
 
     def set_params(self, params) -> None:
-        """Takes these weights from the next call on."""
+        """Takes these weights from the next call on.
+
+        Raises ValueError if a leaf is not what it was when the runner was made.
+        """
+        _refuse_unlike(params, self._like)
         if self.mesh is not None:
             params = place_params(params, decode_shardings(self.model_config, self.mesh))
         if jax.default_backend() == "cpu":
             params = _unstack(params)
         self.params = params
+
+    def reset(self) -> None:
+        """Forgets what lanes and pages hold; the next call makes another pool."""
+        self._pool = None
+        self._lanes = Lanes(self.config, self.replicas * self.config.lanes, self._put)
 
     def warmup(
         self, penalised: bool, progress: abc.Callable[[int, int], None] | None = None
@@ -197,7 +225,7 @@ class Runner:
         if steps is None:
             branches = any(segment.before for _, _, segment, _ in work)
             steps = self._steps if branches else self._prompt_steps
-        self._pool = steps.prefill(self.params, self._pool, *arrays)
+        self._pool = steps.prefill(self.params, self._take_pool(), *arrays)
 
     def _decode_call(
         self, sequences: abc.Sequence[Sequence], penalised: bool, counts=(), limit=0
@@ -210,7 +238,7 @@ class Runner:
             seen = lanes.seen(sequences, self.model_config.padded_vocab_size)
         self._pool, lanes.state, output = self._steps.decode(
             self.params,
-            self._pool,
+            self._take_pool(),
             lanes.rows,
             lanes.state,
             restart,
@@ -222,8 +250,13 @@ class Runner:
         )
         return output
 
-    def _make_pool(self, dtype) -> jax.Array:
-        config = self.config
+    def _take_pool(self) -> jax.Array:
+        """The pool, to be donated: until the call has given it back, there is none."""
+        pool, self._pool = self._pool, None
+        return self._make_pool() if pool is None else pool
+
+    def _make_pool(self) -> jax.Array:
+        config, dtype = self.config, self._dtype
         shape = pool_shape(self.model_config, self.replicas * config.pages, config.page_size)
         if self.mesh is None:
             return jax.numpy.zeros(shape, dtype)
@@ -241,6 +274,27 @@ class Runner:
 
 
 _unstack = jax.jit(unstack)
+
+
+def _refuse_unlike(params, like) -> None:
+    """Refuses weights of another structure, shape or dtype, and names the leaf."""
+
+    def leaves(tree) -> dict[str, str]:
+        found, _ = jax.tree_util.tree_flatten_with_path(tree)
+        return {
+            jax.tree_util.keystr(path, simple=True, separator="/"): (
+                f"{getattr(x, 'dtype', type(x).__name__)}{list(np.shape(x))}"
+            )
+            for path, x in found
+        }
+
+    has, needs = leaves(params), leaves(like)
+    for name in (*needs, *has):
+        if has.get(name) != needs.get(name):
+            raise ValueError(
+                f"the weights' {name} is {has.get(name, 'missing')}, needed is "
+                f"{needs.get(name, 'no such leaf')}, as in the engine's own"
+            )
 
 
 def _prefill_work(scheduler: Scheduler, rows: int, chunk: int):

@@ -223,6 +223,15 @@ class Scheduler:
             self._waiting = [entry for entry in self._waiting if entry[1] is not request]
             heapq.heapify(self._waiting)
 
+    def reset(self) -> None:
+        """Takes everything off lanes, pages and queue, whatever state they are in."""
+        for request in self.running:
+            request.running = False
+        evictions = self.pages.evictions
+        self.pages, self.lanes = PagePool(self.config.pages), [None] * self.config.lanes
+        self.pages.evictions = evictions
+        self.running, self._waiting = [], []
+
     def _free_lanes(self, request: Request) -> None:
         for sequence in request.growing():
             self._free_lane(sequence)

@@ -16,9 +16,9 @@ Who writes what, after something was made:
     Fork       joined: fork_join
     Sequence   items, automaton, budget, given, waiting, done, failure: fork_join and replay;
                lane, epoch: the scheduler; pending: the runner adds, the engine takes away, the
-               scheduler clears; text: outputs
-    Request    replica, on_event: the engine, when it queues it; running, preempted: the scheduler;
-               refused: fork_join; failure: the engine
+               scheduler clears; text, untold: outputs
+    Request    replica, on_event, quiet: the engine, when it queues it; running, preempted: the
+               scheduler; refused: fork_join; end: the engine; silent: the engine and outputs
 """
 
 import dataclasses
@@ -98,6 +98,7 @@ class Sequence:
         self.epoch = 0  # counts starts on a lane: what was drawn in an earlier one is dropped
         self.pending = 0  # tokens that may have been drawn and were not read yet
         self.text = None  # outputs.TextPieces, where somebody listens
+        self.untold = 0  # runs of its tokens that nobody has heard of yet
         self.waiting = False  # for its branches
         self.done = False
         self.failure: tuple[str, str] | None = None
@@ -132,10 +133,11 @@ class Request:
     """One answer in the making: what was asked, and the trunk with all that grew from it.
 
     `id`: the order of arrival, which is the priority; `replica`: where it decodes; `penalised`:
-    whether tokens it has seen change the logits; `on_event`: the caller's; `failure`: what this
-    raised; `ends`: ids that end the text; `stops`: ids at which a lane freezes; `running`: whether
-    its tables hold pages; `refused`: why blocks went on sequentially; `tree`: the layout that is
-    replayed.
+    whether tokens it has seen change the logits; `on_event`: the caller's; `quiet`: no consumer
+    wants its tokens; `end`: why it ended (reason, detail), told or not; `silent`: nothing but its
+    finish will be told; `ends`: ids that end the text; `stops`: ids at which a lane freezes;
+    `running`: whether its tables hold pages; `refused`: why blocks went on sequentially; `tree`:
+    the layout that is replayed.
     """
 
     def __init__(self, number: int, sampling: SamplingParams, prompt_len: int, max_position: int):
@@ -143,7 +145,8 @@ class Request:
         self.max_position = max_position
         self.replica = 0
         self.penalised = False
-        self.failure: str | None = None
+        self.quiet = self.silent = False
+        self.end: tuple[str, str] | None = None
         self.on_event: Callable | None = None
         self.ends: frozenset[int] = frozenset()
         self.stops: tuple[int, ...] = ()

@@ -1,13 +1,17 @@
-"""Where the host's time goes, and for how long the device may have had nothing to do."""
+"""Figures of an engine: where the host's time goes, who holds what, what was compiled."""
 
+import contextlib
 import time
+from collections import abc
 
 from npr_jax.base.compile_cache import compilations
 from npr_jax.decode.runner import PendingStep
+from npr_jax.decode.scheduler import Scheduler
 
 
 class Clock:
-    """Adds up the time of visits; the engine says what happens when."""
+    """Adds up the time of visits, and that in which the device may have had nothing to do; the
+    engine says what happens when."""
 
     def __init__(self):
         self.visits = self.seconds = self.waited = self.idle = 0
@@ -61,3 +65,28 @@ class Clock:
             "host_share": (self.seconds - self.waited) / seconds,
             "device_wait_share": self.idle / seconds,
         }
+
+
+def of_schedulers(schedulers: abc.Sequence[Scheduler]) -> dict[str, int]:
+    """The part of `Engine.stats` that is about lanes and pages."""
+    figures = {
+        "lanes_busy": sum(len(s.bound) for s in schedulers),
+        "lanes": sum(len(s.lanes) for s in schedulers),
+        "evictions": sum(s.pages.evictions for s in schedulers),
+    }
+    for name in ("free", "cached", "held"):
+        figures[f"pages_{name}"] = sum(getattr(s.pages, f"num_{name}") for s in schedulers)
+    for name in ("preemptions", "cached_tokens"):
+        figures[name] = sum(s.stats[name] for s in schedulers)
+    return figures
+
+
+@contextlib.contextmanager
+def counted_compilations() -> abc.Iterator[dict[str, float]]:
+    """A dict that at the end has what was `compiled` inside, read `from_cache`, and `seconds`."""
+    begun, before, figures = time.perf_counter(), compilations(), {}
+    yield figures
+    now = compilations()
+    figures["compiled"] = now.compiled - before.compiled
+    figures["from_cache"] = now.from_cache - before.from_cache
+    figures["seconds"] = time.perf_counter() - begun

@@ -100,12 +100,14 @@ def make_trace(
     """The trace of an answer to `problem`; the rest says which answer it is."""
     made = answer.trajectory
     first = made.step[made.step >= 0].min(initial=np.iinfo(np.int32).max)
-    pieces = TextPieces(tokenizer)
+    text = TextPieces(tokenizer)
+    pieces = [text.add(token) for token in made.token_ids.tolist()]
+    pieces[-1] += text.flush()  # an answer may end inside a character
     return Trace(
         problem=problem.problem,
         reference=problem.answer,
         token_ids=made.token_ids.tolist(),
-        pieces=[pieces.add(token) for token in made.token_ids.tolist()],
+        pieces=pieces,
         prompt_len=made.prompt_len,
         logp=[round(x, 4) for x in made.logp.tolist()],
         step=np.where(made.step < 0, -1, made.step - first).tolist(),
