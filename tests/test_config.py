@@ -440,6 +440,21 @@ def test_the_page_of_all_keys_is_current():
         ("steps: 3\nsteps: 4\n", "line 2, column 1: not valid YAML: key 'steps' is given twice"),
         ('name: "a\n', "not valid YAML: found unexpected end of stream"),
         ("name: \x00\n", "line 1, column 7: not valid YAML: the character"),
+        (
+            "steps: 3\nname: !!binary aGk=\n",
+            "line 2, column 7: not valid YAML: !!binary is no type",
+        ),
+        ("name: !!set {a}\n", "line 1, column 7: not valid YAML: !!set is no type of a config"),
+        ("name: !!timestamp x\n", "line 1, column 7: not valid YAML: !!timestamp is no type"),
+        ("steps: !!int x\n", "line 1, column 8: not valid YAML: 'x' is no int"),
+        ("name: !!bool x\n", "line 1, column 7: not valid YAML: 'x' is no bool"),
+        ("steps: " + "9" * 5000, "c.yaml: line 1, column 8: not valid YAML: '999"),
+        ("steps: " + "[" * 3000, "c.yaml: not valid YAML: lists and mappings nested too deep"),
+        ("name: &a [*a]\n", "c.yaml: not valid YAML: an alias (*) stands inside of what"),
+        (
+            'name: "\\ud83d"\n',
+            "c.yaml: not valid YAML: the text '\\ud83d' is half a surrogate pair",
+        ),
     ],
 )
 def test_what_is_no_yaml_is_told_with_line_column_and_reason(tmp_path, text, words):

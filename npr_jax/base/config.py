@@ -38,8 +38,25 @@ _SCALARS = {
 }
 
 
+# What a config is made of: JSON's types, under whatever tag they are written.
+_TAGS = {*_SCALARS, *(f"tag:yaml.org,2002:{name}" for name in ("str", "seq", "map"))}
+
+
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict = {}  # noqa: RUF012  (PyYAML's own protocol)
+
+    def construct_object(self, node, deep=False):
+        if node.tag.startswith("tag:yaml.org,2002:") and node.tag not in _TAGS:
+            name = node.tag.replace("tag:yaml.org,2002:", "!!")
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{name} is no type of a config", node.start_mark
+            )
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, KeyError) as error:  # such as an integer of 5,000 digits, !!int x
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{node.value!r:.40} is no {node.tag.split(':')[-1]}", node.start_mark
+            ) from error
 
     def construct_mapping(self, node, deep=False):
         seen = set()
@@ -177,7 +194,17 @@ def _adapter(cls: type) -> pydantic.TypeAdapter:
 
 def _parse(text: str, source: str) -> Any:
     try:
-        return yaml.load(text, Loader=_Loader)
+        value = yaml.load(text, Loader=_Loader)
+        json.dumps(value, ensure_ascii=False).encode()  # in which form it is checked
+        return value
+    except RecursionError as error:
+        raise ValueError(f"{source}: not valid YAML: lists and mappings nested too deep") from error
+    except UnicodeEncodeError as error:
+        reason = f"the text {error.object[error.start]!r} is half a surrogate pair"
+        raise ValueError(f"{source}: not valid YAML: {reason}") from error
+    except ValueError as error:  # of JSON
+        reason = "an alias (*) stands inside of what it stands for"
+        raise ValueError(f"{source}: not valid YAML: {reason}") from error
     except yaml.MarkedYAMLError as error:
         reason = error.problem
         if error.context:
