@@ -1,7 +1,7 @@
-"""Writes the performance tables of README.md from the files in bench/results/.
+"""Writes the tables of docs/performance.md from the files in bench/results/.
 
-python bench/table.py            # rewrites the README
-python bench/table.py --check    # exit code 1 if the README is not what the results say
+python bench/table.py            # rewrites the page
+python bench/table.py --check    # exit code 1 if the page is not what the results say
 """
 
 import argparse
@@ -14,6 +14,7 @@ from plot import log_chart
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 TRAINING = RESULTS / "train.json"
+PAGE = ROOT / "docs" / "performance.md"
 PLOT = ROOT / "docs" / "images" / "train_lengths.svg"
 BEGIN, END = "<!-- performance: made by bench/table.py -->", "<!-- end of performance -->"
 
@@ -147,7 +148,7 @@ def row_lengths(found: dict) -> list[str]:
         "",
         *markdown(["tokens", *LAYOUTS.values(), "MiB"], rows),
         "",
-        f"![Step time by row length]({PLOT.relative_to(ROOT)})",
+        f"![Step time by row length]({PLOT.relative_to(PAGE.parent)})",
     ]
 
 
@@ -203,7 +204,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
-    same = replace_between(ROOT / "README.md", BEGIN, END, text(), check)
+    same = replace_between(PAGE, BEGIN, END, text(), check)
     if check:
         sys.exit(0 if same else 1)
     if TRAINING.exists() and "lengths" in load("train"):

@@ -1,0 +1,129 @@
+"""The pages are true: links lead somewhere, commands exist and run, figures are the files'."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer.main
+
+from npr_jax.cli import app
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("docs/*.md"))]
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    """The code blocks of a page in that language."""
+    return re.findall(rf"```{language}\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def commands(path: Path) -> list[list[str]]:
+    """The commands of a page's shell blocks, as words, without comments."""
+    text = "\n".join(blocks(path, "sh")).replace("\\\n", " ")
+    lines = [part for line in text.splitlines() for part in re.split(r" && | \| | 2>&1", line)]
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_links_lead_somewhere(path):
+    text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", link):
+            continue  # of the web
+        name, _, anchor = link.partition("#")
+        target = (path.parent / name) if name else path
+        assert target.exists(), f"{path.name} links to {link}, which is not there"
+        if anchor:
+            heads = re.findall(r"^#+ (.*)", target.read_text(encoding="utf-8"), re.MULTILINE)
+            slugs = {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+            assert anchor in slugs, f"{path.name} links to {link}, {target.name} has {slugs}"
+
+
+def test_every_page_is_in_the_index():
+    index = (ROOT / "docs/index.md").read_text(encoding="utf-8")
+    missing = [path.name for path in PAGES if path.name not in index and path.name != "index.md"]
+    assert not missing
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_commands_exist(path):
+    verbs = typer.main.get_command(app).commands
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for words in commands(path):
+        if words[0] == "npr-jax":
+            command, rest = verbs.get(words[1]), words[2:]
+            assert command or words[1] == "--version", f"{path.name}: npr-jax has no {words[1]}"
+            if command and hasattr(command, "commands"):
+                command, rest = command.commands[rest[0]], rest[1:]
+            known = {option for parameter in command.params for option in parameter.opts}
+            used = {word.split("=")[0] for word in rest if word.startswith("--")}
+            assert used <= known, f"{path.name}: {words[1]} has no {sorted(used - known)}"
+        elif words[0] == "make":
+            asked = [word for word in words[1:] if "=" not in word]
+            assert set(asked) <= targets, f"{path.name}: make has no {asked}"
+        elif words[0] == "python":
+            assert words[1] == "-m" or (ROOT / words[1]).is_file(), f"{path.name}: {words}"
+
+
+def test_files_named_in_the_text_are_there():
+    for path in PAGES:
+        for name in re.findall(
+            r"`((?:npr_jax|bench|tests|scripts|configs)/[\w/.]+\w)`", path.read_text()
+        ):
+            made = re.search(r"NAME|DIR", name)
+            assert made or (ROOT / name).exists(), f"{path.name} names {name}"
+
+
+def test_the_readme_is_short():
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_the_performance_page_says_what_the_results_say():
+    command = [sys.executable, str(ROOT / "bench" / "table.py"), "--check"]
+    assert subprocess.run(command).returncode == 0, "run bench/table.py"
+
+
+SMALL = {  # of the stages as the README writes them
+    "zero": "steps=1 prompts=4 samples=4 max_refills=0",
+    "beta": "sample.num_problems=32 sample.batch=32 sample.tries=8 fit.steps=1",
+    "papo": "steps=1 prompts=4 samples=4",
+}
+
+
+@pytest.mark.slow
+def test_the_readme_runs(home, tmp_path):
+    """As written, where the demo seems to have run: a small model in the place of its models. The
+    stages are made short."""
+    for stage, model in (("seed", "seed"), ("papo", "tree")):
+        (tmp_path / f"runs/demo/{stage}").mkdir(parents=True)
+        (tmp_path / f"runs/demo/{stage}/final").symlink_to(home / model)
+    (tmp_path / "runs/demo/problems.jsonl").write_text((home / "problems.jsonl").read_text())
+
+    def run(*command: str) -> str:
+        environment = os.environ | {"PYTHON": sys.executable}
+        found = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900
+        )
+        assert found.returncode == 0, found.stdout + found.stderr
+        return found.stdout
+
+    (code,) = blocks(README, "python")
+    said = run(sys.executable, "-c", code)
+    assert "branches" in said and "in a row" in said
+
+    (shell,) = [block for block in blocks(README, "sh") if "npr-jax generate" in block]
+    shell = shell.replace("source .venv/bin/activate\n", "").replace("--set steps=10 ", "")
+    for stage, changes in SMALL.items():
+        command = f"npr-jax {stage} tiny_{stage}"
+        assert command in shell
+        shell = shell.replace(command, f"{command} --set " + " --set ".join(changes.split()))
+    run("bash", "-c", 'set -eu\nnpr-jax() { "$PYTHON" -m npr_jax "$@"; }\n' + shell)
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 1
+    for made in ("eval/results.json", "eval/index.html", "tiny_papo/index.html"):
+        assert (tmp_path / "runs" / made).exists()
+    assert (tmp_path / "exported/model.safetensors").exists()
