@@ -1,5 +1,5 @@
 # Every target sets up what it needs; nothing is installed outside this folder.
-.PHONY: help install libtpu demo check test nightly check-wheel lint types same test-real announce-real clean
+.PHONY: help install libtpu demo check test nightly check-wheel lint types same mutants test-real announce-real clean
 .DEFAULT_GOAL := help
 
 VENV := .venv
@@ -87,6 +87,9 @@ lint: install  ## check style and format
 
 types: install  ## check types
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+
+mutants: install  ## break lines of the code on purpose, each of which a test must notice
+	$(VENV)/bin/python scripts/mutants.py --jobs $(JOBS)
 
 BASE ?= HEAD
 same: install  ## compare all numbers with those of another revision: make same BASE=main
