@@ -113,6 +113,7 @@ def test_what_is_missing_is_named(script, args, env, words):
         ([0], 3, 0, 1),
         ([1, 143, 134, 0], 3, 0, 4),
         ([2], 3, 2, 1),  # a user's error
+        ([3], 3, 3, 1),  # `plan`: it does not fit
         ([4], 3, 4, 1),  # `generate` has left lines out
         ([143] * 5 + [0], 1, 0, 6),  # being stopped does not count
         ([1] * 9, 2, 1, 3),

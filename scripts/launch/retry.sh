@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Runs a command until it is done: scripts/launch/retry.sh npr-jax papo CONFIG --output DIR
 #
-# 0 is done, 4 done with lines left out, and 2 a user's error, which another try would only repeat.
-# Anything else is tried again, for a run goes on where it stopped: 143 (it was told to stop, and has saved) without limit, a crash
-# RETRIES times. SIGTERM and Ctrl-C are handed on, and end the retrying too.
+# 0 is done, 4 done with lines left out; 2, a user's error, and 3, a plan that does not fit, another
+# try would only repeat. Anything else is tried again, for a run goes on where it stopped: 143 (it
+# was told to stop, and has saved) without limit, a crash RETRIES times. SIGTERM and Ctrl-C are
+# handed on, and end the retrying too.
 set -euo pipefail
 
 RETRIES=${RETRIES:-20}
@@ -31,7 +32,7 @@ while true; do
   done
   child=''
   case $status in
-    0 | 2 | 4 | 126 | 127 | 130) exit "$status" ;;  # 126, 127: no such command; 130: Ctrl-C
+    0 | 2 | 3 | 4 | 126 | 127 | 130) exit "$status" ;;  # 126, 127: no such command; 130: Ctrl-C
     143) ;;
     *) crashes=$((crashes + 1)) ;;
   esac
