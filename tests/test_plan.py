@@ -7,16 +7,30 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from train_toy import example, write_problems
 from typer.testing import CliRunner
 
-from npr_jax.base.mesh import parse_mesh
+import npr_jax
+from npr_jax import tree
+from npr_jax.base.mesh import make_mesh, parse_mesh
 from npr_jax.cli import app
 from npr_jax.model import PRESETS, abstract_params
 from npr_jax.model.config import REMAT
 from npr_jax.plan.hlo import collective_bytes
-from npr_jax.plan.plan import CHIPS, GIB, plan, report, stage_config, train_flops
+from npr_jax.plan.plan import (
+    CHIPS,
+    GIB,
+    architecture,
+    plan,
+    report,
+    stage_config,
+    train_flops,
+    train_step,
+)
+from npr_jax.train import beta, papo, rl, zero
+from npr_jax.train import step as step_module
 from npr_jax.train.packing import empty_row
-from npr_jax.train.step import Objective, loss_sums
+from npr_jax.train.step import Objective, compiled_step, loss_sums
 
 TINY_MESHES = {
     "v5e:4x4": "data=8,tensor=2",
@@ -115,6 +129,76 @@ def test_rows_of_a_step_hold_the_longest_answers():
     assert stage_config("papo", "qwen3-4b", ["max_tokens=10000"]).rows == 16 * 6  # and three of 10k
     assert stage_config("zero", "tiny").rows == 16 * 6 // 2  # two minibatches
     assert stage_config("beta", "tiny").rows == 32
+
+
+RUNS = [
+    ("zero", [], 2, "dapo"),
+    ("zero", ["clip_high=0.3"], 2, "dapo"),
+    ("beta", [], 2, "sft"),
+    ("beta", ["layout=reference"], 5, "sft"),
+    ("papo", [], 3, "papo"),
+    ("papo", ["layout=reference"], 6, "papo"),
+    ("papo", ["objective=dapo"], 3, "dapo"),
+]
+
+
+@pytest.mark.parametrize("stage, overrides, depth, loss", RUNS)
+def test_what_is_planned_is_the_program_of_the_run(
+    tmp_path, monkeypatch, stage, overrides, depth, loss
+):
+    """A stage runs up to its first train step, on an answer that is put in for sampled ones."""
+    model = npr_jax.load("tiny")
+    ((prompt, response, answer),) = write_problems(tmp_path / "problems.jsonl", 1, groups=2)
+    settings = [f"problems={tmp_path / 'problems.jsonl'}", f"output={tmp_path / 'run'}"]
+    settings += ["model=tiny", "mesh.data=4", "mesh.tensor=2", *overrides]
+    settings += ["sampler_model=tiny", "fit.batch=1"] if stage == "beta" else ["minibatches=1"]
+    config = stage_config(stage, "tiny", settings)
+    trace = example(model, prompt, response, advantage=1.0)
+    ids = trace.token_ids.tolist()
+    record = {"problem": prompt, "answer": answer, "prompt_len": trace.layout.prompt_len}
+    record |= {"tries": 1, "accepted": [ids], "texts": [response]}
+    if getattr(config, "layout", "strict") == "reference":
+        rule = tree.parse(ids, trace.layout.prompt_len, model.tags, rule="reference")
+        trace = dataclasses.replace(trace, layout=rule)
+    collected = rl.Collected([[trace]], [0], {})
+    monkeypatch.setattr(beta, "_sample_batch", lambda *_: ([record], {}))
+    monkeypatch.setattr(zero, "collect_groups", lambda *_: collected)
+    monkeypatch.setattr(papo, "collect_groups", lambda *_: collected)
+
+    class Reached(Exception):
+        pass
+
+    asked = []
+
+    def recorded(*key):
+        """In place of the compiled step of a run: remembers what it is of, and its arguments."""
+
+        def step(*arguments):
+            asked.append((key, arguments))
+            raise Reached
+
+        return step
+
+    monkeypatch.setattr(step_module, "compiled_step", recorded)
+    with pytest.raises(Reached):
+        {"zero": zero, "beta": beta, "papo": papo}[stage].run(config, lambda _: None)
+    ((arch, *key), arguments) = asked[0]
+    mesh = make_mesh(config.mesh)
+    planned = architecture(PRESETS["tiny"], config.train)
+    planned = dataclasses.replace(planned, attention=arch.attention)  # which is the device's
+    assert planned == arch
+    step, abstract = train_step(planned, config, mesh)
+    assert step is compiled_step(arch, *key)
+
+    def aval(x):
+        return x.shape, x.dtype
+
+    assert jax.tree.map(aval, abstract) == jax.tree.map(aval, arguments)
+    assert [x.sharding for x in jax.tree.leaves(abstract[:2])] == [
+        x.sharding for x in jax.tree.leaves(arguments[:2])
+    ]
+    # And both are what is meant.
+    assert arguments[1]["hidden"].shape[-2] == depth and key[1].name == loss
 
 
 @pytest.mark.parametrize("topology", TINY_MESHES)
