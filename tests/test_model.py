@@ -399,6 +399,14 @@ def test_config_from_hugging_face_and_back():
         ({"eos_token_id": [7, "9"]}, "eos_token_id holds '9'"),
         ({"num_attention_heads": 3}, "multiple of num_kv_heads=2"),
         ({"model_type": "llama", "head_dim": None, "num_attention_heads": 10}, "no multiple of"),
+        ({"model_type": ["qwen3"]}, r"model_type is \['qwen3'\]"),
+        ({"model_type": {"a": 1}}, "model_type is {'a': 1}"),
+        ({"architectures": 3}, "architectures is 3"),
+        ({"no_rope_layers": 3}, "no_rope_layers is 3"),
+        ({"rms_norm_eps": 1e300}, r"rms_norm_eps is 1e\+300, needed is a number from 1e-30 to 1e"),
+        ({"rms_norm_eps": 1e-320}, "rms_norm_eps is 1e-320, needed is a number from 1e-30"),
+        ({"num_hidden_layers": 10**7}, "num_hidden_layers is 10000000, needed is 10000 at most"),
+        ({"max_position_embeddings": 2**31}, "max_position_embeddings is 2147483648, needed is 21"),
     ],
 )
 def test_configs_that_are_not_understood_are_refused(change, match):

@@ -178,7 +178,7 @@ def test_a_file_that_is_not_whole_is_named(saved):
     refused(directory, str(path), "git-lfs")
     for name in ("config.json", "generation_config.json"):
         text = (directory / name).read_text()
-        for broken in (text[:-3], "[]", "\xff", '{"temperature": NaN}'):
+        for broken in (text[:-3], "[]", "\xff", '{"temperature": NaN}', "[" * 10**5):
             (directory / name).write_bytes(broken.encode("latin-1"))
             refused(directory, str(directory / name))
         (directory / name).write_text(text)
@@ -408,3 +408,14 @@ def test_rows_are_added_where_they_are_missing(qwen):
     assert model.with_tags() is model
     with pytest.raises(ValueError, match="no tokenizer"):
         Model(config, model.params).with_tags()
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{% for %}", "{{ raise_exception('no') }}", "{{ messages[5].content }}", "{{ 1/0 }}"],
+)
+def test_a_chat_template_that_breaks_is_told(template):
+    tokenizer = demo_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(ValueError, match="chat template cannot be used with a user's turn: "):
+        prompt_ids(tokenizer, "1+1")

@@ -32,13 +32,18 @@ def prompt_ids(tokenizer, problem: str, instruction: str = INSTRUCTION) -> list[
     assistant's turn. A tokenizer without one belongs to a model that was trained on bare problems:
     the problem's text alone, after the tokenizer's bos token if it has one.
 
-    Raises ValueError for an empty problem.
+    Raises ValueError for an empty problem, and for a template that cannot be used with this turn.
     """
     if not problem.strip():
         raise ValueError("the problem is empty, needed is some text")
     if tokenizer.chat_template:
         turn = {"role": "user", "content": f"{problem}\n\n{instruction}"}
-        text = tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
+        try:
+            text = tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template is a program
+            raise ValueError(
+                f"the tokenizer's chat template cannot be used with a user's turn: {error}"
+            ) from error
         return list(tokenizer.encode(text, add_special_tokens=False))
     ids = list(tokenizer.encode(problem, add_special_tokens=False))
     bos = tokenizer.bos_token_id

@@ -90,7 +90,7 @@ class ModelConfig:
           ValueError: a field of the architecture is missing, or asks for what is not supported.
         """
         kind = _need(hf, "model_type")
-        if kind not in MODEL_TYPES:
+        if not isinstance(kind, str) or kind not in MODEL_TYPES:
             raise ValueError(f"model_type is {kind!r}, supported are {', '.join(MODEL_TYPES)}")
         layers = _integer(hf, "num_hidden_layers")
         _refuse_variants(hf, kind, layers)
@@ -162,6 +162,10 @@ def pad_vocab(size: int) -> int:
     return -(-size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
+# Sizes are i32 and numbers f32 on a device; a table of tensors is made for all layers.
+_MOST, _MOST_LAYERS, _SMALLEST, _LARGEST = 2**31 - 1, 10_000, 1e-30, 1e30
+
+
 def _need(hf: Mapping, name: str):
     if hf.get(name) is None:
         raise ValueError(f"config.json has no {name!r}; architecture fields have no defaults")
@@ -172,12 +176,19 @@ def _integer(hf: Mapping, name: str) -> int:
     value = _need(hf, name)
     if type(value) is not int or value < 1:
         raise ValueError(f"{name} is {value!r}, needed is an integer, 1 or more")
+    most = _MOST_LAYERS if name == "num_hidden_layers" else _MOST
+    if value > most:
+        raise ValueError(f"{name} is {value!r}, needed is {most} at most")
     return value
 
 
 def _number(name: str, value) -> float:
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < math.inf:
         raise ValueError(f"{name} is {value!r}, needed is a finite number above 0")
+    if not _SMALLEST <= value <= _LARGEST:
+        raise ValueError(
+            f"{name} is {value!r}, needed is a number from {_SMALLEST:g} to {_LARGEST:g}"
+        )
     return float(value)
 
 
@@ -274,7 +285,8 @@ def _refuse_variants(hf: Mapping, kind: str, layers: int) -> None:
         raise ValueError(f"{name} is {hf[name]!r}, supported is {need}")
 
     architectures = hf.get("architectures")
-    if architectures and MODEL_TYPES[kind] not in architectures:
+    listed = architectures if isinstance(architectures, list) else [architectures]
+    if architectures and MODEL_TYPES[kind] not in listed:
         refuse("architectures", MODEL_TYPES[kind])
     for name in ("hidden_act", "hidden_activation"):
         if hf.get(name) not in (None, "silu", "swish"):
@@ -299,7 +311,8 @@ def _refuse_variants(hf: Mapping, kind: str, layers: int) -> None:
     types = hf.get("layer_types")
     if types is not None and types != ["full_attention"] * layers:
         refuse("layer_types", f"{layers} times 'full_attention' (no sliding-window attention)")
-    if not all(hf.get("no_rope_layers") or ()):
+    without = hf.get("no_rope_layers") or []
+    if not isinstance(without, list) or not all(without):
         refuse("no_rope_layers", "1 for every layer")
     if kind == "qwen3":
         _need(hf, "attention_bias")

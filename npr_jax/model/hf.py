@@ -101,6 +101,8 @@ def _read_json(path: Path) -> dict:
         value = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
     except ValueError as error:  # of the encoding too
         raise ValueError(f"{path} is not valid JSON: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"{path} is not valid JSON: nested too deep") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds {type(value).__name__}, needed is an object")
     return value
