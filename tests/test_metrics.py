@@ -173,3 +173,28 @@ def test_wandb_that_is_not_installed_is_an_error_with_a_remedy(tmp_path, monkeyp
     with pytest.raises(ValueError, match=r"NPR_WANDB=trees .*pip install 'npr-jax\[wandb\]'"):
         RunLog("papo", tmp_path / "run", 2)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"nonsense",
+        b"[1]",
+        b'{"loss": 1}',
+        b'{"step": "a"}',
+        b'{"step": 2, "loss": {"a": 1}}',
+        b'{"step": 2, "loss": [1]}',
+        b'{"step": 2, "loss": ' + b"9" * 400 + b"}",
+        b'{"step": 2, "loss": -1e308}',
+        b'{"step": 2, "\\ud83d": 1}',
+        b"\xff",
+        b"[" * 100_000,
+    ],
+)
+def test_a_line_that_is_none_is_told_with_its_place(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "loss": null, "text": "\xe2\x80\xa8"}\n' + line + b"\n")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:2: .*needed is metrics\.jsonl of a run"):
+        read_metrics(tmp_path)
+    path.write_bytes(path.read_bytes().splitlines(keepends=True)[0])
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1]

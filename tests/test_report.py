@@ -275,6 +275,44 @@ def test_a_directory_with_nothing_and_a_broken_file_are_errors(tmp_path):
         content.read(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("[1]", "it holds list, needed is an object"),
+        ("null", "it holds NoneType"),
+        ('{"benchmarks": 3}', "benchmarks is int"),
+        ('{"versions": [1]}', "versions is list"),
+        ('{"benchmarks": {"a": 3}}', "benchmarks.a has no object metrics"),
+        ('{"benchmarks": {"a": {"metrics": {}}}}', "benchmarks.a.problems is None"),
+        (
+            '{"benchmarks": {"a": {"problems": 1, "samples": 1, "metrics": {"m": {"v": "x"}}}}}',
+            "benchmarks.a.metrics.m is {'v': 'x'}, needed are numbers",
+        ),
+        (
+            '{"benchmarks": {"a": {"problems": 1, "samples": 1, "metrics": {"m": {"v": NaN}}}}}',
+            "benchmarks.a.metrics.m is {'v': nan}",
+        ),
+        ("[" * 100_000, "is not valid JSON"),
+    ],
+)
+def test_results_that_are_none_are_told_with_what_is_wrong(tmp_path, text, words):
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(ValueError) as error:
+        html.write(tmp_path)
+    assert words in str(error.value) and "results.json" in str(error.value)
+    assert not (tmp_path / "index.html").exists()
+
+
+def test_a_picture_replaces_neither_the_traces_nor_the_other_picture(tmp_path):
+    path, svg = tmp_path / "traces.jsonl", tmp_path / "a.svg"
+    toy.write_traces(path, [toy.nested()])
+    before = path.read_bytes()
+    for pictures in ((path, None), (None, tmp_path / "." / path.name), (svg, svg)):
+        with pytest.raises(ValueError, match="is given twice, a picture would replace it"):
+            terminal.view(path, svg=pictures[0], visibility=pictures[1])
+    assert path.read_bytes() == before and not svg.exists()
+
+
 def covered(tree):
     seen = np.zeros((len(tree), len(tree)), int)
     for q0, q1, k0, k1 in rectangles(tree):

@@ -4,14 +4,14 @@ import importlib.metadata
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from npr_jax.base.config import dump_config
-from npr_jax.base.files import json_text, write_atomically
+from npr_jax.base.files import json_text, read_text, write_atomically
 from npr_jax.base.mesh import describe
 from npr_jax.data.benchmarks import Source
 from npr_jax.evaluate.judge import Figures
@@ -33,13 +33,50 @@ class Run(NamedTuple):
 def begin(output: Path, config) -> dict:
     """The results of an evaluation with what earlier calls have summed up in `output`."""
     path = output / "results.json"
-    earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    earlier = read_results(path) if path.exists() else {}
     return {
         "settings": yaml.safe_load(dump_config(config)),
         "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
         "device": describe(None),
         "benchmarks": earlier.get("benchmarks", {}),
     }
+
+
+def read_results(path: Path) -> dict:
+    """What a results.json holds. Raises ValueError with the file where it is no such file."""
+    text = read_text(path, "results.json of `npr-jax eval`")
+    try:
+        results = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if fault := _fault(results):
+        raise ValueError(f"{path} is no results.json of `npr-jax eval`: {fault}")
+    return results
+
+
+def _fault(results: Any) -> str | None:
+    """What is wrong with what a results.json holds."""
+    if not isinstance(results, dict):
+        return f"it holds {type(results).__name__}, needed is an object"
+    benchmarks = results.get("benchmarks", {})
+    for name, found in (("benchmarks", benchmarks), ("versions", results.get("versions", {}))):
+        if not isinstance(found, dict):
+            return f"{name} is {type(found).__name__}, needed is an object"
+    for name, entry in benchmarks.items():
+        metrics = entry.get("metrics") if isinstance(entry, dict) else None
+        if not isinstance(metrics, dict):
+            return f"benchmarks.{name} has no object metrics"
+        for key in ("problems", "samples"):
+            if type(entry.get(key)) is not int:
+                return f"benchmarks.{name}.{key} is {entry.get(key)!r:.40}, needed is an integer"
+        for key, metric in metrics.items():
+            if not isinstance(metric, dict) or not all(map(_is_figure, metric.values())):
+                return f"benchmarks.{name}.metrics.{key} is {metric!r:.60}, needed are numbers"
+    return None
+
+
+def _is_figure(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and abs(value) < 1e300)
 
 
 def sum_up(

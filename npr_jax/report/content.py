@@ -12,15 +12,15 @@ needs is kept of all, the tokens of at most `most` of them.
 import base64
 import dataclasses
 import gzip
-import json
 import math
 from pathlib import Path
 
 import numpy as np
 
-from npr_jax.base.files import json_text
+from npr_jax.base.files import json_text, read_text
 from npr_jax.base.progress import Scalar
 from npr_jax.evaluate.judge import Figures
+from npr_jax.evaluate.results import read_results
 from npr_jax.evaluate.traces import Trace, read_traces
 from npr_jax.runs.metrics import read_metrics
 
@@ -62,13 +62,10 @@ def read(directory: str | Path, most: int = 1000) -> Content:
         raise ValueError(f"{directory} is no directory: needed is that of an evaluation or a run")
     content = Content(directory.resolve().name)
     for path in sorted(directory.glob("config.yaml")):
-        content.settings[path.name] = path.read_text(encoding="utf-8")
+        content.settings[path.name] = read_text(path, "config.yaml of a run")
     results = directory / "results.json"
     if results.exists():
-        try:
-            content.results = json.loads(results.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{results} is not valid JSON: {error}") from error
+        content.results = read_results(results)
     for pattern in ("", "*/", "*/*/"):
         for path in sorted(directory.glob(f"{pattern}metrics.jsonl")):
             name = path.parent.relative_to(directory).as_posix()

@@ -39,6 +39,11 @@ def view(
     Raises ValueError for a file without such a trace, and for one that has none.
     """
     trace = find(path, number, name, sample)
+    taken = {path.resolve()}
+    for target in filter(None, (svg, visibility)):
+        if target.resolve() in taken:
+            raise ValueError(f"{target} is given twice, a picture would replace it: give another")
+        taken.add(target.resolve())
     console = console or Console()
     console.print(draw(trace, console.width), highlight=False, markup=False, emoji=False)
     pictures = []
