@@ -410,6 +410,7 @@ def _stage(
     settings = load_config(cls, config, overrides or (), options)
     from npr_jax.base.distributed import ends_together, initialize, is_main
     from npr_jax.base.mesh import describe, make_mesh
+    from npr_jax.runs.directory import alone_in
 
     if distributed:
         initialize()
@@ -417,10 +418,11 @@ def _stage(
     with ends_together(_tell), _interruptible(kept):
         if is_main():
             typer.echo(describe(make_mesh(settings.mesh)), err=True)
-        yield settings
-        if is_main():
-            from npr_jax.report.html import write as write_report
+        with alone_in(settings.output):
+            yield settings
+            if is_main():
+                from npr_jax.report.html import write as write_report
 
-            report = write_report(settings.output)
-            final = Path(settings.output) / "final"
-            typer.echo(f"final model, a Hugging Face directory: {final}; report: {report}")
+                report = write_report(settings.output)
+                final = Path(settings.output) / "final"
+                typer.echo(f"final model, a Hugging Face directory: {final}; report: {report}")

@@ -6,7 +6,11 @@ import sys
 
 import pytest
 
+from npr_jax import cli, demo
 from npr_jax.base.files import alone, describe, hub_error, lasting, read_text, reading, writing
+from npr_jax.evaluate.run import EvalConfig, evaluate
+from npr_jax.runs.directory import alone_in
+from npr_jax.train.zero import ZeroConfig
 
 
 @pytest.mark.parametrize(
@@ -77,4 +81,27 @@ def test_one_process_is_alone_until_it_ends_however_it_ends(tmp_path):
     other.kill()
     other.wait()
     with alone(tmp_path):
+        pass
+
+
+def test_a_second_command_in_a_run_directory_is_refused(tmp_path):
+    output = tmp_path / "run"
+    (tmp_path / "mine.jsonl").write_text('{"problem": "1+1?", "answer": "2"}\n')
+    mine = (f"mine={tmp_path / 'mine.jsonl'}",)
+
+    def stage():
+        with cli._stage(ZeroConfig, "tiny_zero", [], output, False):
+            pytest.fail("it runs")
+
+    commands = (
+        stage,
+        lambda: evaluate(EvalConfig(model="tiny", benchmarks=mine, output=str(output))),
+        lambda: demo.run(0, output),
+    )
+    with alone_in(output):
+        for command in commands:
+            with pytest.raises(ValueError, match=f"another process is writing {output}: wait"):
+                command()
+    assert list(output.iterdir()) == []
+    with alone_in(output):  # the first has let go of it
         pass

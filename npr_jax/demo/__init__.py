@@ -26,7 +26,7 @@ from npr_jax.evaluate.traces import Trace, make_trace, read_traces, write_traces
 from npr_jax.model.pretrained import Model, load, save
 from npr_jax.report import html
 from npr_jax.report.svg import draw_tree
-from npr_jax.runs.directory import claim
+from npr_jax.runs.directory import alone_in, claim
 from npr_jax.train import beta, fit, papo, zero
 from npr_jax.train.optimizer import OptimizerConfig
 from npr_jax.train.packing import Example, loss_mask
@@ -52,6 +52,11 @@ SEED_FIT = fit.FitConfig(
 
 def run(seed: int, output: Path, check: bool = False) -> int:
     """Runs the demo into `output`; 1 if `check` is set and a result falls short, else 0."""
+    with alone_in(output):
+        return _run(seed, output, check)
+
+
+def _run(seed: int, output: Path, check: bool) -> int:
     console, begun = Console(), time.monotonic()
     output = claim(output, f"seed: {seed}\n{dump_config(SEED_FIT)}")
     problems = make_problems(seed, output)

@@ -26,7 +26,7 @@ from npr_jax.evaluate.judge import Figures, judge
 from npr_jax.evaluate.results import TIMING, Run, begin, sum_up
 from npr_jax.evaluate.traces import make_trace, read_traces
 from npr_jax.model.pretrained import load
-from npr_jax.runs.directory import claim
+from npr_jax.runs.directory import alone_in, claim
 
 # What may change from call to call: every answer that is there stays what it would be.
 _FREE = ("benchmarks", "samples", "data", "baseline", "compilation_cache")
@@ -85,10 +85,16 @@ def evaluate(config: EvalConfig, tell: Callable[[str], None] = lambda line: None
 
     Raises:
       ValueError: the output belongs to another setting or to other problems, a row of a benchmark
-        is bad, a prompt does not fit, or the model cannot be decoded so.
+        is bad, a prompt does not fit, the model cannot be decoded so, or another command is writing
+        to the output.
       FileNotFoundError: a benchmark or the model is not to be had.
     """
     sources = [read_benchmark(text, config.data) for text in config.benchmarks]
+    with alone_in(config.output):
+        return _evaluate(config, sources, tell)
+
+
+def _evaluate(config: EvalConfig, sources: list[Source], tell: Callable[[str], None]) -> dict:
     output = claim(config.output, dump_config(config), _FREE)
     if config.compilation_cache:
         use_cache(config.compilation_cache)

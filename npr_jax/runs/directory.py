@@ -4,15 +4,16 @@ What changes no number may change, and the number of steps; a model or a file of
 where its content is known from before (`inputs.yaml`).
 """
 
+import contextlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import yaml
 
 from npr_jax.base.distributed import is_main, wait
-from npr_jax.base.files import is_url, write_atomically, writing
+from npr_jax.base.files import alone, is_url, write_atomically, writing
 
 _log = logging.getLogger(__name__)
 
@@ -72,6 +73,23 @@ def claim(directory: str | Path, config_text: str, free: Sequence[str] = ()) -> 
         _claim(directory, config_text, free)
     wait(f"claimed {directory}")
     return directory
+
+
+@contextlib.contextmanager
+def alone_in(directory: str | Path) -> Iterator[None]:
+    """Keeps a second command out of a run directory, which is made where there is none. Of several
+    processes of one run the first does it.
+
+    Raises ValueError if another command is in it, OSError if it cannot be made.
+    """
+    if is_url(directory) or not is_main():
+        yield  # `claim` refuses the URL
+        return
+    directory = Path(directory)
+    with writing(directory, "set another output"):
+        directory.mkdir(parents=True, exist_ok=True)
+    with alone(directory):
+        yield
 
 
 def _claim(directory: Path, config_text: str, free: Sequence[str]) -> None:
