@@ -315,8 +315,6 @@ def plan(
     No TPU is needed, only the TPU compiler (libtpu). Exit code 3: it does not fit.
     """
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # or JAX would look for a TPU
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # a compiler is not in a TPU's way
     from npr_jax.base.mesh import parse_mesh
     from npr_jax.plan.plan import plan as run
     from npr_jax.plan.plan import report, stage_config

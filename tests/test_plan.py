@@ -1,6 +1,10 @@
 """`npr-jax plan`: what it says is what the compiler and arithmetic say."""
 
 import dataclasses
+import os
+import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -199,6 +203,21 @@ def test_what_is_planned_is_the_program_of_the_run(
     ]
     # And both are what is meant.
     assert arguments[1]["hidden"].shape[-2] == depth and key[1].name == loss
+
+
+def test_a_good_plan_is_quiet_about_the_host_that_is_not_there(tpu_compiler):
+    command = "plan --model tiny --stage papo --topology v5e:2x2 --mesh data=2,tensor=2"
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("TPU_")}
+    result = subprocess.run(
+        [sys.executable, "-m", "npr_jax", *command.split()],
+        capture_output=True,
+        text=True,
+        timeout=900,
+        env=ours,
+    )
+    assert result.returncode == 0 and "It fits." in result.stdout, result.stderr
+    assert "compiling the decode step" in result.stderr
+    assert not re.search("INVALID_ARGUMENT|Failed|WARNING|Error", result.stderr), result.stderr
 
 
 @pytest.mark.parametrize("topology", TINY_MESHES)

@@ -10,6 +10,7 @@ step needs room for what it computes, or the engine's next weights. Pages are gi
 import dataclasses
 import importlib.util
 import math
+import os
 import re
 import tempfile
 import time
@@ -59,6 +60,16 @@ CHIPS = {
     "v5e": Chip("v5e:2x2", 15.75 * GIB, 197e12, 819e9, 200e9),
     "v5p": Chip("v5p:2x2x1", 95.74 * GIB, 459e12, 2765e9, 600e9),
     "v6e": Chip("v6e:2x2", 31.25 * GIB, 918e12, 1640e9, 448e9),
+}
+
+
+# What libtpu would ask a TPU's host for: where there is none it logs errors that mean nothing here.
+# Slices are planned by their names, whatever these say.
+_NO_HOST = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # a compiler is not in a TPU's way
 }
 
 
@@ -183,6 +194,8 @@ def _slice(topology: str) -> tuple[Chip, list]:
             "planning needs the TPU compiler (Linux on x86): pip install libtpu, or make libtpu "
             "and PYTHONPATH=build/libtpu"
         )
+    for name, value in _NO_HOST.items():
+        os.environ.setdefault(name, value)
     from jax.experimental import topologies
 
     try:
