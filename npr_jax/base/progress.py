@@ -10,6 +10,13 @@ from rich.progress import Progress as RichProgress
 Scalar = float | int | str
 
 
+def numeric(metrics: Mapping[str, Scalar], name: str, default: float | None = None) -> float:
+    """A metric that is no text; KeyError where it is missing and there is no default."""
+    value = metrics[name] if default is None else metrics.get(name, default)
+    assert not isinstance(value, str), f"{name} is {value!r}"
+    return value
+
+
 class Progress:
     """A progress line for a long loop: how far, how fast, how long still, the latest metrics.
 

@@ -1,6 +1,7 @@
 """Problems in a shuffled order that any step index can be looked up in, in shares per process."""
 
 from pathlib import Path
+from typing import Protocol, cast
 
 import grain
 
@@ -38,10 +39,17 @@ def read_problems(path: str | Path) -> list[Problem]:
     return problems
 
 
-def shuffled(num: int, *path: int) -> grain.MapDataset:
+class Order(Protocol):
+    """An endless order of the indices of a list."""
+
+    def __getitem__(self, index: int) -> int: ...
+
+
+def shuffled(num: int, *path: int) -> Order:
     """An endless order of the indices 0..num-1: `order[i]` for any i, each epoch shuffled anew.
 
     It depends on the integers of `path`, as seeds do. A position in it is one integer, which is all
     that a checkpoint needs to go on from.
     """
-    return grain.MapDataset.range(num).shuffle(seed=derive_seeds(1, *path)[0]).repeat()
+    endless = grain.MapDataset.range(num).shuffle(seed=derive_seeds(1, *path)[0]).repeat()
+    return cast(Order, endless)  # which has an element at every index

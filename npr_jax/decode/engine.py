@@ -167,12 +167,12 @@ class Engine:
         to end."""
         all_of_them = list(self._requests.values())
         found = all_of_them if request is None else [self._requests.get(request)]
-        found = [request for request in found if request and not request.silent]
-        for request in found:
-            request.silent = True
-            self._end(request, "aborted", "by the caller")
+        ending = [answer for answer in found if answer and not answer.silent]
+        for answer in ending:
+            answer.silent = True
+            self._end(answer, "aborted", "by the caller")
         self._outputs.deliver()
-        return bool(found)
+        return bool(ending)
 
     def replay(self, traces: Sequence, parallel: bool = True) -> list[Trajectory]:
         """Feeds given ids instead of samples, one a step, through the same forks and joins.
@@ -258,18 +258,18 @@ class Engine:
     def _answers(self, groups, progress=None, on_event=None) -> list[Trajectory]:
         """Decodes until these requests are done; events of others stay for the next stream."""
         requests = self._queue(groups, on_event, quiet=True)
-        answers: dict[int, Trajectory | None] = dict.fromkeys(requests)
-        finished, done = self._outputs.finished, 0
+        answers: dict[int, Trajectory] = {}
+        finished = self._outputs.finished
         try:
             while True:
                 while finished:
-                    answer = finished.popleft()
-                    answers[answer.request] = answer.trajectory
-                    done += 1
+                    event = finished.popleft()
+                    assert event.trajectory is not None
+                    answers[event.request] = event.trajectory
                     if progress:
-                        progress(done, len(answers))
-                if done == len(answers):
-                    return list(answers.values())
+                        progress(len(answers), len(requests))
+                if len(answers) == len(requests):
+                    return [answers[request] for request in requests]
                 self._visit()
         finally:
             for request in requests:

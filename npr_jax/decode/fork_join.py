@@ -60,6 +60,7 @@ class ForkJoin:
             self._branch_ended(sequence)
         elif (
             automaton is not None
+            and tags is not None
             and automaton.state == STEPS
             and tokens[-1] == tags.guideline_close
         ):
@@ -67,11 +68,17 @@ class ForkJoin:
         else:
             self._check_limits(sequence)
 
+    def _grammar(self, sequence: Sequence) -> tuple[Automaton, TagIds]:
+        """What reads a sequence that may fork, and the tags that it knows."""
+        assert sequence.automaton is not None and self.tags is not None
+        return sequence.automaton, self.tags
+
     def _append(self, sequence: Sequence, tokens: list[int], figures: abc.Sequence[list]) -> None:
-        sequence.tail.append(tokens, *figures)
+        logp, logp_sampled, margin, step = figures
+        sequence.tail.append(tokens, logp, logp_sampled, margin, step)
         sequence.budget -= len(tokens)
         self._stats["sampled_tokens"] += len(tokens)
-        self._note(sequence, "token", tokens=tokens, logp=figures[0])
+        self._note(sequence, "token", tokens=tokens, logp=logp)
 
     def _check_limits(self, sequence: Sequence) -> None:
         request = sequence.request
@@ -83,7 +90,8 @@ class ForkJoin:
 
     def _fork(self, sequence: Sequence) -> None:
         """Starts the branches of the block that has just closed its guideline, or refuses it."""
-        tags, block = self.tags, sequence.automaton.stack[-1]
+        automaton, tags = self._grammar(sequence)
+        block = automaton.stack[-1]
         num = len(block.plans)
         problem = self._refuse_block(sequence)
         if problem:
@@ -113,7 +121,7 @@ class ForkJoin:
 
     def _refuse_block(self, sequence: Sequence) -> str | None:
         """Why the block that has just closed its guideline cannot be forked, or None."""
-        automaton, tags, config = sequence.automaton, self.tags, self.config
+        (automaton, tags), config = self._grammar(sequence), self.config
         block, limit = automaton.stack[-1], sequence.request.max_position
         broken = check_block(
             sequence.own_tokens(), block.close(automaton.index), tags, config.max_branches
@@ -152,7 +160,8 @@ class ForkJoin:
         branch.done = True
         self.schedulers[branch.request.replica].release(branch)
         parent = branch.parent
-        fork = parent.items[-1]
+        assert parent is not None  # the trunk has no close tag
+        fork = parent.fork
         if not all(branch.done for branch in fork.branches):
             return
         failure = next((b.failure for b in fork.branches if b.failure), None)
@@ -163,14 +172,15 @@ class ForkJoin:
 
     def _resume(self, sequence: Sequence, fork: Fork) -> None:
         """The branches have reached their ends: on with the takeaway, if there is room."""
-        head, limit = list(self.tags.takeaway_header), sequence.request.max_position
+        automaton, tags = self._grammar(sequence)
+        head, limit = list(tags.takeaway_header), sequence.request.max_position
         sequence.budget += sum(branch.budget for branch in fork.branches)
         if _after(fork) + len(head) >= limit:
             self._end(sequence, "length", f"max_position={limit} leaves no room for a takeaway")
             return
         sequence.budget -= len(head)
-        sequence.automaton.skip_steps()
-        sequence.automaton.read(head)
+        automaton.skip_steps()
+        automaton.read(head)
         self._join(sequence, fork, head)
         self._check_limits(sequence)
 

@@ -54,6 +54,7 @@ class Lanes:
         """Brings the arrays up to date; returns which lanes restart bool[lanes], and where."""
         here: list[Sequence | None] = [None] * len(self)
         for sequence in sequences:
+            assert sequence.lane is not None
             here[sequence.lane] = sequence
         restarted, changed = [], False
         for lane, sequence in enumerate(here):

@@ -210,6 +210,7 @@ class Outputs:
 
     def _finish(self, request: Request) -> None:
         self._forget(request.id)
+        assert request.end is not None
         answer = make_trajectory(request, *request.end, self._tokenizer)
         pieces = request.trunk.text
         text = (pieces.flush() or None) if pieces and answer.finish_reason != "error" else None
@@ -297,7 +298,9 @@ def _flatten(trunk: Sequence) -> tuple[list[Segment], list[Block]]:
     def block(item: Fork, depth, before, steps, join, after) -> Block:
         """`before` and `after`: what to add to the sequence's own token counts around the fork."""
         b, takeaway = item.block, None
+        assert b.guideline_close is not None
         if item.joined:
+            assert b.takeaway is not None
             end = b.takeaway[1]  # None where it is open; of a replay it may lie ahead
             takeaway = (b.takeaway[0] + after, total if end is None else min(end + after, total))
         return Block(

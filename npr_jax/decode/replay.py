@@ -44,8 +44,9 @@ class ReplayedSequence(Sequence):
 class Replay(ForkJoin):
     """Advances replayed sequences, and forks and joins them where their scripts say so."""
 
-    def advance(self, sequence: ReplayedSequence, tokens: list[int], *figures: list) -> None:
+    def advance(self, sequence: Sequence, tokens: list[int], *figures: list) -> None:
         """Takes the given tokens with what was computed of them; acts at the end of a piece."""
+        assert isinstance(sequence, ReplayedSequence)
         self._append(sequence, tokens, figures)
         self._go_on(sequence)
 
@@ -68,7 +69,8 @@ class Replay(ForkJoin):
         for branch in branches:
             self._go_on(branch)  # a trace may end inside a header
 
-    def _resume(self, sequence: ReplayedSequence, fork: Fork) -> None:
+    def _resume(self, sequence: Sequence, fork: Fork) -> None:
+        assert isinstance(sequence, ReplayedSequence)
         if sequence.piece + 1 == len(sequence.script.pieces):
             self._end(sequence, "stop", "replayed")  # the trace was cut off inside the block
             return
@@ -117,9 +119,9 @@ def replayed_request(maker: RequestMaker, trace, parallel: bool, name: str) -> R
     script, items = script_of(ids, tree), request.trunk.items
     request.tree, request.stops = tree, ()
     request.max_position = len(ids) + 1  # its own length is the only limit
-    request.trunk = ReplayedSequence(request, None, 0, key, script)
-    request.trunk.items = items
-    request.trunk.begin_piece()
+    request.trunk = trunk = ReplayedSequence(request, None, 0, key, script)
+    trunk.items = items
+    trunk.begin_piece()
     return request
 
 
@@ -134,7 +136,7 @@ def script_of(tokens: list[int], tree: TreeLayout) -> Script:
         for block in tree.blocks:
             if block.depth != depth or not start <= block.start < end or not block.steps:
                 continue
-            cut = block.guideline_close + 1
+            cut = block.fork
             script.pieces.append(tokens[start:cut])
             script.heads.append(head(start, cut))
             runs = list(zip(block.branches, block.steps, strict=True))
@@ -161,6 +163,7 @@ def script_of(tokens: list[int], tree: TreeLayout) -> Script:
 def _shift(block: Block, before: int, after: int) -> Block:
     """The block with less on what is counted of the sequence before and after its branches."""
     takeaway = block.takeaway
+    assert block.guideline_close is not None  # it has steps
     return block._replace(
         start=block.start - before,
         guideline_close=block.guideline_close - before,

@@ -143,4 +143,4 @@ def penalised(sampling: SamplingParams) -> bool:
 
 
 def _is_id(token, vocab: int) -> bool:
-    return isinstance(token, Integral) and not isinstance(token, bool) and 0 <= token < vocab
+    return isinstance(token, Integral) and not isinstance(token, bool) and 0 <= int(token) < vocab

@@ -43,7 +43,7 @@ class PendingStep:
 
     def is_ready(self) -> bool:
         """Whether the device has finished it."""
-        return self.output.count.is_ready()
+        return self.output.count.is_ready()  # pyright: ignore[reportAttributeAccessIssue]  # in no stub
 
     def read(self, stats: dict[str, int]) -> abc.Iterator[tuple]:
         """Waits for the arrays, and counts the steps that ran; then, for every sequence that is
@@ -118,7 +118,7 @@ class Runner:
         self, penalised: bool, progress: abc.Callable[[int, int], None] | None = None
     ) -> int:
         """Compiles every shape this engine can need; returns how many."""
-        calls = [
+        calls: list[abc.Callable[[], object]] = [
             functools.partial(self._prefill_call, [], *shape, steps)
             for steps in dict.fromkeys((self._prompt_steps, self._steps))
             for shape in self._shapes

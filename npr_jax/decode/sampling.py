@@ -6,7 +6,7 @@ Every lane has its own knobs and key, so a token depends on nothing else in the 
 
 import dataclasses
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from flax import struct
 from npr_jax.base.fields import Checked, Count, CountOrZero, Positive, PositiveOrZero, Range
 
 BRANCH, TOKEN = 0, 1  # the two streams of a line's key
+Array = Any  # of JAX on the device, of NumPy on the host, or a shape alone
 SLACK = 1e-6  # by which a float32 probability or sum may miss what was asked for
 
 
@@ -64,13 +65,13 @@ class SamplingParams(Checked):
 class LaneSampling:
     """The knobs of R lanes as arrays [R]; `key` is uint32[R, 2], `stops` i32[R, E] (-1: unused)."""
 
-    key: jax.Array
-    temperature: jax.Array
-    top_p: jax.Array
-    top_k: jax.Array
-    min_p: jax.Array
-    penalty: jax.Array
-    stops: jax.Array
+    key: Array
+    temperature: Array
+    top_p: Array
+    top_k: Array
+    min_p: Array
+    penalty: Array
+    stops: Array
 
 
 def _filter(logits: jax.Array, lanes: LaneSampling, wanted: jax.Array) -> jax.Array:

@@ -23,11 +23,13 @@ Who writes what, after something was made:
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
 from npr_jax.decode.sampling import SamplingParams
-from npr_jax.tree import Automaton, TreeLayout
+from npr_jax.tree import Automaton, Block, TreeLayout
+from npr_jax.tree.parse import OpenBlock
 
 
 class Segment:
@@ -72,7 +74,7 @@ class Fork:
     `opens`: where in each branch its `<step>` stands.
     """
 
-    block: object
+    block: Block | OpenBlock
     branches: list["Sequence"]
     opens: list[int]
     joined: bool = False
@@ -97,7 +99,7 @@ class Sequence:
         self.lane: int | None = None
         self.epoch = 0  # counts starts on a lane: what was drawn in an earlier one is dropped
         self.pending = 0  # tokens that may have been drawn and were not read yet
-        self.text = None  # outputs.TextPieces, where somebody listens
+        self.text: Any = None  # outputs.TextPieces, where somebody listens
         self.untold = 0  # runs of its tokens that nobody has heard of yet
         self.waiting = False  # for its branches
         self.done = False
@@ -106,7 +108,16 @@ class Sequence:
     @property
     def tail(self) -> Segment:
         """The segment that grows."""
-        return self.items[-1]
+        last = self.items[-1]
+        assert isinstance(last, Segment)
+        return last
+
+    @property
+    def fork(self) -> Fork:
+        """The fork whose branches it waits for."""
+        last = self.items[-1]
+        assert isinstance(last, Fork)
+        return last
 
     @property
     def position(self) -> int:
@@ -116,7 +127,10 @@ class Sequence:
     @property
     def table(self) -> tuple[Segment, ...]:
         """The segments the sequence's next token sees, in order."""
-        last = self.items[-1] if isinstance(self.items[-1], Segment) else self.items[-2]
+        last = self.items[-1]
+        if isinstance(last, Fork):
+            last = self.items[-2]
+        assert isinstance(last, Segment)
         return last.table
 
     @property
@@ -150,7 +164,7 @@ class Request:
         self.on_event: Callable | None = None
         self.ends: frozenset[int] = frozenset()
         self.stops: tuple[int, ...] = ()
-        self.trunk: Sequence | None = None
+        self.trunk: Sequence  # the maker's
         self.tree: TreeLayout | None = None
         self.running = False
         self.preempted = 0
@@ -163,7 +177,7 @@ class Request:
             if not sequence.done and not sequence.waiting:
                 yield sequence
             if sequence.waiting:
-                for branch in sequence.items[-1].branches:
+                for branch in sequence.fork.branches:
                     yield from walk(branch)
 
         yield from walk(self.trunk)
@@ -175,7 +189,7 @@ class Request:
         def walk(sequence: Sequence):
             yield sequence.table
             if sequence.waiting:
-                for branch in sequence.items[-1].branches:
+                for branch in sequence.fork.branches:
                     yield from walk(branch)
 
         if self.running:

@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from npr_jax.decode.attention import paged_attention
-from npr_jax.decode.sampling import LaneSampling, sample
+from npr_jax.decode.sampling import Array, LaneSampling, sample
 from npr_jax.model import ModelConfig, forward, head, unembed
 
 
@@ -36,8 +36,8 @@ def pool_shape(config: ModelConfig, num_pages: int, page_size: int) -> tuple[int
 class Rows:
     """R rows' tables: pages i32[R, M] in order and base i32[R, M + 1], entries before each page."""
 
-    table: jax.Array
-    base: jax.Array
+    table: Array
+    base: Array
 
 
 @struct.dataclass
@@ -48,11 +48,11 @@ class LaneState:
     it may still draw; `frozen`: it rests until the host restarts it.
     """
 
-    tokens: jax.Array
-    positions: jax.Array
-    ranks: jax.Array
-    left: jax.Array
-    frozen: jax.Array
+    tokens: Array
+    positions: Array
+    ranks: Array
+    left: Array
+    frozen: Array
 
 
 @struct.dataclass
@@ -87,7 +87,7 @@ def _attend(rows: Rows, ranks: jax.Array, attention: Callable):
 
 
 def _prefill(
-    config: ModelConfig, attention: str, params, pool, rows: Rows, tokens, positions, ranks
+    config: ModelConfig, attention: Callable, params, pool, rows: Rows, tokens, positions, ranks
 ):
     """Writes the keys and values of tokens i32[R, C] at `positions` and `ranks` (-1: padding)."""
     attend = _attend(rows, ranks, attention)

@@ -61,20 +61,16 @@ def _run(seed: int, output: Path, check: bool) -> int:
     output = claim(output, f"seed: {seed}\n{dump_config(SEED_FIT)}")
     problems = make_problems(seed, output)
     held_out = {problem.problem for problem in problems}
-    configs = {
-        stage: load_config(cls, f"tiny_{stage}", [f"seed={seed}", *_paths(stage, output)])
-        for stage, cls in (
-            ("zero", zero.ZeroConfig),
-            ("beta", beta.BetaConfig),
-            ("papo", papo.PapoConfig),
-        )
-    }
+    overrides = {s: [f"seed={seed}", *_paths(s, output)] for s in ("zero", "beta", "papo")}
+    of_zero = load_config(zero.ZeroConfig, "tiny_zero", overrides["zero"])
+    of_beta = load_config(beta.BetaConfig, "tiny_beta", overrides["beta"])
+    of_papo = load_config(papo.PapoConfig, "tiny_papo", overrides["papo"])
     results = _Results(output / "results.json")
     for stage, what, make in (
         ("seed", "learns from an imperfect teacher", lambda: make_seed(seed, output, held_out)),
-        ("zero", "finds the format: DAPO on sequential answers", lambda: zero.run(configs["zero"])),
-        ("beta", "learns branches from Zero's best answers", lambda: beta.run(configs["beta"])),
-        ("papo", "learns from its parallel answers", lambda: papo.run(configs["papo"])),
+        ("zero", "finds the format: DAPO on sequential answers", lambda: zero.run(of_zero)),
+        ("beta", "learns branches from Zero's best answers", lambda: beta.run(of_beta)),
+        ("papo", "learns from its parallel answers", lambda: papo.run(of_papo)),
     ):
         console.print(f"\n[bold]{stage}[/] {what}")
         if not (output / stage / "final" / "config.json").exists():
@@ -87,7 +83,7 @@ def _run(seed: int, output: Path, check: bool) -> int:
             traces = output / f"traces/{stage}.{mode}.jsonl"
             if name not in results.rows or not traces.exists():
                 model = load(output / stage / "final")
-                row, shown = measure(model, mode, problems, configs["zero"], seed)
+                row, shown = measure(model, mode, problems, of_zero, seed)
                 write_traces(traces, shown)
                 results.add(name, row)
             row = results.rows[name]
@@ -97,9 +93,8 @@ def _run(seed: int, output: Path, check: bool) -> int:
             )
 
     shown = next(read_traces(output / "traces/papo.parallel.jsonl"))
-    settings = {"seed model": dump_config(SEED_FIT)} | {
-        stage: dump_config(config) for stage, config in configs.items()
-    }
+    configs = {"seed model": SEED_FIT, "zero": of_zero, "beta": of_beta, "papo": of_papo}
+    settings = {stage: dump_config(config) for stage, config in configs.items()}
     write_page(output, results.rows, shown, settings, results.seconds)
     console.print(table(results.rows, EVAL_PROBLEMS))
     tree = draw_tree(shown.pieces, shown.layout)
@@ -151,7 +146,7 @@ def make_seed(seed: int, output: Path, held_out: set[str]) -> None:
         text = teacher.answer(task, rng)
         ids = [*prompt, *model.tokenizer.encode(text), model.tokenizer.eos_token_id]
         tree = layout(len(ids), prompt_len=len(prompt))
-        examples.append(Example(ids, tree, loss_mask(tree)))
+        examples.append(Example(np.array(ids, np.int32), tree, loss_mask(tree)))
     trained = fit.fit(model, examples, SEED_FIT, output / "seed", seed, "seed")
     save(trained, output / "seed" / "final")
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 
+from npr_jax.base.progress import numeric
 from npr_jax.demo.table import cells
 from npr_jax.evaluate.traces import Trace
 from npr_jax.report import html as report
@@ -44,7 +45,9 @@ def write_page(
     for title, stage, names, bounds in CHARTS:
         metrics = read_metrics(output / stage)
         lines = {
-            f"{stage} {name}".replace("_", " "): [(m["step"], m[name]) for m in metrics]
+            f"{stage} {name}".replace("_", " "): [
+                (numeric(m, "step"), numeric(m, name)) for m in metrics
+            ]
             for name in names
         }
         charts.append(chart(title, lines, bounds))

@@ -121,10 +121,16 @@ def write(task: Task, value, defect: str | None, rng: np.random.Generator | None
                 total = value(("+", total, result))
                 chain += f"+{result}={total}"
         blocks.append((lines, chain))
-    broken = int(rng.integers(len(blocks))) if defect else -1
-    texts = [_block(*block, defect if i == broken else None, rng) for i, block in enumerate(blocks)]
+    broken = -1
+    if defect:
+        assert rng is not None  # it says where the defect is
+        broken = int(rng.integers(len(blocks)))
+    texts = [
+        _block(lines, chain, defect if i == broken else None, rng)
+        for i, (lines, chain) in enumerate(blocks)
+    ]
     if defect == "untagged":
-        texts = [_untagged(*block) for block in blocks]
+        texts = [_untagged(lines, chain) for lines, chain in blocks]
     return "\n".join(texts) + f"\n\\boxed{{{total}}}"
 
 

@@ -125,8 +125,10 @@ def _answer(
     todo = [r for r in requests if any((r.line, i) not in done for i in range(config.sampling.n))]
     if todo:
         compile_all(engine, config.sampling, tell)
+    first = config.sampling.seed
+    assert isinstance(first, int)  # or there would be no such config
     sampling = dataclasses.replace(
-        config.sampling, seed=tuple(config.sampling.seed + request.line for request in todo)
+        config.sampling, seed=tuple(first + request.line for request in todo)
     )
     written, told = 0, time.monotonic()
     with Progress("generate", len(asked), "answer", before) as progress:
@@ -136,6 +138,7 @@ def _answer(
         for event in engine.stream(tokens=False):
             if event.kind != "finish":
                 continue
+            assert event.trajectory is not None  # it has finished
             request, sample = of_id[event.request]
             if (request.line, sample) in done:
                 continue
@@ -291,6 +294,7 @@ def _request(line: int, row: dict, engine: Engine, config: GenerateConfig) -> Re
 
 
 def _record(request: Request, sample: int, answer: Trajectory) -> dict:
+    assert answer.text is not None  # there is a tokenizer: `check_model`
     return {
         "line": request.line,
         "sample": sample,

@@ -49,6 +49,12 @@ class Figures(NamedTuple):
         """Whether branches ran beside each other."""
         return self.width > 1
 
+    @property
+    def right(self) -> bool:
+        """`correct` of an answer to a problem with a reference."""
+        assert self.correct is not None
+        return self.correct
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Answer:

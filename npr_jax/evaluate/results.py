@@ -101,7 +101,7 @@ def sum_up(
             "metrics": summarize(list(problems.values())) | speeds(timing, compared),
             "timing": timing._asdict(),
             "by_problem": [
-                {"id": id, "correct": sum(a.correct for a in group), "samples": samples}
+                {"id": id, "correct": sum(a.right for a in group), "samples": samples}
                 for id, group in problems.items()
             ],
         }

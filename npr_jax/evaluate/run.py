@@ -179,7 +179,9 @@ def _decode(
     timing.jsonl with every answer, so that a run which is cut off and gone on with adds up.
     """
     name = run.source.name
-    seeds = tuple(seed_of(config.sampling.seed, name, question.id, i) for question, i in todo)
+    seed = config.sampling.seed
+    assert isinstance(seed, int)  # or there would be no such config
+    seeds = tuple(seed_of(seed, name, question.id, i) for question, i in todo)
     sampling = dataclasses.replace(config.sampling, parallel=run.parallel, seed=seeds)
     engine.drop_prefix_cache()  # or the second run of a benchmark would find prompts computed
     requests = engine.submit([run.prompts[question.id] for question, _ in todo], sampling)
@@ -194,10 +196,11 @@ def _decode(
         Progress(run.name, len(todo) + len(done), "answer", len(done)) as progress,
     ):
         since = begun = engine.stats()["seconds"]
-        tokens, right = 0, sum(figures.correct for figures in done.values())
+        tokens, right = 0, sum(figures.right for figures in done.values())
         for event in engine.stream(tokens=False):
             if event.kind != "finish":
                 continue
+            assert event.trajectory is not None  # it has finished
             question, i = of_request[event.request]
             (answer,) = judge(engine, [event.trajectory], [question.answer])
             about = {"benchmark": name, "id": question.id, "sample": i}
@@ -208,5 +211,5 @@ def _decode(
             record = {"run": run.name, "seconds": now - since, "tokens": figures.tokens}
             times.write(json_text(record) + "\n")
             times.flush()
-            since, tokens, right = now, tokens + figures.tokens, right + figures.correct
+            since, tokens, right = now, tokens + figures.tokens, right + figures.right
             progress.advance(1, {"right": right / len(done), "tokens/s": tokens / (now - begun)})

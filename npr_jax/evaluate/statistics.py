@@ -26,7 +26,9 @@ class Timing(NamedTuple):
     tokens: int = 0
 
     def __add__(self, other: "Timing") -> "Timing":
-        return Timing(*(a + b for a, b in zip(self, other, strict=True)))
+        return Timing(
+            self.seconds + other.seconds, self.answers + other.answers, self.tokens + other.tokens
+        )
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
@@ -100,7 +102,7 @@ def summarize(problems: Sequence[Sequence[Figures]]) -> dict[str, dict[str, floa
     def add(name: str, value: Callable[[Sequence[Figures]], float], per=lambda answers: 1) -> None:
         columns[name] = [(value(answers), per(answers)) for answers in problems]
 
-    def total(field: str) -> Callable[[Sequence[Figures]], float]:
+    def total(field: str) -> Callable[[Sequence[Figures]], int]:
         return lambda answers: sum(getattr(answer, field) for answer in answers)
 
     def share(field: str) -> None:
@@ -114,7 +116,7 @@ def summarize(problems: Sequence[Sequence[Figures]]) -> dict[str, dict[str, floa
     add(f"best@{k}", lambda answers: float(right(answers) > 0))
     add(
         f"maj@{k}",
-        lambda answers: majority([a.prediction for a in answers], [a.correct for a in answers]),
+        lambda answers: majority([a.prediction for a in answers], [a.right for a in answers]),
     )
     share("formed")
     add("parallel_rate", lambda answers: sum(a.parallel for a in answers), len)

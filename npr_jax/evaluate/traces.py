@@ -144,7 +144,7 @@ def read_trace(line: str | bytes) -> Trace:
 
 def _fields(values: dict[str, Any]) -> dict[str, Any]:
     """The fields of a trace from its JSON; ValueError or TypeError names what is wrong."""
-    known = {field.name: field.type for field in dataclasses.fields(Trace)}
+    known: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(Trace)}
     missing = [name for name in _REQUIRED if name not in values]
     if missing:
         raise ValueError(f"it lacks {', '.join(missing)}")
@@ -154,14 +154,14 @@ def _fields(values: dict[str, Any]) -> dict[str, Any]:
     values["logp"] = [math.nan if x is None else float(x) for x in values["logp"]]
     values["blocks"] = tuple(_block(*block) for block in values["blocks"])
     for name, value in values.items():
-        kind, inner = known[name], Any
+        kind, inner = known[name], None
         if get_origin(kind) in (list, tuple):
             kind, inner = get_origin(kind), get_args(kind)[0]
         if not isinstance(value, kind):
             raise ValueError(
                 f"{name} is {value!r:.60}, needed is {getattr(kind, '__name__', kind)}"
             )
-        if inner is not Any and not all(isinstance(item, inner) for item in value):
+        if inner is not None and not all(isinstance(item, inner) for item in value):
             raise ValueError(f"{name} holds what is no {inner.__name__}")
     return values
 
@@ -186,6 +186,6 @@ def write_traces(path: str | Path, traces: Iterable[Trace]) -> None:
 
 
 def _block(start, guideline_close, plans, steps, join, takeaway, end, depth) -> Block:
-    spans = [tuple(tuple(span) for span in spans) for spans in (plans, steps)]
+    plans, steps = (tuple(tuple(span) for span in spans) for spans in (plans, steps))
     takeaway = tuple(takeaway) if takeaway else None
-    return Block(start, guideline_close, *spans, join, takeaway, end, depth)
+    return Block(start, guideline_close, plans, steps, join, takeaway, end, depth)

@@ -300,7 +300,13 @@ def _decode_figures(
         NamedSharding(mesh, pool_spec(arch, mesh)),
     )
     width = table_width(engine.longest_table, engine.page_size)
-    state = LaneState(*[row(dtype) for dtype in (*[jnp.int32] * 4, jnp.bool_)])
+    state = LaneState(
+        tokens=row(jnp.int32),
+        positions=row(jnp.int32),
+        ranks=row(jnp.int32),
+        left=row(jnp.int32),
+        frozen=row(jnp.bool_),
+    )
     knobs = LaneSampling(
         key=row(jnp.uint32, 2),
         temperature=row(jnp.float32),

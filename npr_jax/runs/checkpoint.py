@@ -46,7 +46,7 @@ class Checkpoints:
         directory = epath.Path(directory)
         self.directory = directory if is_url(directory) else directory.absolute()
         self.config_text = config_text
-        policies = [LatestN(keep)]
+        policies: list[LatestN | BestN] = [LatestN(keep)]
         if keep_best:
             policies.append(
                 BestN(get_metric_fn=_value, n=keep_best, keep_checkpoints_without_metrics=False)

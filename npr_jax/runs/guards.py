@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Mapping
 
-from npr_jax.base.progress import Scalar
+from npr_jax.base.progress import Scalar, numeric
 
 _log = logging.getLogger(__name__)
 
@@ -14,7 +14,7 @@ def check_gap(step: int, metrics: Mapping[str, Scalar], warn: float, stop: float
     Numerics alone make it about 1e-5 in float32 and a hundredth in bfloat16; a wrong mask, position
     or set of weights makes it large. Raises FloatingPointError above `stop`.
     """
-    gap = metrics.get("logp_gap", 0.0)
+    gap = numeric(metrics, "logp_gap", 0.0)
     if metrics.get("nonfinite") or gap <= warn:
         return  # what is not finite was skipped, and NonfiniteGuard counts it
     said = (
@@ -46,7 +46,7 @@ class NonfiniteGuard:
         if not metrics.keys() & {"nonfinite", "skipped"}:
             return {}
         if "nonfinite" in metrics:
-            all_of_them = metrics["nonfinite"] > metrics.get("off_policy_steps", 0)
+            all_of_them = numeric(metrics, "nonfinite") > numeric(metrics, "off_policy_steps", 0)
             self.in_a_row = self.in_a_row + 1 if all_of_them else 0
             if all_of_them:
                 reason = "the loss, its gradient or the new parameters are not finite"

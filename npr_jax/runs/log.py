@@ -56,6 +56,7 @@ class RunLog:
         if self._report:
             self._report(metrics)
         else:
+            assert self._progress  # without `report` there is one
             values = {k: metrics[k] for k in self._shown if k in metrics}
             if reason := metrics.get("skipped_because"):
                 values = {"skipped:": reason} | values

@@ -54,8 +54,9 @@ class MetricsWriter:
 
         Raises ValueError for a missing step or a value that is not a float, int or str.
         """
-        if type(values.get("step")) is not int:
-            raise ValueError(f"metrics need an int 'step', got {values.get('step')!r}")
+        step = values.get("step")
+        if type(step) is not int:
+            raise ValueError(f"metrics need an int 'step', got {step!r}")
         for key, value in values.items():
             if not isinstance(value, Scalar):
                 raise ValueError(
@@ -67,7 +68,7 @@ class MetricsWriter:
         os.fsync(self._file.fileno())
         for key, value in values.items():
             if key != "step" and not isinstance(value, str):
-                self._board.add_scalar(key, value, global_step=values["step"])
+                self._board.add_scalar(key, value, global_step=step)
 
     def truncate(self, step: int) -> None:
         """Drops every line whose step is `step` or later: those that a resumed run writes again."""
@@ -97,7 +98,7 @@ class WandbWriter:
 
     def __init__(self, directory: str | Path, project: str, name: str):
         try:
-            import wandb
+            import wandb  # pyright: ignore[reportMissingImports]  # an extra, not installed for dev
         except ImportError as error:
             raise ValueError(
                 f"{WANDB}={project} asks for Weights & Biases, which is not installed: "

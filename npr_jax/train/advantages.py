@@ -22,8 +22,8 @@ def group_std(rewards: Sequence[float], groups: Sequence[Hashable]) -> np.ndarra
     Returns:
       f64[B], without NaN. Raises ValueError for wrong shapes or rewards that are not finite.
     """
-    rewards, index = _check(rewards, groups)
-    centered, sizes = _center(rewards, index)
+    checked, index = _check(rewards, groups)
+    centered, sizes = _center(checked, index)
     variance = np.bincount(index, centered**2) / np.maximum(sizes - 1, 1)
     return centered / (np.sqrt(variance)[index] + EPSILON)
 
@@ -34,11 +34,11 @@ def batch_std(rewards: Sequence[float], groups: Sequence[Hashable]) -> np.ndarra
     The std is that of the whole batch with ddof 1, taken once, singleton groups included. Fewer
     than two rewards give zeros. Arguments, result and errors are those of `group_std`.
     """
-    rewards, index = _check(rewards, groups)
-    centered, _ = _center(rewards, index)
-    if len(rewards) < 2:
+    checked, index = _check(rewards, groups)
+    centered, _ = _center(checked, index)
+    if len(checked) < 2:
         return centered
-    return centered / (np.std(rewards, ddof=1) + EPSILON)
+    return centered / (np.std(checked, ddof=1) + EPSILON)
 
 
 def _check(rewards, groups) -> tuple[np.ndarray, np.ndarray]:

@@ -213,6 +213,7 @@ class Sampling(Body[list[dict], list[dict]]):
     def _engine(self) -> Engine:
         """An engine that has the only copy of the weights that is left."""
         model, dtype = self.model, self.config.fit.train.compute_dtype
+        assert model is not None  # one engine is made
         self.model = None
         params = engine_params(model.config, model.params, dtype, self.mesh)
         model = dataclasses.replace(model, params=params)

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from npr_jax.base.config import dump_config
 from npr_jax.base.distributed import mine
 from npr_jax.base.fields import Checked, Count, CountOrZero, PositiveOrZero
-from npr_jax.base.progress import Scalar
+from npr_jax.base.progress import Scalar, numeric
 from npr_jax.data.problems import shuffled
 from npr_jax.model.pretrained import Model
 from npr_jax.runs import loop, sigterm
@@ -143,10 +143,10 @@ class Fit(Body[TrainState, Model]):
         )
         seconds = time.perf_counter() - begun
         tokens = sum(len(example.layout) for example in batch)
-        return state, metrics | {"seconds": seconds, "tokens_per_s": tokens / seconds}
+        return state, {**metrics, "seconds": seconds, "tokens_per_s": tokens / seconds}
 
     def value(self, metrics: Mapping[str, Scalar]) -> float:
-        return -metrics["loss"]
+        return -numeric(metrics, "loss")
 
     def finish(self, state: TrainState) -> Model:
         warn_untrained(state, self.total)

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import logging
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -88,7 +88,7 @@ def state_shardings(model_config: ModelConfig, config: OptimizerConfig, mesh: Me
         params,
         transform_non_params=lambda _: everywhere,
     )
-    return TrainState(params, opt_state, everywhere)
+    return TrainState(params, opt_state, cast(Any, everywhere))  # in the place of an array
 
 
 def _state(config: OptimizerConfig, params: dict) -> TrainState:

@@ -17,7 +17,7 @@ from npr_jax.base.config import dump_config
 from npr_jax.base.distributed import gather, gather_all, is_main
 from npr_jax.base.fields import Checked, Count, Seed
 from npr_jax.base.mesh import MeshConfig, local_decode_mesh, make_mesh
-from npr_jax.base.progress import Scalar
+from npr_jax.base.progress import Scalar, numeric
 from npr_jax.data.problems import Problem, read_problems, shuffled
 from npr_jax.decode import Engine, EngineConfig
 from npr_jax.evaluate.judge import Answer
@@ -204,13 +204,13 @@ class Policy(Body[TrainState, Path]):
         config, train = self.config, self.config.train
         self.pending.drop(self.checkpoints.good)
         begun = time.perf_counter()
-        self._set_params(state)
-        decoded = self.engine.stats()["sampled_tokens"]
-        collected = self._sample(state, number)
+        engine = self._set_params(state)
+        decoded = engine.stats()["sampled_tokens"]
+        collected = self._sample(engine, state, number)
         if sigterm.wanted():
             raise sigterm.Preempted
         sampled = time.perf_counter()
-        decoded = self.engine.stats()["sampled_tokens"] - decoded
+        decoded = engine.stats()["sampled_tokens"] - decoded
         model_config = dataclasses.replace(self.model.config, remat=train.remat)
         history = []
         parts = list(minibatches(collected, config.minibatches, train.row_len, config.depth))
@@ -230,14 +230,16 @@ class Policy(Body[TrainState, Path]):
             "rollout_tokens_per_s": decoded / (sampled - begun),
             "train_seconds": trained - sampled,
             "rollout_time_share": (sampled - begun) / (trained - begun),
-            "train_tokens_per_s": updates.get("loss_tokens", 0) / (trained - sampled),
+            "train_tokens_per_s": numeric(updates, "loss_tokens", 0) / (trained - sampled),
         }
 
     def check(self, number: int, metrics: Mapping[str, Scalar]) -> None:
         check_gap(number, metrics, self.config.train.gap_warn, self.config.train.gap_stop)
 
     def value(self, metrics: Mapping[str, Scalar]) -> float | None:
-        return metrics.get("score")  # rollouts that were kept by an older version have none
+        if "score" not in metrics:  # rollouts that were kept by an older version
+            return None
+        return numeric(metrics, "score")
 
     def finish(self, state: TrainState) -> Path:
         warn_untrained(state, self.total)
@@ -246,32 +248,34 @@ class Policy(Body[TrainState, Path]):
         publish_model(dataclasses.replace(self.model, params=state.params), final)
         return final
 
-    def _set_params(self, state: TrainState) -> None:
-        """Gives the engine the weights of the state; here nothing holds on to its copy of them."""
+    def _set_params(self, state: TrainState) -> Engine:
+        """The engine with the weights of the state; here nothing holds on to its copy of them."""
         dtype, mesh = self.config.train.compute_dtype, self.mesh
         params = engine_params(self.model.config, state.params, dtype, mesh)
         if self.engine is not None:
             self.engine.set_params(params)
-            return
+            return self.engine
         model = dataclasses.replace(self.model, params=params)
         self.engine = Engine(model, self.config.engine, local_decode_mesh(mesh))
+        return self.engine
 
-    def _sample(self, state: TrainState, number: int) -> Collected:
+    def _sample(self, engine: Engine, state: TrainState, number: int) -> Collected:
         """The groups of a step: pending ones, or new ones, which are pending from then on. Of new
         ones of a step that is saved, the answers to the first problem are written as traces."""
         feed, version = self.feed, fingerprint(state.params)
         with sigterm.interruptible():
             found = self.pending.load(number, version)
             if all(gather(found is not None)):
+                assert found is not None  # this process is one of all
                 groups, metrics, position = found
                 feed.position = position["problem"]
                 return Collected(groups, position["places"], metrics)
             first = feed.problem(feed.position)
-            collected = self.collect(self.engine, feed, number)
+            collected = self.collect(engine, feed, number)
         if is_main() and (number % self.every == 0 or number == self.total):
             path = self.directory / f"traces/step-{number:06d}.jsonl"
             kept = [
-                make_trace(answer, self.engine.tokenizer, first, id=path.stem, sample=sample)
+                make_trace(answer, engine.tokenizer, first, id=path.stem, sample=sample)
                 for sample, answer in enumerate(collected.shown)
             ]
             write_traces(path, kept)
@@ -299,7 +303,7 @@ def minibatches(
             yield make_rows(part, row_len, depth) or [empty_row(row_len, depth)]
 
 
-def merged(history: Sequence[Mapping[str, Scalar]], parts: int) -> dict[str, Scalar]:
+def merged(history: Sequence[Mapping[str, float]], parts: int) -> dict[str, Scalar]:
     """Metrics of a batch of `parts` minibatches from those of its optimizer steps: their means; the
     gap to the sampler's log-probs is that of the first, whose weights are those that sampled. A
     batch without steps is skipped, and counted; so is a part of it."""

@@ -82,7 +82,9 @@ def engine_params(config: ModelConfig, params: dict, dtype: str, mesh: Mesh | No
     """A train state's parameters as the engine of this process decodes with them."""
     if mesh is None:
         return cast(params, dtype)
-    return to_decode(config, params, dtype, decode_mesh(mesh), local_decode_mesh(mesh))
+    local = local_decode_mesh(mesh)
+    assert local is not None  # a mesh has one
+    return to_decode(config, params, dtype, decode_mesh(mesh), local)
 
 
 def sampled_example(

@@ -60,12 +60,12 @@ class Pending:
             **{name: [getattr(e, name) for e in examples] for name in _FIELDS},
             **{f"layout_{name}": [getattr(e.layout, name) for e in examples] for name in _LAYOUT},
         }
-        arrays = {"meta": np.frombuffer(json.dumps(meta).encode(), np.uint8)}
+        arrays: dict[str, np.ndarray] = {"meta": np.frombuffer(json.dumps(meta).encode(), np.uint8)}
         for name, parts in columns.items():
             arrays[name] = np.concatenate([part.reshape(-1) for part in parts] or [np.zeros(0)])
             arrays[f"{name}_sizes"] = np.array([part.size for part in parts], np.int64)
         file = io.BytesIO()
-        np.savez(file, **arrays)
+        np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]  # none is "allow_pickle"
         with writing(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
             write_atomically(self._path(step), file.getvalue())
@@ -117,8 +117,10 @@ def _example(values: dict[str, np.ndarray], prompt_len: int) -> Example:
     num_tokens = len(values["token_ids"])
     hidden = values["layout_hidden"].reshape(num_tokens, -1, 2)
     layout = TreeLayout(
-        **{name: values[f"layout_{name}"] for name in _LAYOUT if name != "hidden"},
+        positions=values["layout_positions"],
         hidden=hidden,
+        pred=values["layout_pred"],
+        forced=values["layout_forced"],
         prompt_len=prompt_len,
     )
     return Example(layout=layout, **{name: values[name] for name in _FIELDS})

@@ -100,7 +100,7 @@ TEXT, GUIDELINE, PLAN, STEPS, TAKEAWAY = ("text", "guideline", "plan", "steps", 
 _WHITESPACE = 8  # the kinds 0..7 are the tags in the order of TAG_NAMES
 
 
-class _OpenBlock:
+class OpenBlock:
     """A block while it is being read; spans are [start, end] with None for an open end."""
 
     def __init__(self, start: int, depth: int):
@@ -153,8 +153,8 @@ class Automaton:
         self._kinds.update({token: kind for kind, token in enumerate(tags.ids)})
         self.max_depth, self.depth, self.in_step = max_depth, depth, in_step
         self.state, self.index, self.closed = TEXT, index, False
-        self.blocks: list[_OpenBlock] = []
-        self.stack: list[_OpenBlock] = []
+        self.blocks: list[OpenBlock] = []
+        self.stack: list[OpenBlock] = []
 
     def read(self, tokens: Iterable[int]) -> None:
         """Reads tokens; raises TraceError at the first that no tree can have there.
@@ -185,7 +185,7 @@ class Automaton:
             case "text", 0:
                 if self.depth + len(self.stack) >= self.max_depth:
                     raise TraceError(index, f"blocks nested deeper than {self.max_depth}")
-                block = _OpenBlock(index, self.depth + len(self.stack))
+                block = OpenBlock(index, self.depth + len(self.stack))
                 self.blocks.append(block)
                 self.stack.append(block)
                 return GUIDELINE
