@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.metadata
+import io
 import os
 import signal
 import sys
@@ -47,7 +48,8 @@ def main() -> None:
     """Entry point of `npr-jax`: an error that a user can mend is one line, and an exit code."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it asks for PyTorch
     for stream in (sys.stdout, sys.stderr):  # a console may lack the characters of an answer
-        stream.reconfigure(errors="backslashreplace")
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app(prog_name="npr-jax")
     except SystemExit as ending:

@@ -19,7 +19,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin
 import pydantic
 import yaml
 
-from npr_jax.base.fields import hints, meanings, wanted
+from npr_jax.base.fields import hints, is_config, meanings, wanted
 from npr_jax.base.files import read_text
 
 T = TypeVar("T")
@@ -159,16 +159,17 @@ def load_config(
         lines = []
         for item in error.errors():
             loc, seen, message = item["loc"], item["input"], item["msg"]
+            context = item.get("ctx", {})
             key = _dotted(loc)
             if item["type"] == "value_error":  # a rule of the dataclass, which names the values
-                message = str(item["ctx"]["error"])
+                message = str(context["error"])
                 named = not key or re.match(rf"{re.escape(key)}\b", message)
                 message = message if named else f"{key}: {message}"
                 lines.append(f"{where(loc, message)}: {message}")
             elif (need := _required(cls, loc)) and (item["type"] == "missing" or seen is None):
                 lines.append(f"{where(loc)}: {key} is missing, needed is {need}")
             elif item["type"] == "literal_error":
-                need = item["ctx"]["expected"]
+                need = context["expected"]
                 lines.append(f"{where(loc)}: {key} is {seen!r}, needed is {need}")
             elif item["type"] == "unfit":
                 lines.append(f"{where(loc)}: {key} is {seen!r}, {message}")
@@ -206,6 +207,7 @@ def _parse(text: str, source: str) -> Any:
         reason = "an alias (*) stands inside of what it stands for"
         raise ValueError(f"{source}: not valid YAML: {reason}") from error
     except yaml.MarkedYAMLError as error:
+        assert error.problem is not None and error.problem_mark is not None
         reason = error.problem
         if error.context:
             reason += f", {error.context}"
@@ -241,13 +243,14 @@ def _dotted(loc: tuple) -> str:
 
 def _required(cls: type, loc: tuple) -> str:
     """What has to be given at `loc`, where the key has no default; else ""."""
-    config, field = cls, None
+    owner = config = cls
+    field = hint = None
     for key in loc:
         if not isinstance(key, str) or key not in (known := hints(config)):
             continue  # an item of a tuple, or of a dict
         (field,) = (field for field in dataclasses.fields(config) if field.name == key)
         owner, hint = config, known[key]
-        config = next((x for x in (hint, *get_args(hint)) if dataclasses.is_dataclass(x)), config)
+        config = next((x for x in (hint, *get_args(hint)) if is_config(x)), config)
     if field is None or not has_no_default(field):
         return ""
     need = wanted(hint)

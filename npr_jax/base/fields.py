@@ -17,7 +17,17 @@ import re
 import types
 from collections.abc import Callable
 from numbers import Integral, Real
-from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NamedTuple,
+    TypeGuard,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
@@ -60,8 +70,7 @@ class Range:
 
     def take(self, kind: type, value: Any) -> int | float:
         """The number as Python's own `kind`. Raises Unfit for what is no number of the range."""
-        number = isinstance(value, Integral if kind is int else Real)
-        if not number or isinstance(value, bool) or not (value == self.also or self._holds(value)):
+        if not _is_number(kind, value) or not (value == self.also or self._holds(value)):
             raise Unfit(self.wanted(kind))
         if kind is float and value != 0 and not _SMALLEST <= abs(value) <= _LARGEST:
             raise Unfit(f"0, or a number of {_SMALLEST:g} to {_LARGEST:g} in size")
@@ -69,7 +78,7 @@ class Range:
             raise Unfit(f"an integer below {_INTEGERS} in size")
         return kind(value)
 
-    def _holds(self, value: Real) -> bool:
+    def _holds(self, value: float) -> bool:
         return (
             abs(value) < math.inf
             and (self.ge is None or self.ge <= value)
@@ -90,6 +99,11 @@ class Range:
                 ) from None
 
         return core_schema.no_info_after_validator_function(check, handler(source))
+
+
+def _is_number(kind: type, value: Any) -> bool:
+    number = isinstance(value, Integral if kind is int else Real)
+    return number and not isinstance(value, bool)
 
 
 Count = Annotated[int, Range(ge=1)]
@@ -122,6 +136,11 @@ def hints(cls: type) -> dict[str, Any]:
     """The annotations of a dataclass' fields, those of `Annotated` included."""
     found = get_type_hints(cls, include_extras=True)
     return {field.name: found[field.name] for field in dataclasses.fields(cls) if field.init}
+
+
+def is_config(hint: Any) -> TypeGuard[type]:
+    """Whether an annotation is a dataclass, which has keys of its own."""
+    return dataclasses.is_dataclass(hint)
 
 
 def wanted(hint: Any, bounds: Range | None = None) -> str:

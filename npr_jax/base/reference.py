@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from npr_jax.base.config import has_no_default, to_yaml
-from npr_jax.base.fields import Meaning, hints, meanings, wanted
+from npr_jax.base.fields import Meaning, hints, is_config, meanings, wanted
 
 
 def template(cls: type) -> str:
@@ -45,7 +45,7 @@ def _entries(cls: type, given: Any, indent: str) -> Iterator[str]:
         )
         required = given is None and has_no_default(field)
         value = None if required else _default(field, given)
-        if dataclasses.is_dataclass(hint):
+        if is_config(hint):
             yield f"{indent}{field.name}:"
             yield from _entries(hint, value, f"{indent}  ")
         elif required:
@@ -61,7 +61,7 @@ def _table(cls: type, parts: dict[str, type]) -> Iterator[str]:
     yield "| key | default | takes | unit | meaning |"
     yield "| --- | --- | --- | --- | --- |"
     for field, hint, meaning in _fields(cls):
-        if dataclasses.is_dataclass(hint):
+        if is_config(hint):
             parts[field.name] = hint
             default, takes = "", f"[keys](#{field.name})"
         elif has_no_default(field):
@@ -85,6 +85,7 @@ def _default(field: dataclasses.Field, given: Any) -> Any:
         return getattr(given, field.name)
     if field.default is not dataclasses.MISSING:
         return field.default
+    assert field.default_factory is not dataclasses.MISSING
     return field.default_factory()
 
 

@@ -25,6 +25,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import cast
 
 from jax.sharding import Mesh
 
@@ -159,7 +160,7 @@ class Engine:
         groups = self._maker.groups(prompts, sampling or SamplingParams())
         events = self._stream(groups, tokens)
         next(events)  # its first yield is empty: from there on it notices when it is closed
-        return events
+        return cast(Iterator[Event], events)
 
     def abort(self, request: int | None = None) -> bool:
         """Ends one answer, or all, with the finish reason `aborted`; its lanes and pages are free
@@ -237,7 +238,7 @@ class Engine:
         finally:
             self._consumed = False
 
-    def _stream(self, groups, tokens: bool) -> Iterator[Event]:
+    def _stream(self, groups, tokens: bool) -> Iterator[Event | None]:
         events = self._outputs.events
         with self._consuming(tokens):
             yield  # for `stream`

@@ -95,7 +95,7 @@ class Runner:
                 )
             )
         )
-        self.stats = dict.fromkeys(("decode_steps", "prefill_calls", "prefill_tokens"), 0)
+        self.stats = {"decode_steps": 0, "prefill_calls": 0, "prefill_tokens": 0}
 
     def set_params(self, params) -> None:
         """Takes these weights from the next call on.

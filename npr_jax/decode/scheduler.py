@@ -228,7 +228,8 @@ class Scheduler:
         for request in self.running:
             request.running = False
         evictions = self.pages.evictions
-        self.pages, self.lanes = PagePool(self.config.pages), [None] * self.config.lanes
+        self.pages = PagePool(self.config.pages)
+        self.lanes = [None] * self.config.lanes
         self.pages.evictions = evictions
         self.running, self._waiting = [], []
 

@@ -1,7 +1,7 @@
 """How good a model is, decoded one way: the rows of the demo's table, and what they must show."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.table import Table
 
@@ -108,6 +108,6 @@ def table(rows: dict[str, dict[str, float]], num: int) -> Table:
     return made
 
 
-def cells(row: dict[str, float]) -> list[str]:
+def cells(row: Mapping[str, float]) -> list[str]:
     """The figures of a row as text: rates with two digits, the others whole."""
     return [f"{value:.2f}" if name in RATES else f"{value:.0f}" for name, value in row.items()]

@@ -183,7 +183,7 @@ def _integer(hf: Mapping, name: str) -> int:
 
 
 def _number(name: str, value) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < math.inf:
         raise ValueError(f"{name} is {value!r}, needed is a finite number above 0")
     if not _SMALLEST <= value <= _LARGEST:
         raise ValueError(

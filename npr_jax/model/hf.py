@@ -214,7 +214,7 @@ def _count_not_finite(x: np.ndarray) -> int:
     """Of an array of floats of any size, by their bits: numpy is slow at bfloat16."""
     bits = np.dtype(f"u{x.dtype.itemsize}")
     infinity = np.array(np.inf, x.dtype).view(bits)
-    return np.count_nonzero((x.view(bits) & infinity) == infinity)
+    return int(np.count_nonzero((x.view(bits) & infinity) == infinity))
 
 
 def read_params(directory: Path, config: ModelConfig, dtype="float32") -> dict:

@@ -79,7 +79,9 @@ def stage_config(stage: str, model: str, overrides: Sequence[str] = ()) -> RLCon
     if stage not in STAGES:
         raise ValueError(f"stage is {stage!r}, needed is one of {', '.join(STAGES)}")
     preset = "tiny" if model == "tiny" else "qwen3_4b"
-    return load_config(CONFIGS[stage], f"{preset}_{stage}", overrides)
+    config = load_config(CONFIGS[stage], f"{preset}_{stage}", overrides)
+    assert isinstance(config, RLConfig | BetaConfig)
+    return config
 
 
 def plan(

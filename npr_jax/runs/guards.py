@@ -40,7 +40,7 @@ class NonfiniteGuard:
     def __init__(self, limit: int, in_a_row: int = 0):
         self.limit, self.in_a_row = limit, in_a_row
 
-    def count(self, metrics: Mapping[str, Scalar]) -> dict[str, int]:
+    def count(self, metrics: Mapping[str, Scalar]) -> dict[str, Scalar]:
         """Counts a step by its metrics; returns the metric that tells how many it is in a row, and
         why the step has changed nothing if so. Steps that are none of training give no metric."""
         if not metrics.keys() & {"nonfinite", "skipped"}:

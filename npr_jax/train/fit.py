@@ -109,9 +109,8 @@ class Fit(Body[TrainState, Model]):
         self.name, self.directory = name, directory
         self.total = config.num_steps(len(examples))
         self.every, self.max_nonfinite = config.train.checkpoint_every, config.train.max_nonfinite
-        if depth is None:
-            depth = max(example.layout.hidden.shape[1] for example in examples) + 1
-        self.depth = depth
+        deepest = max(example.layout.hidden.shape[1] for example in examples)
+        self.depth: int = deepest + 1 if depth is None else depth
         self.order = shuffled(len(examples), seed)
         self.text = f"{dump_config(config)}seed: {seed}\nexamples: {_digest(examples)}\n"
 

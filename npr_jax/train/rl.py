@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from npr_jax.base.config import dump_config
 from npr_jax.base.distributed import gather, gather_all, is_main
@@ -64,6 +64,8 @@ class RLConfig(Checked, abc.ABC):
       engine: what decodes the answers.
       train: what trains on them.
     """
+
+    command: ClassVar[str]
 
     model: str
     problems: str
