@@ -1,5 +1,5 @@
 # Every target sets up what it needs; nothing is installed outside this folder.
-.PHONY: help install libtpu demo check test nightly check-wheel lint types same mutants test-real announce-real clean
+.PHONY: help install libtpu demo check test nightly check-wheel lint same mutants test-real announce-real clean
 .DEFAULT_GOAL := help
 
 VENV := .venv
@@ -81,11 +81,9 @@ $(LIBTPU_DIR)/libtpu: | $(STAMP)
 
 libtpu: $(LIBTPU_DIR)/libtpu  ## bring the TPU compiler (Linux on x86), which planning needs
 
-lint: install  ## check style and format
+lint: install  ## check style, format and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-
-types: install  ## check types
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
 mutants: install  ## break lines of the code on purpose, each of which a test must notice

@@ -138,7 +138,7 @@ class Scheduler:
     def release(self, sequence: Sequence) -> None:
         """Takes the sequence off its lane, and the pages reserved for steps it did not take."""
         self._free_lane(sequence)
-        segment = sequence.tail
+        segment = sequence.items[-1]
         if isinstance(segment, Segment):
             keep = math.ceil(len(segment.tokens) / self.config.page_size)
             self.pages.drop(segment.pages[keep:])
