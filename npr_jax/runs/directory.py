@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 
 from npr_jax.base.distributed import is_main, wait
-from npr_jax.base.files import alone, is_url, write_atomically, writing
+from npr_jax.base.files import alone, describe, is_url, read_text, write_atomically, writing
 
 _log = logging.getLogger(__name__)
 
@@ -98,10 +98,22 @@ def _claim(directory: Path, config_text: str, free: Sequence[str]) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         started = any(entry != path for entry in directory.iterdir())
         if path.exists() and started:  # a run that failed at once has left its config only
-            old_text = path.read_text(encoding="utf-8")
+            old_text = read_config_text(path)
             same_config(old_text + _known_inputs(directory), config_text, directory, free)
             _lengthen(directory, _flat(yaml.safe_load(old_text)), config_text)
         write_atomically(path, config_text.encode())
+
+
+def read_config_text(path: Path) -> str:
+    """The text of a run's config.yaml. Raises ValueError for a file that is no mapping of keys."""
+    text = read_text(path, "config.yaml of a run")
+    try:
+        values = yaml.safe_load(text) or {}
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no config of a run: {describe(error)}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is no config of a run: it is {values!r:.60}, no keys with values")
+    return text
 
 
 def _lengthen(directory: Path, old: dict, config_text: str) -> None:

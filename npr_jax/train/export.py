@@ -10,6 +10,7 @@ from jax.sharding import SingleDeviceSharding
 from npr_jax.model import abstract_params
 from npr_jax.model.pretrained import Model, load, publish_model
 from npr_jax.runs.checkpoint import checkpoint_steps, read_checkpoint_params
+from npr_jax.runs.directory import read_config_text
 
 
 def export(run: Path, output: Path, step: int | None = None, start: str | None = None) -> int:
@@ -28,8 +29,8 @@ def export(run: Path, output: Path, step: int | None = None, start: str | None =
     path = run / "config.yaml"
     if not path.is_file():
         raise ValueError(f"{run} is no run directory: it has no config.yaml")
-    config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(config, dict) or "model" not in config:
+    config = yaml.safe_load(read_config_text(path)) or {}
+    if "model" not in config:
         raise ValueError(f"{run} is no run directory of zero, beta or papo: {path} names no model")
     if output.exists():
         raise ValueError(f"{output} is there already: give another directory for the model")
