@@ -386,6 +386,8 @@ def demo(
     """Teach a tiny model to reason in parallel: all stages, with a table and a report."""
     from npr_jax.demo import run
 
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"--seed is {seed}, needed is an integer from 0, below {2**32}")
     with _interruptible(f"what is done is in {output}"):
         code = run(seed=seed, output=output, check=check)
     sys.exit(code)

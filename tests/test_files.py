@@ -3,13 +3,16 @@
 import errno
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from npr_jax import cli, demo
 from npr_jax.base.files import alone, describe, hub_error, lasting, read_text, reading, writing
+from npr_jax.base.mesh import parse_mesh
 from npr_jax.evaluate.run import EvalConfig, evaluate
-from npr_jax.runs.directory import alone_in
+from npr_jax.runs.directory import alone_in, claim
+from npr_jax.train.export import export
 from npr_jax.train.zero import ZeroConfig
 
 
@@ -105,3 +108,36 @@ def test_a_second_command_in_a_run_directory_is_refused(tmp_path):
     assert list(output.iterdir()) == []
     with alone_in(output):  # the first has let go of it
         pass
+
+
+@pytest.mark.parametrize("text", [b"\xff", b"[1]", b"a: [", b"3", b"[" * 3000])
+def test_a_directory_whose_config_is_none_is_refused(tmp_path, text):
+    (tmp_path / "config.yaml").write_bytes(text)
+    (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(ValueError, match=r"config\.yaml is no") as error:
+        claim(tmp_path, "seed: 1")
+    assert "\n" not in describe(error.value)
+    with pytest.raises(ValueError, match=r"config\.yaml is no"):
+        export(tmp_path, tmp_path / "model")
+    assert (tmp_path / "config.yaml").read_bytes() == text
+
+
+def test_a_run_directory_is_no_url_though_a_path_has_lost_a_slash(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for output in ("gs://a/b", Path("gs://a/b"), "s3:/a"):
+        with pytest.raises(ValueError, match="needed is a local directory"), alone_in(output):
+            claim(output, "seed: 1")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("size", ["--1", "²", "", "9" * 5000])
+def test_a_size_of_a_mesh_that_is_no_number_is_told(size):
+    with pytest.raises(ValueError, match="is not understood, needed is AXIS=SIZE"):
+        parse_mesh(f"fsdp={size}")
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_of_the_demo_is_in_its_range(seed, tmp_path):
+    with pytest.raises(ValueError, match=f"--seed is {seed}, needed is an integer from 0"):
+        cli.demo(seed, tmp_path / "demo")
+    assert not (tmp_path / "demo").exists()

@@ -7,6 +7,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import shutil
 import stat
 from collections.abc import Callable, Iterator, Mapping
@@ -141,8 +142,9 @@ def _reason(error: OSError) -> str:
 
 
 def is_url(path: epath.PathLike) -> bool:
-    """Whether `path` is in an object store, where there is no rename and no fsync."""
-    return "://" in str(path)
+    """Whether `path` is in an object store, where there is no rename and no fsync. A `Path` of one
+    has lost a slash."""
+    return re.match(r"[A-Za-z][\w+.-]+:/", str(path)) is not None
 
 
 def json_text(value, **options) -> str:

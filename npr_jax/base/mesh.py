@@ -9,6 +9,7 @@ feeds its own rows and decodes its own requests without a word to the others.
 
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -72,7 +73,7 @@ def parse_mesh(text: str) -> MeshConfig:
     sizes = {}
     for part in text.split(","):
         axis, _, size = part.strip().partition("=")
-        if axis not in AXES or axis in sizes or not size.lstrip("-").isdigit():
+        if axis not in AXES or axis in sizes or not re.fullmatch("-?[0-9]{1,9}", size):
             raise ValueError(
                 f"mesh {text!r}: {part!r} is not understood, needed is AXIS=SIZE, once per axis of "
                 f"{', '.join(AXES)}"
