@@ -183,7 +183,8 @@ def _integer(hf: Mapping, name: str) -> int:
 
 
 def _number(name: str, value) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < math.inf:
+    real = isinstance(value, Real) and not isinstance(value, bool)
+    if not real or not 0 < value < math.inf:
         raise ValueError(f"{name} is {value!r}, needed is a finite number above 0")
     if not _SMALLEST <= value <= _LARGEST:
         raise ValueError(

@@ -18,8 +18,8 @@ import yaml
 from tensorboardX import SummaryWriter
 
 from npr_jax.base.files import json_text, reading, write_atomically
+from npr_jax.base.progress import Scalar, numeric
 
-Scalar = float | int | str
 WANDB = "NPR_WANDB"  # the variable that names a project of Weights & Biases to send metrics to
 
 
@@ -162,6 +162,8 @@ def _rewrite(path: Path, step: int | None) -> None:
     if not path.exists():
         return
     lines = _whole_lines(path)
-    kept = b"".join(line for line, values in lines if step is None or values["step"] < step)
+    kept = b"".join(
+        line for line, values in lines if step is None or numeric(values, "step") < step
+    )
     if kept != path.read_bytes():
         write_atomically(path, kept)
