@@ -17,8 +17,7 @@ is being changed, so whatever they do or raise, lanes and pages are in order.
 Invariants: a page's count is the number of live segments that list it; only a sequence's last
 segment grows, and no other table lists it; nothing depends on what else is in the batch.
 
-Who may write which field of a request, a sequence or a segment is said in sequence.py; `Engine`
-itself writes its unfinished requests, how each ended, and the pending step.
+sequence.py says who writes which field; `Engine` writes its requests, their ends, the pending step.
 """
 
 import contextlib
