@@ -182,9 +182,12 @@ def _integer(hf: Mapping, name: str) -> int:
     return value
 
 
+def _is_real(value) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def _number(name: str, value) -> float:
-    real = isinstance(value, Real) and not isinstance(value, bool)
-    if not real or not 0 < value < math.inf:
+    if not _is_real(value) or not 0 < value < math.inf:
         raise ValueError(f"{name} is {value!r}, needed is a finite number above 0")
     if not _SMALLEST <= value <= _LARGEST:
         raise ValueError(
