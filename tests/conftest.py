@@ -7,6 +7,7 @@ import json
 import lzma
 import os
 import shutil
+import signal
 import tempfile
 import time
 from pathlib import Path
@@ -31,6 +32,8 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 jax.config.update("jax_default_matmul_precision", "highest")
+# A shell ignores Ctrl-C for what it starts in the background; some tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 BEGUN = time.monotonic()

@@ -279,14 +279,13 @@ def test_a_run_from_before_a_key_was_there_goes_on(tmp_path, caplog):
 
 
 def test_a_full_disk_is_named_and_the_last_good_checkpoint_stays(saved, tmp_path):
-    checkpoints = Checkpoints(saved, TEXT, keep=1)
-    checkpoints.restore(make_state(0))
     with (
         no_room(100_000),
         pytest.raises(OSError, match=r"step 3 cannot be written to .*the last good one is that of"),
+        Checkpoints(saved, TEXT, keep=1) as checkpoints,
     ):
+        checkpoints.restore(make_state(0))
         checkpoints.save(3, make_state(3), {"problem": 30})
-        checkpoints.wait()
     with Checkpoints(saved, TEXT, keep=1) as checkpoints:
         step, state, _ = checkpoints.restore(make_state(0))
         assert step == 2 and same(state, make_state(2))

@@ -128,8 +128,10 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for what is being written, and lets go of the directory."""
-        self.wait()
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
 
     def __enter__(self) -> "Checkpoints":
         return self
