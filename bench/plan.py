@@ -1,7 +1,7 @@
-"""Plans PAPO for every preset on three TPU slices, and writes the table of docs/plan.md.
+"""Plans PAPO for every preset on TPU slices, and writes the tables of docs/plan.md and launch.md.
 
     make libtpu
-    PYTHONPATH=build/libtpu JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 python bench/plan.py
+    PYTHONPATH=build/libtpu JAX_PLATFORMS=cpu python bench/plan.py
 
 Writes bench/results/plan.json after every case; cases that it has are not compiled again, unless
 they are named: `python bench/plan.py qwen3-4b`. No TPU is needed, and nothing is run.
@@ -20,6 +20,7 @@ from npr_jax.plan.plan import GIB, plan, stage_config
 RESULTS = Path(__file__).parent / "results" / "plan.json"
 PAGE = Path(__file__).parents[1] / "docs" / "plan.md"
 SLICES = ("v5e:4x4", "v5p:4x4x4", "v6e:16x16")
+ONE_HOST = "v6e:2x4"  # of docs/launch.md, for the model of the presets
 TINY = {"v5e:4x4": "data=8", "v5p:4x4x4": "data=32", "v6e:16x16": "data=128"}
 BEGIN, END = "<!-- plans: made by bench/plan.py -->", "<!-- end of plans -->"
 LAUNCH = PAGE.with_name("launch.md")
@@ -31,6 +32,11 @@ def mesh_of(model: str, topology: str) -> str:
     return f"{TINY[topology]},tensor=2" if model == "tiny" else "fsdp=-1,tensor=4"
 
 
+def slices(model: str) -> tuple[str, ...]:
+    """Those that a model is planned for."""
+    return (ONE_HOST, *SLICES) if model == "qwen3-4b" else SLICES
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("models", nargs="*", help="planned anew; default: what is missing")
@@ -38,14 +44,14 @@ def main() -> None:
     cases = json.loads(RESULTS.read_text(encoding="utf-8"))["cases"] if RESULTS.exists() else []
     known = {(case["model"], case["topology"]): case for case in cases}
     for model in wanted or PRESETS:
-        for topology in SLICES:
+        for topology in slices(model):
             if (model, topology) in known and not wanted:
                 continue
             mesh = parse_mesh(mesh_of(model, topology))
             found = plan(model, stage_config("papo", model), topology, mesh)
             known[model, topology] = found
             print(json.dumps(found), flush=True)
-            ordered = [known[m, t] for m in PRESETS for t in SLICES if (m, t) in known]
+            ordered = [known[m, t] for m in PRESETS for t in slices(m) if (m, t) in known]
             record = {
                 "versions": {name: version(name) for name in ("jax", "libtpu")},
                 "cases": ordered,
@@ -65,7 +71,7 @@ def put(path: Path, marks: tuple[str, str], lines: str) -> None:
 def meshes(known: dict) -> str:
     """The slices on which the presets' model fits, and with which mesh, as Markdown."""
     lines = ["| slice | chips | mesh | KV pages that fit | wanted |", "| --- " * 5 + "|"]
-    for topology in SLICES:
+    for topology in slices("qwen3-4b"):
         case = known["qwen3-4b", topology]
         if case["fits"]:
             others = [item for item in case["mesh"].items() if item[0] != "fsdp"]
@@ -87,7 +93,7 @@ def table(known: dict) -> str:
         "| --- " * 15 + "|",
     ]
     for model in PRESETS:
-        for topology in SLICES:
+        for topology in slices(model):
             if (model, topology) not in known:
                 continue
             case = known[model, topology]

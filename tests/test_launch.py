@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import os
 import re
 import shlex
@@ -18,6 +19,7 @@ import yaml
 
 from npr_jax.base.config import config_path, load_config
 from npr_jax.cli import app
+from npr_jax.train.papo import PapoConfig
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "scripts" / "launch"
@@ -415,3 +417,17 @@ def test_every_tpu_mesh_of_the_document_is_one_that_the_plan_says_fits(monkeypat
     named = re.findall(r"\bv\d\w:\d+(?:x\d+)+", text)
     assert len(named) > 2
     assert all(known["qwen3-4b", topology]["fits"] for topology in named), named
+
+
+@pytest.mark.parametrize(
+    "section, topology", [("One TPU VM", "v6e:2x4"), ("A TPU pod slice", "v5p:4x4x4")]
+)
+def test_tpu_commands_of_the_document_have_the_mesh_that_was_planned(section, topology):
+    text = DOC.read_text(encoding="utf-8").split(f"## {section}\n")[1].split("\n## ")[0]
+    settings = re.findall(r"--set (mesh\.\S+)", text)
+    config = load_config(PapoConfig, "qwen3_4b_papo", settings)
+    cases = json.loads((ROOT / "bench/results/plan.json").read_text(encoding="utf-8"))["cases"]
+    (case,) = [c for c in cases if (c["model"], c["topology"]) == ("qwen3-4b", topology)]
+    sizes = config.mesh.sizes(math.prod(case["mesh"].values()))
+    assert {axis: size for axis, size in sizes.items() if size > 1} == case["mesh"]
+    assert case["fits"]
