@@ -66,6 +66,7 @@ nightly: install $(LIBTPU_HERE)  ## run all of them, with more cases and optimis
 	  $(VENV)/bin/python $(PYTEST) -m "not real"
 
 # A copy of the tests without the package beside them: they can import the installed wheel alone.
+OF_A_CHECKOUT := --ignore tests/test_docs.py --ignore tests/test_mutants.py
 check-wheel:  ## run the quick tests on the built wheel, in a venv of its own (PYTHON=...)
 	rm -rf build/lib $(WHEEL_DIR)/dist $(WHEEL_DIR)/copy && mkdir -p $(WHEEL_DIR)/copy
 	$(call make_venv,$(WHEEL_DIR)/venv)
@@ -74,7 +75,7 @@ check-wheel:  ## run the quick tests on the built wheel, in a venv of its own (P
 	$(WHEEL_DIR)/venv/bin/python -m pip uninstall -q -y npr-jax
 	$(WHEEL_DIR)/venv/bin/python -m pip install -q "$$(ls $(WHEEL_DIR)/dist/*.whl)[dev]" -c constraints.txt
 	cp -r README.md pyproject.toml docs configs scripts bench tests $(WHEEL_DIR)/copy
-	cd $(WHEEL_DIR)/copy && ../venv/bin/python $(PYTEST) $(QUICK)
+	cd $(WHEEL_DIR)/copy && ../venv/bin/python $(PYTEST) $(QUICK) $(OF_A_CHECKOUT)
 
 $(LIBTPU_DIR)/libtpu: | $(STAMP)
 	$(VENV)/bin/python -m pip install -q --no-deps --target $(LIBTPU_DIR) $(LIBTPU)
