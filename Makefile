@@ -1,5 +1,5 @@
 # Every target sets up what it needs; nothing is installed outside this folder.
-.PHONY: help install libtpu demo check test nightly check-wheel lint same mutants test-real announce-real clean
+.PHONY: help install libtpu demo check test nightly check-wheel lint types same mutants test-real announce-real clean
 .DEFAULT_GOAL := help
 
 VENV := .venv
@@ -85,6 +85,8 @@ libtpu: $(LIBTPU_DIR)/libtpu  ## bring the TPU compiler (Linux on x86), which pl
 lint: install  ## check style, format and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+types: install  ## check types (some minutes)
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
 mutants: install  ## break lines of the code on purpose, each of which a test must notice
