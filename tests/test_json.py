@@ -13,7 +13,7 @@ from npr_jax.runs.metrics import MetricsWriter, read_metrics
 ELSEWHERE = {
     "answers/grade.py": 1,  # to its own worker
     "answers/match.py": 1,
-    "base/config.py": 1,  # pydantic's way in; whether .nan is allowed is said there
+    "base/config.py": 2,  # pydantic's way in; whether .nan is allowed is said there; a check
     "base/files.py": 1,  # json_text itself
     "base/seeds.py": 1,  # a digest
     "data/benchmarks.py": 2,  # a line as if of a file of JSON; a digest
@@ -24,6 +24,7 @@ ELSEWHERE = {
     "report/html.py": 1,  # shown as text
     "runs/digest.py": 1,
     "runs/directory.py": 2,  # of a message
+    "runs/metrics.py": 1,  # whether it can be encoded
     "train/inputs.py": 1,
     "train/rollout_cache.py": 2,
 }
