@@ -95,7 +95,7 @@ SMALL = {  # of the stages as the README writes them
 }
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_readme_runs(home, tmp_path):
     """As written, where the demo seems to have run: a small model in the place of its models. The
     stages are made short."""
