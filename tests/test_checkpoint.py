@@ -11,6 +11,7 @@ import resource
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -423,11 +424,13 @@ def test_what_is_not_finite_is_neither_saved_nor_published(saved, model, tmp_pat
     assert not (tmp_path / "final").exists()
 
 
-def test_a_checkpoint_is_exported_as_a_model(model, tmp_path):
-    """Of a run of one loop, and of Beta, whose checkpoints are those of `fit`."""
+def test_a_checkpoint_is_exported_as_a_model(model, tmp_path, monkeypatch):
+    """Of a run of one loop, and of Beta, whose checkpoints are those of `fit`; paths are relative
+    as a user writes them."""
+    monkeypatch.chdir(tmp_path)
     started = load("tiny", seed=0, tags=True)
     for name, text, inside in (("zero", "", "."), ("beta", "fit: {}\n", "fit")):
-        run = claim(tmp_path / name, f"model: tiny\nseed: 0\n{text}")
+        run = claim(Path(name), f"model: tiny\nseed: 0\n{text}")
         states = {}
         with Checkpoints(run / inside / "checkpoints", TEXT, keep=3) as checkpoints:
             for step in (2, 4):
@@ -436,7 +439,7 @@ def test_a_checkpoint_is_exported_as_a_model(model, tmp_path):
                 states[step] = jax.tree.map(np.array, state.params)
                 checkpoints.save(step, state, {})
         before = content(run)
-        assert export(run, tmp_path / f"{name}-last") == 4
+        assert export(run, Path(f"{name}-last")) == 4
         assert export(run, tmp_path / f"{name}-2", 2) == 2
         assert content(run) == before
         for step, output in ((4, "last"), (2, "2")):

@@ -43,8 +43,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory: epath.PathLike, config_text: str, keep: int, keep_best: int = 0):
-        directory = epath.Path(directory)
-        self.directory = directory if is_url(directory) else directory.absolute()
+        self.directory = _place(directory)
         self.config_text = config_text
         policies: list[LatestN | BestN] = [LatestN(keep)]
         if keep_best:
@@ -190,7 +189,7 @@ class Checkpoints:
 
 def checkpoint_steps(directory: epath.PathLike) -> list[int]:
     """Steps of which there is a checkpoint, damaged or not; nothing is written."""
-    directory = epath.Path(directory)
+    directory = _place(directory)
     if not directory.exists():
         return []
     return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())
@@ -201,7 +200,7 @@ def read_checkpoint_params(directory: epath.PathLike, step: int, params: dict) -
 
     `params` gives shapes, dtypes and shardings. Raises ValueError where it is damaged.
     """
-    path = epath.Path(directory) / str(step)
+    path = _place(directory) / str(step)
     fault = find_fault(path)
     wanted = {"params": jax.tree.map(ocp.utils.to_shape_dtype_struct, params)}
     arguments = ocp.args.PyTreeRestore(
@@ -216,6 +215,12 @@ def read_checkpoint_params(directory: epath.PathLike, step: int, params: dict) -
     except _ERRORS as error:
         fault = f"it cannot be restored: {error}"
     raise ValueError(f"checkpoint {path} is damaged ({fault}): take another step")
+
+
+def _place(directory: epath.PathLike) -> epath.Path:
+    """Orbax takes no path that is relative."""
+    path = epath.Path(directory)
+    return path if is_url(path) else path.absolute()
 
 
 def _value(metrics: Mapping[str, float]) -> float:
