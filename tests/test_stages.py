@@ -207,7 +207,7 @@ def test_beta_accepts_what_is_right_and_trains_it_as_trees(home, tmp_path, monke
             [
                 *(f"{key}={json.dumps(str(value))}" for key, value in paths.items()),
                 *(c for c in COMMON if c.split(".")[0] in ("seed=3", "engine")),
-                "sample.num_problems=12",
+                "sample.num_problems=24",
                 "sample.batch=4",
                 "sample.tries=6",
                 "sample.keep=2",
@@ -223,8 +223,8 @@ def test_beta_accepts_what_is_right_and_trains_it_as_trees(home, tmp_path, monke
     whole = beta.run(settings("whole"))
     path = tmp_path / "whole" / "accepted.jsonl"
     records, model = beta.read_records(path), load(home / "seed")
-    assert len(records) == 12
-    assert len({record["problem"] for record in records}) == 12
+    assert len(records) == 24
+    assert len({record["problem"] for record in records}) == 24
     for record in records:
         assert len(record["accepted"]) <= 2 and record["tries"] <= 6
         assert len(record["accepted"]) == 2 or record["tries"] == 6
