@@ -56,13 +56,13 @@ QUICK := -m "not slow and not nightly and not real"
 PYTEST := -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 check: install $(LIBTPU_HERE)  ## run the quick tests (before each commit)
-	PYTHONPATH=$(LIBTPU_DIR) $(VENV)/bin/python $(PYTEST) $(QUICK)
+	NPR_EXAMPLES=0.1 PYTHONPATH=$(LIBTPU_DIR) $(VENV)/bin/python $(PYTEST) $(QUICK)
 
 test: install $(LIBTPU_HERE)  ## run the tests
 	PYTHONPATH=$(LIBTPU_DIR) $(VENV)/bin/python $(PYTEST) -m "not nightly and not real"
 
 nightly: install $(LIBTPU_HERE)  ## run all of them, with more cases and optimised programs
-	NPR_KILLS=12 XLA_FLAGS=--xla_backend_optimization_level=3 PYTHONPATH=$(LIBTPU_DIR) \
+	NPR_EXAMPLES=6 JAX_DISABLE_MOST_OPTIMIZATIONS=0 PYTHONPATH=$(LIBTPU_DIR) \
 	  $(VENV)/bin/python $(PYTEST) -m "not real"
 
 # A copy of the tests without the package beside them: they can import the installed wheel alone.
@@ -75,7 +75,7 @@ check-wheel:  ## run the quick tests on the built wheel, in a venv of its own (P
 	$(WHEEL_DIR)/venv/bin/python -m pip uninstall -q -y npr-jax
 	$(WHEEL_DIR)/venv/bin/python -m pip install -q "$$(ls $(WHEEL_DIR)/dist/*.whl)[dev]" -c constraints.txt
 	cp -r README.md pyproject.toml docs configs scripts bench tests $(WHEEL_DIR)/copy
-	cd $(WHEEL_DIR)/copy && ../venv/bin/python $(PYTEST) $(QUICK) $(OF_A_CHECKOUT)
+	cd $(WHEEL_DIR)/copy && NPR_EXAMPLES=0.1 ../venv/bin/python $(PYTEST) $(QUICK) $(OF_A_CHECKOUT)
 
 $(LIBTPU_DIR)/libtpu: | $(STAMP)
 	$(VENV)/bin/python -m pip install -q --no-deps --target $(LIBTPU_DIR) $(LIBTPU)

@@ -1,6 +1,7 @@
 """Shared fixtures: eight host devices, one cache of compiled programs, golden data."""
 
 import atexit
+import contextlib
 import functools
 import importlib.util
 import json
@@ -12,13 +13,13 @@ import tempfile
 import time
 from pathlib import Path
 
-# Programs are compiled quickly rather than well: they run once or twice. `make nightly` has the
-# compiler's usual level.
-os.environ["XLA_FLAGS"] = (
-    "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=8 "
-    + os.environ.get("XLA_FLAGS", "")
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 " + os.environ.get(
+    "XLA_FLAGS", ""
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Programs are compiled quickly rather than well: most run once or twice. Modules that train for
+# long say OPTIMISED = True. `make nightly` has the compiler's usual level everywhere.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # Most of the time goes into compiling, and many tests, their subprocesses and pytest's own workers
 # compile the same: whoever is first does it for all. Nothing is kept from run to run.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -65,10 +66,25 @@ def lowered_for_cuda(function, *arguments) -> str:
         return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
-def quick_first(cases) -> list:
-    """Cases of a parametrized test of which `make check` runs the first, `make test` all."""
-    first, *others = cases
-    return [first, *(pytest.param(case, marks=pytest.mark.slow) for case in others)]
+# Multiplies the numbers of random cases: `make check` has less than 1, `make nightly` more.
+EXAMPLES = float(os.environ.get("NPR_EXAMPLES", "1"))
+
+
+def examples(number: int) -> int:
+    """`number` random cases in `make test`, in proportion elsewhere."""
+    return max(1, round(number * EXAMPLES))
+
+
+def spread(cases, check: int = 0, test: int | None = None) -> list:
+    """Cases of a parametrized test: `make check` runs the first `check` of them, `make test` the
+    first `test` (None: all), `make nightly` all."""
+    cases = list(cases)
+    slow, nightly = pytest.mark.slow, pytest.mark.nightly
+    test = len(cases) if test is None else test
+    return [
+        pytest.param(case, marks=() if n < check else slow if n < test else nightly)
+        for n, case in enumerate(cases)
+    ]
 
 
 DATA = Path(__file__).parent / "data"
@@ -97,11 +113,24 @@ def read_golden(name: str):
     return json.loads(lzma.decompress((DATA / f"golden/{name}.json.xz").read_bytes()))
 
 
+@contextlib.contextmanager
+def optimised():
+    """Programs, of subprocesses too, are compiled as they are for a user."""
+    name, variable = "jax_disable_most_optimizations", "JAX_DISABLE_MOST_OPTIMIZATIONS"
+    before = os.environ[variable]
+    jax.config.update(name, False)
+    os.environ[variable] = "0"
+    yield
+    jax.config.update(name, before != "0")
+    os.environ[variable] = before
+
+
 @pytest.fixture(scope="module", autouse=True)
-def forget_programs():
+def programs(request):
     """Compiled programs hold memory maps, and a process that has 65,530 of them (Linux' usual
     limit) dies of the next; what is needed again comes from the cache on disk."""
-    yield
+    with optimised() if getattr(request.module, "OPTIMISED", False) else contextlib.nullcontext():
+        yield
     jax.clear_caches()
 
 
@@ -130,7 +159,8 @@ def home(tmp_path_factory):
     """A directory with problems, and models to start stages from (`train_toy.make_home`)."""
     from train_toy import make_home
 
-    return make_home(tmp_path_factory.mktemp("stages"))
+    with optimised():
+        return make_home(tmp_path_factory.mktemp("stages"))
 
 
 @pytest.fixture

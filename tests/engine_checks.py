@@ -1,6 +1,21 @@
-"""What must hold of any engine: its counts add up, and undisturbed answers do not change."""
+"""A small engine, and what must hold of any: its counts add up, and its answers do not change."""
 
 import numpy as np
+
+from npr_jax.decode import EngineConfig
+
+CONFIG = EngineConfig(
+    lanes=6,
+    pages=200,
+    page_size=4,
+    steps=5,
+    header_rows=4,
+    header_chunk=4,
+    prefill_rows=2,
+    prefill_chunk=16,
+    max_branches=4,
+    max_depth=3,
+)
 
 TIE = 1e-3  # a smaller margin may fall either way when sums are taken in another order
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from answer_cases import EQUAL, UNEQUAL
-from conftest import read_golden
+from conftest import examples, read_golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -135,6 +135,7 @@ HOSTILE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
 def test_hostile_answers_are_unequal_soon_and_harm_no_other(text, patience):
     equal("x+1", "1+x")  # the worker is up
@@ -234,7 +235,7 @@ def spellings(value: Fraction) -> list[str]:
     return found
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=examples(60))
 @given(st.data())
 def test_spellings_of_a_number_equal_those_of_no_other(data):
     values = st.fractions(-3000, 3000, max_denominator=12)
@@ -252,13 +253,14 @@ PIECES += ["+", "-", "=", "<", r"\le", r"\in", r"\pm", ",", ";", r"\text{m}", r"
 PIECES += [" and ", " ", r"\begin{pmatrix}", "&", r"\\", r"\end{pmatrix}", r"\cup", r"\boxed{"]
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=examples(300))
 @given(st.lists(st.sampled_from(PIECES)).map("".join))
 def test_every_text_has_a_form_that_equals_itself(text):
     assert read(text) == read(f" {text} ")
     assert equal(text, text) is bool(text.strip())
 
 
+@pytest.mark.slow
 def test_agreement_with_the_golden_verdicts(record_property):
     cases = read_golden("answers")["cases"]
     verdicts = equal_many([(case["prediction"], case["reference"]) for case in cases])

@@ -4,10 +4,12 @@ Their numbers: test_paged_attention.py.
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import pytest
+from conftest import spread
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
@@ -28,7 +30,7 @@ def small(monkeypatch):
     monkeypatch.setattr(attention_tpu, "_QUERIES", 8)
 
 
-@pytest.mark.parametrize("when", ["eager", "on_wait"])
+@pytest.mark.parametrize("when", spread(["eager", "on_wait"], check=1))
 @pytest.mark.parametrize(
     ("rows", "chunk"), [((0, 2, 1, 4), 1), ((0, 1, 2, 3, 4), 8), ((2, 2, 2, 2), 1)]
 )
@@ -46,6 +48,7 @@ def test_copies_are_waited_for_and_do_not_race(small, monkeypatch, rows, chunk, 
     assert not interpret_pallas_call.races.races_found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rows", "chunk"), [((20, REST, 30, 44), 1), ((44, 16, REST, 5), 8)])
 def test_stock_kernel_is_called_right(monkeypatch, rows, chunk):
     """With JAX's own reference in its place: no interpreter of jax 0.10.2 runs the kernel."""
@@ -69,18 +72,11 @@ def test_what_the_kernels_do_not_take():
         plain_attention(*problem([5], [[4, 4]], dim=128))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kernel", [paged_attention, plain_attention])
-@pytest.mark.parametrize(
-    ("chip", "size"),
-    [
-        *(("v5e", 16), ("v5e", 64), ("v5p", 16), ("v6e", 16)),
-        pytest.param("v5p", 64, marks=pytest.mark.nightly),
-        pytest.param("v6e", 64, marks=pytest.mark.nightly),
-    ],
-)
+@pytest.mark.parametrize("case", spread([("v5e", 16), *itertools.product(CHIPS, (16, 64))], test=1))
 @pytest.mark.parametrize(("num_rows", "chunk"), [(64, 1), (4, 128)])
-def test_tpu_compiler_takes_qwen3_4b_at_16k(tpu_compiler, kernel, chip, num_rows, chunk, size):
+def test_tpu_compiler_takes_qwen3_4b_at_16k(tpu_compiler, kernel, case, num_rows, chunk):
+    chip, size = case
     device = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip]).devices[0]
     array = functools.partial(jax.ShapeDtypeStruct, sharding=SingleDeviceSharding(device))
     width = 16384 // size + 4

@@ -1,7 +1,6 @@
 """A run that is killed at any moment, again and again, ends as one that nobody has touched.
 
 Real processes, killed by SIGKILL: at random moments, and while a checkpoint is being written.
-NPR_KILLS says how many kills each stage gets; by default the three get twelve.
 """
 
 import contextlib
@@ -14,12 +13,14 @@ import sys
 import time
 
 import pytest
+from conftest import examples
 
 from npr_jax.runs.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
+OPTIMISED = True
 
-KILLS = int(os.environ.get("NPR_KILLS", "4"))
+KILLS = examples(2)  # of each stage
 STEPS = 6
 RL = {
     "steps": STEPS,

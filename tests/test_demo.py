@@ -22,6 +22,8 @@ from npr_jax.runs.metrics import MetricsWriter
 from npr_jax.tree import TagIds, layout, parse
 from npr_jax.tree.format import check_format
 
+OPTIMISED = True
+
 TOKENIZER = demo_tokenizer()
 TAGS = TagIds.from_tokenizer(TOKENIZER)
 

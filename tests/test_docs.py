@@ -12,6 +12,7 @@ import typer.main
 
 from npr_jax.cli import app
 
+OPTIMISED = True
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("docs/*.md"))]
@@ -95,7 +96,7 @@ SMALL = {  # of the stages as the README writes them
 }
 
 
-@pytest.mark.nightly
+@pytest.mark.slow
 def test_the_readme_runs(home, tmp_path):
     """As written, where the demo seems to have run: a small model in the place of its models. The
     stages are made short."""

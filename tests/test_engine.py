@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from bigram import EOS, GC, GO, NL, PC, PO, SC, SO, TAGS, TC, TO
-from conftest import quick_first
+from conftest import spread
 from engine_checks import recount, same
 
 from npr_jax.decode import Engine, EngineConfig, SamplingParams, fork_join
@@ -83,6 +83,7 @@ def script_of_blocks():
     return [9, 10, SO, 11, *whole], 4
 
 
+@pytest.mark.slow
 def test_replayed_traces_have_the_log_probs_of_one_forward():
     ids, prompt_len = script_of_blocks()
     engine = Engine(model(), CONFIG)
@@ -174,7 +175,7 @@ def test_an_answer_does_not_depend_on_its_batch_lane_or_pages():
             assert answer.token_ids.tolist() == other.token_ids.tolist()
 
 
-@pytest.mark.parametrize("pages", quick_first([60, 200]))
+@pytest.mark.parametrize("pages", spread([60, 200], test=1))
 def test_pages_add_up_after_every_operation(monkeypatch, pages):
     engine = Engine(model(), dataclasses.replace(CONFIG, pages=pages, table_pages=0))
     counted = 0
@@ -208,6 +209,7 @@ def test_pages_add_up_after_every_operation(monkeypatch, pages):
                 same(answer, other)
 
 
+@pytest.mark.slow
 def test_nothing_compiles_after_warmup():
     config = dataclasses.replace(CONFIG, table_pages=24)
     engine = Engine(model(), config)
@@ -300,6 +302,7 @@ def test_what_cannot_fit_is_refused_with_numbers():
     assert engine.schedulers[0].pages.num_held == 0
 
 
+@pytest.mark.slow
 def test_filters_and_penalties_shape_the_distribution():
     engine = Engine(model(), CONFIG)
     greedy = engine.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=20))

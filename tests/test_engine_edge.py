@@ -9,24 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from engine_checks import recount, same
+from conftest import spread
+from engine_checks import CONFIG, recount, same
 from fake_device import CONFIGS, PROMPTS, engine_on_fake_device
 
-from npr_jax.decode import Engine, EngineConfig, SamplingParams, fork_join
+from npr_jax.decode import Engine, SamplingParams, fork_join
 from npr_jax.decode.outputs import KINDS, TextPieces
 
-CONFIG = EngineConfig(
-    lanes=6,
-    pages=200,
-    page_size=4,
-    steps=5,
-    header_rows=4,
-    header_chunk=4,
-    prefill_rows=2,
-    prefill_chunk=16,
-    max_branches=4,
-    max_depth=3,
-)
 SAMPLING = SamplingParams(n=3, max_tokens=80)
 
 
@@ -340,7 +329,7 @@ def test_an_exception_of_the_device_leaves_an_engine_as_new(monkeypatch, call, e
     idle(engine)
 
 
-@pytest.mark.parametrize("attention", ["gather", "blockwise"])
+@pytest.mark.parametrize("attention", spread(["gather", "blockwise"], test=2))
 def test_what_pages_held_before_reaches_no_answer(attention):
     """(D10, D11) On the real device: a pool that is lost, then one that is full of NaN."""
     engine = Engine(bigram.model(), dataclasses.replace(CONFIG, attention=attention))

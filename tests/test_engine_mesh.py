@@ -5,29 +5,20 @@ import functools
 import json
 
 import bigram
+import engine_checks
 import jax
 import numpy as np
 import pytest
 import two_processes
+from conftest import spread
 from engine_checks import recount, same
 
 from npr_jax.base.distributed import initialize
-from npr_jax.decode import Engine, EngineConfig, SamplingParams, fork_join
+from npr_jax.decode import Engine, SamplingParams, fork_join
 from npr_jax.model.params import Weight
 from npr_jax.model.sharding import DECODE_RULES, decode_shardings, resolve
 
-CONFIG = EngineConfig(
-    lanes=4,
-    pages=120,
-    page_size=4,
-    steps=5,
-    header_rows=4,
-    header_chunk=4,
-    prefill_rows=2,
-    prefill_chunk=16,
-    max_branches=4,
-    max_depth=3,
-)
+CONFIG = dataclasses.replace(engine_checks.CONFIG, lanes=4, pages=120)
 PROMPTS = [[12, 13, 20], [22], list(range(10, 21)) * 3]
 SHAPES = [(2, 4), (4, 2), (8, 1)]  # the model has 4 heads and 2 KV heads: 4 shards have too few
 
@@ -52,7 +43,7 @@ def one_device():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", spread(SHAPES, test=1))
 def test_a_mesh_gives_the_tokens_of_one_device(shape, report):
     undisturbed = one_device()
     mesh = jax.make_mesh(shape, ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)

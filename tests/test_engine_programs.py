@@ -5,6 +5,7 @@ from collections import Counter
 import bigram
 import numpy as np
 import pytest
+from conftest import examples
 from fake_device import CONFIGS, OPERATIONS, Device, run_program
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -13,7 +14,7 @@ from npr_jax.decode import fork_join
 from npr_jax.decode.pages import PagePool
 from npr_jax.decode.scheduler import Scheduler
 
-PROGRAMS = 2000
+PROGRAMS = examples(600)
 operation = st.tuples(st.sampled_from(OPERATIONS), st.integers(0, 255))
 
 
@@ -37,8 +38,9 @@ def test_random_programs_keep_every_page_right(report):
     counted = ("programs", "visits", "forks", "joins", "preemptions", "evictions")
     report(", ".join(f"{seen[name]} {name}" for name in counted))
     assert seen["programs"] >= PROGRAMS
-    for name in ("forks", "joins", "preemptions", "evictions", "cached_tokens", "ends_aborted"):
-        assert seen[name] > PROGRAMS / 20, name
+    if PROGRAMS >= 600:  # of few programs nothing is certain
+        for name in ("forks", "joins", "preemptions", "evictions", "cached_tokens", "ends_aborted"):
+            assert seen[name] > PROGRAMS / 60, name
 
 
 def faults():

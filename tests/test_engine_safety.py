@@ -9,22 +9,11 @@ import bigram
 import numpy as np
 import pytest
 from bigram import EOS, GC, GO, NL, PC, PO, SC, SO, TC, TO
-from engine_checks import recount, same
+from conftest import spread
+from engine_checks import CONFIG, recount, same
 
-from npr_jax.decode import Engine, EngineConfig, SamplingParams, fork_join
+from npr_jax.decode import Engine, SamplingParams, fork_join
 
-CONFIG = EngineConfig(
-    lanes=6,
-    pages=200,
-    page_size=4,
-    steps=5,
-    header_rows=4,
-    header_chunk=4,
-    prefill_rows=2,
-    prefill_chunk=16,
-    max_branches=4,
-    max_depth=3,
-)
 VICTIM = (23, 24, 25, 26, 27)  # tokens that no hostile table touches
 
 
@@ -79,7 +68,7 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("name", spread(HOSTILE, test=5))
 def test_hostile_answers_end_within_their_budget_and_nothing_else_notices(name):
     follows, reasons = HOSTILE[name]
     table = bigram.chain(**follows, victim=(VICTIM, VICTIM))
@@ -99,6 +88,7 @@ def test_hostile_answers_end_within_their_budget_and_nothing_else_notices(name):
     idle(engine)
 
 
+@pytest.mark.slow
 def test_a_thousand_plans_end_by_the_budget():
     table = bigram.chain(**HOSTILE["writes plans without end"][0])
     config = dataclasses.replace(CONFIG, lanes=1, pages=260, page_size=16, steps=64)
@@ -109,6 +99,7 @@ def test_a_thousand_plans_end_by_the_budget():
     assert answer.finish_reason == "length"
 
 
+@pytest.mark.slow
 def test_pages_that_run_out_preempt_and_change_no_token(report):
     requests = [[12, 13, 20 + i % 3, *range(9, 9 + i % 7)] for i in range(40)]
     sampling = SamplingParams(max_tokens=150, seed=tuple(range(40)))
@@ -138,6 +129,7 @@ def test_pages_that_run_out_preempt_and_change_no_token(report):
     idle(tight)
 
 
+@pytest.mark.slow
 def test_the_same_tokens_whatever_happens_around(report):
     """Lanes, steps, chunks, page sizes, arrival order, aborts, cache state and pressure at once."""
     prompts = [[12, 13, 20], [22], list(range(10, 21)) * 3, [*list(range(10, 21)) * 3, 22]]
@@ -181,6 +173,7 @@ def test_the_same_tokens_whatever_happens_around(report):
     assert ties <= 4
 
 
+@pytest.mark.slow
 def test_equal_shapes_give_equal_bits():
     sampling = SamplingParams(n=3, max_tokens=80, seed=(5, 6))
     first = Engine(model(), CONFIG).generate([[12, 20], [22]], sampling)
@@ -193,6 +186,7 @@ def test_equal_shapes_give_equal_bits():
         np.testing.assert_array_equal(answer.logp, answers[request].logp)
 
 
+@pytest.mark.slow
 def test_prompts_share_their_pages():
     prefix = list(range(9, 23)) * 4  # 56 tokens, 14 pages
     prompts = [[*prefix, 12, i] for i in range(9, 17)]
@@ -213,6 +207,7 @@ def test_prompts_share_their_pages():
     idle(engine)
 
 
+@pytest.mark.slow
 def test_a_long_prompt_stalls_decoding_for_one_chunk_at_a_time(monkeypatch):
     config = dataclasses.replace(CONFIG, pages=400, lanes=4, header_rows=2)
     engine = Engine(model(eos=0.0, illegal=0.0), config)
@@ -239,6 +234,7 @@ def test_a_long_prompt_stalls_decoding_for_one_chunk_at_a_time(monkeypatch):
     assert max(n for calls in chunks for n in calls) == 2  # both prompts in one call
 
 
+@pytest.mark.slow
 def test_cached_prompts_go_before_answers_are_preempted():
     engine = Engine(model(), dataclasses.replace(CONFIG, pages=41))
     for i in range(9, 17):
@@ -248,6 +244,7 @@ def test_cached_prompts_go_before_answers_are_preempted():
     idle(engine)
 
 
+@pytest.mark.slow
 def test_every_key_is_held_once():
     """Held pages = each tree token once, plus less than a page for each branch and trunk segment,
     plus what is reserved for the steps in flight and to come."""
@@ -335,6 +332,7 @@ def test_an_aborted_request_frees_everything_at_once():
     idle(engine)
 
 
+@pytest.mark.slow
 def test_a_request_that_waits_can_be_aborted():
     engine = Engine(model(), dataclasses.replace(CONFIG, lanes=1))
     requests = engine.submit([[12, 20]] * 3, SamplingParams(max_tokens=30))
@@ -442,9 +440,11 @@ def test_requests_may_come_while_others_run():
     assert kept.request == early and same(alone, kept.trajectory) == 0
 
 
+@pytest.mark.slow
 def test_weights_are_swapped_between_batches_only():
     other = bigram.model(seed=1)
     engine = Engine(model(), CONFIG)
+    engine.warmup()
     stream = engine.stream([[12, 20]], SamplingParams(n=2, max_tokens=50))
     next(stream)
     with pytest.raises(RuntimeError, match="2 answers are unfinished"):

@@ -75,6 +75,7 @@ def records(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+@pytest.mark.slow
 def test_answers_and_bad_lines(home, tmp_path):
     warnings, target = [], tmp_path / "answers.jsonl"
     counts = generate(home / "model", home / "input.jsonl", target, config(n=2), warnings.append)
@@ -96,6 +97,7 @@ def test_answers_and_bad_lines(home, tmp_path):
     assert texts == [record["text"] for record in found[:2]]
 
 
+@pytest.mark.slow
 def test_a_cut_off_run_goes_on(home, tmp_path):
     def run(target):
         return generate(home / "model", home / "input.jsonl", target, config(n=2), lambda _: None)
@@ -218,6 +220,7 @@ def test_seed_must_be_one_number():
         GenerateConfig(sampling=SamplingParams(seed=(1, 2)))
 
 
+@pytest.mark.slow
 def test_a_second_run_compiles_nothing_and_says_so(home, tmp_path):
     script = (
         "import sys; from npr_jax.cli import main; sys.argv = ['npr-jax', *sys.argv[1:]]; main()"

@@ -95,6 +95,7 @@ TEXT = (
 )
 
 
+@pytest.mark.slow
 def test_an_answer_is_judged_once_and_says_the_same_everywhere():
     """What training, an evaluation and a report count of an answer are the same figures."""
     model = tiny()

@@ -7,6 +7,7 @@ import re
 import jax
 import numpy as np
 import pytest
+from conftest import spread
 
 from npr_jax import tree
 from npr_jax.base.mesh import MeshConfig, make_mesh
@@ -32,7 +33,7 @@ def compile_step(mesh=None):
     return step.lower(abstract_state(CONFIG, OPTIMIZER, mesh), batch, *scalars).compile()
 
 
-@pytest.mark.parametrize("mesh", [None, MeshConfig(sequence=4, tensor=2)], ids=str)
+@pytest.mark.parametrize("mesh", spread([None, MeshConfig(sequence=4, tensor=2)], test=1), ids=str)
 def test_no_buffer_is_as_large_as_length_times_vocabulary(mesh, report):
     compiled = compile_step(mesh and make_mesh(mesh))
     sizes = {
@@ -48,6 +49,7 @@ def test_no_buffer_is_as_large_as_length_times_vocabulary(mesh, report):
     assert temp < LENGTH * LENGTH / 2  # bytes: half of what a mask of booleans would take
 
 
+@pytest.mark.slow
 def test_a_row_of_packed_documents_trains():
     rng = np.random.default_rng(0)
     size = LENGTH // 16

@@ -25,14 +25,19 @@ def arrays(case):
     return *(jnp.array(case[n], jnp.float64) for n in names), jnp.array(case["response_mask"], bool)
 
 
-def check(expected, loss_fn, logp, mask, name):
+def mean_and_grad(loss_fn):
     """Mean loss, its gradient and the metrics, by the reference's mean over count + 1e-8."""
 
-    def mean(logp):
-        total, count, metrics = loss_fn(logp)
+    def mean(logp, *others):
+        total, count, metrics = loss_fn(logp, *others)
         return total / (count + 1e-8), (count, metrics)
 
-    (loss, (count, metrics)), grad = jax.value_and_grad(mean, has_aux=True)(logp)
+    return jax.jit(jax.value_and_grad(mean, has_aux=True))
+
+
+def check(expected, function, logp, *others, name):
+    (loss, (count, metrics)), grad = function(logp, *others)
+    mask = others[-1]
     assert count == mask.sum()
     np.testing.assert_allclose(loss, expected["loss"], rtol=1e-6, atol=1e-12, err_msg=name)
     np.testing.assert_allclose(grad, expected["grad_log_prob"], rtol=1e-6, atol=1e-12, err_msg=name)
@@ -44,15 +49,9 @@ def check(expected, loss_fn, logp, mask, name):
     [("dapo_0.2_0.28_c10", 0.2, 0.28), ("rl_script_0.2_0.2_c10", 0.2, 0.2)],
 )
 def test_dapo_matches_the_golden_values(golden, x64, key, clip_low, clip_high):
+    function = mean_and_grad(lambda *arrays: dapo(*arrays, clip_low, clip_high, 10.0))
     for case in golden:
-        logp, old, advantages, mask = arrays(case)
-        metrics = check(
-            case[key],
-            lambda x, old=old, a=advantages, m=mask: dapo(x, old, a, m, clip_low, clip_high, 10.0),
-            logp,
-            mask,
-            case["id"],
-        )
+        metrics = check(case[key], function, *arrays(case), name=case["id"])
         names = {
             "clip_fraction": "clipfrac",
             "dual_clip_fraction": "clipfrac_lower",
@@ -66,15 +65,10 @@ def test_dapo_matches_the_golden_values(golden, x64, key, clip_low, clip_high):
 
 
 def test_papo_matches_the_golden_on_policy_values(golden, x64):
+    function = mean_and_grad(papo)
     for case in golden:
         logp, _, advantages, mask = arrays(case)
-        check(
-            case["on_policy"],
-            lambda x, a=advantages, m=mask: papo(x, a, m),
-            logp,
-            mask,
-            case["id"],
-        )
+        check(case["on_policy"], function, logp, advantages, mask, name=case["id"])
 
 
 def random_batch(seed=0, shape=(3, 7)):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import quick_first, shared_path
+from conftest import shared_path, spread
 
 import npr_jax
 from npr_jax.model import (
@@ -54,7 +54,8 @@ def score(model, ids, tree):
 
 
 @pytest.mark.parametrize(
-    "case", quick_first([*((name, "blockwise") for name in NAMES), ("a_tied_h4kv2", "dense")])
+    "case",
+    spread([*((name, "blockwise") for name in NAMES), ("a_tied_h4kv2", "dense")], check=1, test=2),
 )
 def test_logits_are_those_of_transformers(case):
     name, attention = case
@@ -84,7 +85,7 @@ def test_logits_are_those_of_transformers(case):
     assert compared >= 3
 
 
-@pytest.mark.parametrize("name", quick_first(NAMES))
+@pytest.mark.parametrize("name", spread(NAMES, check=1, test=2))
 def test_packed_and_batched_rows_are_those_of_transformers(name):
     model, arrays, _, tags = golden(name)
     segments = arrays["packed_segment_ids"].reshape(-1)
@@ -109,7 +110,7 @@ def test_packed_and_batched_rows_are_those_of_transformers(name):
     np.testing.assert_allclose(out, arrays["batch_logits"], atol=1e-4)
 
 
-@pytest.mark.parametrize("name", quick_first(NAMES))
+@pytest.mark.parametrize("name", spread(NAMES, check=1, test=2))
 def test_loss_and_gradient_norm_are_those_of_transformers(name):
     model, arrays, info, tags = golden(name)
     case = next(c for c in info["cases"] if c["variant"] == "strict")
@@ -165,7 +166,7 @@ def test_token_logp_is_log_softmax_of_the_predictor():
             np.testing.assert_allclose(entropy[b, t], spread, atol=1e-4)
 
 
-@pytest.mark.parametrize("remat", quick_first(REMAT))
+@pytest.mark.parametrize("remat", spread(REMAT, test=2))
 def test_rematerialisation_and_chunks_change_nothing(remat):
     def grads(config):
         return jax.grad(lambda p: jnp.sum(token_logp(config, p, **ROW)))(params())
@@ -238,6 +239,7 @@ def scaled_row():
     return row
 
 
+@pytest.mark.slow
 def test_token_loss_is_that_of_all_tokens_at_once():
     row = scaled_row()
     layout = {name: row[name] for name in ROW}

@@ -4,6 +4,7 @@ import functools
 
 import numpy as np
 import pytest
+from conftest import spread
 from paged_attention_checks import ENTRIES, FILLS, REST, check, problem
 
 from npr_jax.decode import attention
@@ -30,7 +31,7 @@ def small(monkeypatch):
 
 
 @each
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", spread(["float32", "bfloat16"], check=1))
 @pytest.mark.parametrize(("chunk", "group"), [(1, 4), (8, 2), (7, 3)])
 def test_rows_of_every_kind(small, attend, chunk, group, dtype):
     check(attend, problem(ENTRIES, FILLS, chunk, group=group, dtype=dtype))
@@ -47,6 +48,7 @@ def test_rows_that_are_all_at_rest(small, attend):
     check(attend, problem([REST] * 4, FILLS[:4]))
 
 
+@pytest.mark.slow
 @each
 @pytest.mark.parametrize(
     ("chunk", "size", "kv_heads", "group", "dim"), [(60, 16, 8, 4, 128), (1, 64, 2, 8, 64)]

@@ -9,6 +9,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
+from conftest import spread
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from train_toy import example, write_problems
@@ -205,6 +206,7 @@ def test_what_is_planned_is_the_program_of_the_run(
     assert arguments[1]["hidden"].shape[-2] == depth and key[1].name == loss
 
 
+@pytest.mark.slow
 def test_a_good_plan_is_quiet_about_the_host_that_is_not_there(tpu_compiler):
     command = "plan --model tiny --stage papo --topology v5e:2x2 --mesh data=2,tensor=2"
     ours = {name: value for name, value in os.environ.items() if not name.startswith("TPU_")}
@@ -220,7 +222,7 @@ def test_a_good_plan_is_quiet_about_the_host_that_is_not_there(tpu_compiler):
     assert not re.search("INVALID_ARGUMENT|Failed|WARNING|Error", result.stderr), result.stderr
 
 
-@pytest.mark.parametrize("topology", TINY_MESHES)
+@pytest.mark.parametrize("topology", spread(TINY_MESHES, test=1))
 def test_tiny_is_planned_for(tpu_compiler, topology):
     mesh = parse_mesh(TINY_MESHES[topology])
     found = plan("tiny", stage_config("papo", "tiny"), topology, mesh)
@@ -236,6 +238,7 @@ def test_tiny_is_planned_for(tpu_compiler, topology):
     assert "It fits." in text and f"{found['pages']:,} of 16 tokens" in text
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_told_with_the_setting_to_change(tpu_compiler):
     command = "plan --model tiny --stage papo --topology v5e:4x4 --mesh data=8,tensor=2"
     changes = ["--set", "engine.pages=2000000000", "--set", "engine.table_pages=64"]
@@ -244,7 +247,7 @@ def test_what_does_not_fit_is_told_with_the_setting_to_change(tpu_compiler):
     assert "It does not fit:" in result.output and "set engine.pages to that" in result.output
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_qwen3_4b_is_planned_for_64_chips(tpu_compiler, report):
     mesh = parse_mesh("fsdp=16,tensor=4")
     found = plan("qwen3-4b", stage_config("papo", "qwen3-4b"), "v5p:4x4x4", mesh)

@@ -228,6 +228,7 @@ def test_a_users_error_is_one_line(args, words, source, tmp_path):
     assert not list(tmp_path.glob("data/*"))
 
 
+@pytest.mark.slow
 def test_the_documents_commands_run_and_print_what_it_says(tmp_path):
     """On small files of the names in docs/data.md, and the demo's tokenizer for the hub's."""
     text = (Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf-8")

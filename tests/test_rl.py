@@ -57,6 +57,7 @@ def arrays(dtype):
     return sum(x.shape == shape and x.dtype == dtype for x in jax.live_arrays())
 
 
+@pytest.mark.slow
 def test_the_engine_has_the_only_copy_of_its_weights(settings):
     """Parameters and two moments in float32, and one copy in what is decoded with."""
     config, counts = settings("zero", "steps=3", "train.compute_dtype=bfloat16"), []

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import examples
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -90,7 +91,7 @@ lane = st.fixed_dictionaries(
 rows = st.lists(st.integers(0, 5), min_size=VOCAB, max_size=VOCAB).filter(any)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=examples(200))
 @example([[1] * VOCAB] * LANES, [{}, {"top_k": 3, "top_p": 0.5}, {"top_p": 0.5}])
 @given(
     st.lists(rows, min_size=LANES, max_size=LANES), st.lists(lane, min_size=LANES, max_size=LANES)

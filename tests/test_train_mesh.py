@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 import two_processes
+from conftest import spread
 from jax.sharding import PartitionSpec as P
 from train_toy import example, problem, tiny
 
@@ -84,19 +85,19 @@ def one_device(objective: str):
     return train(objective, None)[0]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "name, objective",
-    [
-        ("data", "papo"),
-        ("fsdp", "sft"),
-        ("fsdp-tensor", "papo"),
-        ("sequence", "sft"),
-        ("all-but-data", "sft"),
-        ("all-but-data", "papo"),
-    ],
-)
-def test_a_mesh_trains_as_one_device(name, objective):
+CASES = [
+    ("all-but-data", "papo"),
+    ("data", "papo"),
+    ("fsdp", "sft"),
+    ("fsdp-tensor", "papo"),
+    ("sequence", "sft"),
+    ("all-but-data", "sft"),
+]
+
+
+@pytest.mark.parametrize("case", spread(CASES, test=2), ids="-".join)
+def test_a_mesh_trains_as_one_device(case):
+    name, objective = case
     mesh = make_mesh(MESHES[name])
     losses, state = train(objective, mesh)
     np.testing.assert_allclose(losses, one_device(objective), rtol=1e-4, atol=1e-4)

@@ -9,6 +9,7 @@ import chex
 import jax
 import numpy as np
 import pytest
+from conftest import spread
 from train_toy import example, examples, problem, tiny
 
 from npr_jax.train.optimizer import OptimizerConfig, learning_rate, new_state
@@ -52,7 +53,9 @@ def config(**fields):
     return TrainConfig(optimizer, row_len=256, micro_rows=2)
 
 
-@pytest.mark.parametrize("objective", [Objective("sft"), DAPO, Objective("papo")], ids=str)
+@pytest.mark.parametrize(
+    "objective", spread([DAPO, Objective("sft"), Objective("papo")], check=1, test=2), ids=str
+)
 def test_shared_prompts_give_the_same_loss_and_gradient(model, groups, objective):
     shared = gradient(model, make_rows(groups, 512, 3), objective)
     alone = gradient(model, make_rows([[e] for g in groups for e in g], 128, 3), objective)
@@ -60,6 +63,7 @@ def test_shared_prompts_give_the_same_loss_and_gradient(model, groups, objective
     chex.assert_trees_all_close(shared[1], alone[1], rtol=1e-4, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_micro_batches_are_one_batch(model, groups):
     """Rows with unequal counts; the clip comes after the division, so it sees the same norm."""
     rows = make_rows([groups[0], groups[1][:1], groups[2][:2]], 256, 3)
@@ -84,6 +88,7 @@ def test_micro_batches_are_one_batch(model, groups):
     chex.assert_trees_all_close(*results, rtol=1e-4, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_only_loss_tokens_have_a_say(model, groups):
     """What is forced, prompt, or padding may carry any advantage and log-prob."""
     rows = make_rows(groups, 512, 3)
@@ -104,6 +109,7 @@ def test_only_loss_tokens_have_a_say(model, groups):
     assert gradient(model, counted)[0] != loss
 
 
+@pytest.mark.slow
 def test_loss_does_not_ask_for_forced_tokens(model):
     """The gradient into the logits of a forced token's predictor is zero.
 
@@ -124,6 +130,7 @@ def test_loss_does_not_ask_for_forced_tokens(model):
     chex.assert_trees_all_equal(losses[0][1]["layers"], losses[1][1]["layers"])
 
 
+@pytest.mark.slow
 def test_empty_rows_and_unused_micro_batches_change_nothing(model, groups):
     rows = make_rows(groups[:1], 256, 3)
     settings = config()
@@ -146,6 +153,7 @@ def test_no_token_to_train_on_is_an_error_and_the_state_lives_on(model, groups):
     assert np.isfinite(jax.tree.leaves(state.params)[0]).all()
 
 
+@pytest.mark.slow
 def test_a_step_that_is_not_finite_changes_nothing(model, groups):
     good = make_rows(groups[:1], 256, 3)
     bad = [row | {"advantages": row["advantages"] * np.float32(np.inf)} for row in good]
@@ -164,6 +172,7 @@ def test_a_step_that_is_not_finite_changes_nothing(model, groups):
     chex.assert_trees_all_equal(state, once)
 
 
+@pytest.mark.slow
 def test_a_step_whose_new_state_is_not_finite_changes_nothing(model, groups):
     """Loss and gradient are finite, and what the optimizer makes of them is not."""
     rows = make_rows(groups[:1], 256, 3)
@@ -176,6 +185,7 @@ def test_a_step_whose_new_state_is_not_finite_changes_nothing(model, groups):
         chex.assert_trees_all_equal(state, before)
 
 
+@pytest.mark.slow
 def test_a_step_does_not_copy_its_state(model, groups):
     """Moments are as large as the parameters, and the step has them to itself."""
     batch = stack(make_rows(groups[:1], 256, 3), 2, 1)
@@ -190,6 +200,7 @@ def test_a_step_does_not_copy_its_state(model, groups):
         assert f"copy({name})" not in text
 
 
+@pytest.mark.slow
 def test_overfits_a_tiny_batch_and_compiles_once(model):
     rows = make_rows([[e] for e in examples(model, 4, seed=2)], 256, 2)
     settings = config(eps=2e-8)  # of this test alone
@@ -208,6 +219,7 @@ def test_overfits_a_tiny_batch_and_compiles_once(model):
     assert int(state.step) == 60
 
 
+@pytest.mark.slow
 def test_gap_to_the_sampler_is_measured(model, groups):
     """With old log-probs that are the model's own it is zero; one token off by 0.5 shows."""
     rows = make_rows(groups, 512, 3)
@@ -238,6 +250,7 @@ def test_gap_to_the_sampler_is_measured(model, groups):
     np.testing.assert_allclose(gaps(), (0.5, 0.5), atol=1e-2)
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_and_float32_is_kept(model, groups):
     rows = make_rows(groups, 512, 3)
     settings = dataclasses.replace(config(), compute_dtype="bfloat16")
@@ -251,6 +264,7 @@ def test_bfloat16_computes_and_float32_is_kept(model, groups):
     assert all(0 < x < 2e-6 for x in jax.tree.leaves(moved))
 
 
+@pytest.mark.slow
 def test_norms_do_not_decay(model):
     """Where the gradient is zero (unused rows), AdamW only decays; norms stay."""
     settings = config(weight_decay=0.5)

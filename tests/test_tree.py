@@ -5,7 +5,7 @@ import json
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-from conftest import read_golden, shared_path
+from conftest import examples, read_golden, shared_path
 from hypothesis import given, settings
 
 from npr_jax.tree import (
@@ -80,7 +80,7 @@ def brute_force(paths):
 
 
 @given(traces())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 def test_layout_equals_brute_force(trace):
     tokens, prompt_len, paths = trace
     tree = parse(tokens, prompt_len, TAGS)
@@ -99,7 +99,7 @@ def test_layout_equals_brute_force(trace):
 
 
 @given(traces(), st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 def test_a_cut_trace_keeps_what_it_had(trace, data):
     """But where it ends in white space that may be the next step's or the takeaway's."""
     tokens, prompt_len, paths = trace
@@ -116,7 +116,7 @@ def test_a_cut_trace_keeps_what_it_had(trace, data):
 
 
 @given(traces(), st.lists(st.integers(1, 9), min_size=1))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 def test_the_automaton_reads_in_any_pieces(trace, sizes):
     tokens, prompt_len, _ = trace
     automaton, at = Automaton(TAGS, index=prompt_len), prompt_len
@@ -128,7 +128,7 @@ def test_the_automaton_reads_in_any_pieces(trace, sizes):
 
 
 @given(st.lists(traces(max_depth=2), min_size=1, max_size=4), st.integers(0, 5))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 def test_packed_documents_do_not_see_each_other(documents, padding):
     trees = [parse(tokens, prompt_len, TAGS) for tokens, prompt_len, _ in documents]
     total = sum(map(len, trees))
@@ -149,7 +149,7 @@ def test_packed_documents_do_not_see_each_other(documents, padding):
 
 
 @given(texts, st.lists(traces(max_depth=2), min_size=1, max_size=4))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 def test_grouped_responses_see_the_prompt_and_themselves(prompt, responses):
     prompt = [5, *prompt]
     size = len(prompt)
@@ -312,6 +312,7 @@ def test_golden_strict(golden):
         assert json.loads(json.dumps(blocks)) == strict["blocks"], case["id"]
 
 
+@pytest.mark.slow
 def test_golden_reference(golden):
     cases, tags = golden
     compared = 0

@@ -18,8 +18,8 @@ flash = functools.partial(attention_gpu.flash, interpret=True)
     ("length", "block_q", "block_k", "kv_heads", "dtype"),
     [
         (64, 16, 16, 2, "float32"),
-        (75, 32, 16, 1, "float32"),
-        (71, 16, 16, 4, "bfloat16"),
+        pytest.param(75, 32, 16, 1, "float32", marks=pytest.mark.slow),
+        pytest.param(71, 16, 16, 4, "bfloat16", marks=pytest.mark.slow),
     ],
 )
 def test_kernels_are_the_reference_forward_and_backward(length, block_q, block_k, kv_heads, dtype):
@@ -28,12 +28,14 @@ def test_kernels_are_the_reference_forward_and_backward(length, block_q, block_k
     check(attend, *problem(hidden, kv_heads=kv_heads, dtype=dtype), hidden)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("heads", "dim", "dtype"), [(8, 128, "bfloat16"), (4, 64, "float32")])
 def test_kernels_at_the_shapes_of_models_and_their_own_blocks(heads, dim, dtype):
     hidden = rows(200)[1:2]
     check(flash, *problem(hidden, heads=heads, dim=dim, dtype=dtype), hidden)
 
 
+@pytest.mark.slow
 def test_queries_that_start_elsewhere():
     """With 60 there are queries after the last key."""
     hidden = rows(70)
@@ -51,6 +53,7 @@ def test_queries_that_see_nothing_get_0():
     assert out[:, :5].all()
 
 
+@pytest.mark.slow
 def test_blocks_that_nobody_sees_are_skipped():
     check_skips(flash, length=64, block=16)
 

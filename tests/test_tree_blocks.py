@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tree_attention_checks import rows, tree_row
@@ -37,7 +38,7 @@ def kinds_and_truth(hidden, offset, num_queries, block_q, block_k):
     return kinds, least, most
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(st.data())
 def test_kinds_are_never_wrong(data):
     """Whatever the intervals: NONE is not seen at all, ALL is seen whole."""

@@ -16,6 +16,7 @@ from npr_jax.runs.metrics import read_metrics
 from npr_jax.train import zero
 
 pytestmark = pytest.mark.slow
+OPTIMISED = True
 
 TIMES = ("seconds", "per_s", "time_share")
 
