@@ -82,11 +82,11 @@ $(LIBTPU_DIR)/libtpu: | $(STAMP)
 
 libtpu: $(LIBTPU_DIR)/libtpu  ## bring the TPU compiler (Linux on x86), which planning needs
 
-lint: install  ## check style, format and types
+lint: install types  ## check style, format and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-types: install  ## check types (some minutes)
+types: install  ## check types
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
 mutants: install  ## break lines of the code on purpose, each of which a test must notice

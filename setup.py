@@ -45,7 +45,10 @@ setup(
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
         "wandb": ["wandb"],
-        "dev": ["pytest", "pytest-xdist", "hypothesis", "chex", "ruff", "pyright[nodejs]"],
+        "dev": [
+            *("pytest", "pytest-xdist", "filelock", "hypothesis", "chex"),
+            *("ruff", "pyright[nodejs]"),
+        ],
     },
     entry_points={"console_scripts": ["npr-jax=npr_jax.cli:main"]},
 )

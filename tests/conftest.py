@@ -28,6 +28,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
+import filelock
 import jax
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
@@ -159,8 +160,15 @@ def home(tmp_path_factory):
     """A directory with problems, and models to start stages from (`train_toy.make_home`)."""
     from train_toy import make_home
 
-    with optimised():
-        return make_home(tmp_path_factory.mktemp("stages"))
+    base = tmp_path_factory.getbasetemp()
+    # Pytest's workers have folders of their own in one; whoever is first makes it for all.
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "stages"
+    with filelock.FileLock(f"{folder}.lock"), optimised():
+        if not folder.exists():
+            half = Path(tempfile.mkdtemp(dir=folder.parent))
+            make_home(half)
+            half.rename(folder)
+    return folder
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import sys
 import time
 
 import pytest
-from conftest import examples
+from conftest import examples, spread
 
 from npr_jax.runs.metrics import read_metrics
 
@@ -137,7 +137,7 @@ def kill(run, rng, in_a_save, signal_number=signal.SIGKILL):
         process.kill()
 
 
-@pytest.mark.parametrize("stage", ["zero", "beta", "papo"])
+@pytest.mark.parametrize("stage", spread(["beta", "zero", "papo"], test=1))
 def test_a_run_that_is_killed_again_and_again_ends_as_if_nothing_had_happened(
     home, undisturbed, tmp_path, stage, report
 ):

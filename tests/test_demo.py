@@ -152,7 +152,7 @@ def test_the_report_has_the_table_the_curves_and_the_answers(tmp_path):
     xml.parse(tmp_path / "tree.svg"), xml.parse(tmp_path / "curves.svg")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_small_demo_runs_reports_and_goes_on(tmp_path, monkeypatch, capsys):
     """The whole chain at sizes that learn nothing: --check must say so."""
     small = {

@@ -303,7 +303,7 @@ def run(examples: int, steps: int, phases=tuple(Phase)) -> Counter:
 
 @pytest.mark.slow
 def test_the_engine_is_as_the_model_says(report):
-    happened = run(40, 30, (Phase.generate,))
+    happened = run(20, 30, (Phase.generate,))
     report(", ".join(f"{n} {name}" for name, n in sorted(happened.items())))
     for name in ("forks", "joins", "cached_tokens", "aborted"):
         assert happened[name] > 0, name

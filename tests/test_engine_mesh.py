@@ -94,7 +94,7 @@ def test_layouts_that_cannot_be_are_refused():
         resolve("w", weight, {}, DECODE_RULES | {"heads": "rows"}, mesh)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_processes_give_the_tokens_of_one_device():
     first, second = (json.loads(out.splitlines()[-1]) for out in two_processes.run(__file__))
     assert first == second  # every process knows every answer

@@ -52,7 +52,8 @@ def test_no_buffer_is_as_large_as_length_times_vocabulary(mesh, report):
 @pytest.mark.slow
 def test_a_row_of_packed_documents_trains():
     rng = np.random.default_rng(0)
-    size = LENGTH // 16
+    length = LENGTH // 4
+    size = length // 16
     documents = [
         [
             Example(
@@ -63,9 +64,9 @@ def test_a_row_of_packed_documents_trains():
         ]
         for _ in range(16)
     ]
-    rows = make_rows(documents, LENGTH, DEPTH)
+    rows = make_rows(documents, length, DEPTH)
     assert len(rows) == 1
-    config = TrainConfig(OptimizerConfig(1e-3), row_len=LENGTH, micro_rows=1)
+    config = TrainConfig(OptimizerConfig(1e-3), row_len=length, micro_rows=1)
     state = new_state(init_params(CONFIG, jax.random.key(0)), config.optimizer)
     state, metrics = optimize(state, rows, CONFIG, config, Objective("sft"), 1e-3)
     assert metrics["loss_tokens"] == 16 * 20 and np.isfinite(metrics["loss"])

@@ -206,7 +206,7 @@ def test_what_is_planned_is_the_program_of_the_run(
     assert arguments[1]["hidden"].shape[-2] == depth and key[1].name == loss
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_good_plan_is_quiet_about_the_host_that_is_not_there(tpu_compiler):
     command = "plan --model tiny --stage papo --topology v5e:2x2 --mesh data=2,tensor=2"
     ours = {name: value for name, value in os.environ.items() if not name.startswith("TPU_")}

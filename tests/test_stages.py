@@ -7,6 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
+from conftest import spread
 from train_toy import encode
 
 import npr_jax
@@ -72,7 +73,7 @@ def without_times(directory):
     ]
 
 
-@pytest.mark.parametrize("stage", ["zero", "papo"])
+@pytest.mark.parametrize("stage", spread(["papo", "zero"], test=1))
 def test_a_cut_off_run_ends_as_if_nothing_had_happened(home, tmp_path, monkeypatch, stage):
     run = {"zero": zero.run, "papo": papo.run}[stage]
     changes = ("steps=3",)

@@ -132,7 +132,7 @@ def test_bfloat16_on_a_mesh_and_a_step_that_is_not_finite():
     chex.assert_trees_all_equal(state, once)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_processes_train_as_one_device(tmp_path):
     found = [json.loads(out.splitlines()[-1]) for out in two_processes.run(__file__)]
     for objective in ("sft", "papo"):

@@ -71,6 +71,7 @@ def test_two_processes_give_what_one_device_gives(settings, undisturbed, tmp_pat
         )
 
 
+@pytest.mark.nightly
 def test_sigterm_to_one_ends_both_and_the_same_command_goes_on(settings, undisturbed, tmp_path):
     output = tmp_path / "run"
     processes = two_processes.start(*command(settings, output), **settings[1])
