@@ -74,7 +74,7 @@ check-wheel:  ## run the quick tests on the built wheel, in a venv of its own (P
 	$(WHEEL_DIR)/venv/bin/python -m pip wheel -q --no-deps --no-build-isolation -w $(WHEEL_DIR)/dist .
 	$(WHEEL_DIR)/venv/bin/python -m pip uninstall -q -y npr-jax
 	$(WHEEL_DIR)/venv/bin/python -m pip install -q "$$(ls $(WHEEL_DIR)/dist/*.whl)[dev]" -c constraints.txt
-	cp -r README.md pyproject.toml docs configs scripts bench tests $(WHEEL_DIR)/copy
+	cp -r README.md pyproject.toml setup.py constraints.txt docs configs scripts bench tests $(WHEEL_DIR)/copy
 	cd $(WHEEL_DIR)/copy && NPR_EXAMPLES=0.1 ../venv/bin/python $(PYTEST) $(QUICK) $(OF_A_CHECKOUT)
 
 $(LIBTPU_DIR)/libtpu: | $(STAMP)

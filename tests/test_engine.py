@@ -129,6 +129,7 @@ def test_sampled_traces_have_the_log_probs_of_one_forward():
     assert sum(answer.layout.num_branches for answer in answers) > 40
 
 
+@pytest.mark.slow
 def test_a_wrong_position_or_a_visible_sibling_would_show():
     answer = max(sampled(), key=lambda a: a.layout.num_branches)
     tree = answer.layout

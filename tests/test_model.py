@@ -149,6 +149,7 @@ def params():
     return init_params(TINY, jax.random.key(0))
 
 
+@pytest.mark.slow
 def test_token_logp_is_log_softmax_of_the_predictor():
     row = ROW | {"pred": ROW["pred"].copy()}
     row["pred"][0, 9] = 3

@@ -106,6 +106,7 @@ def test_every_lane_is_what_the_oracle_says(weights, knobs):
         np.testing.assert_allclose(row, right, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_a_lane_without_filters_is_untouched_by_those_of_another():
     logits = jnp.asarray(np.random.default_rng(0).normal(0, 3, (2, 151_936)), jnp.float32)
     rare = int(np.argmin(logits[1]))

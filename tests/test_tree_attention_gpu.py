@@ -43,6 +43,7 @@ def test_queries_that_start_elsewhere():
     check(attend, *problem(hidden, num_queries=35), hidden, offsets=(0, 13, 32, 60))
 
 
+@pytest.mark.slow
 def test_queries_that_see_nothing_get_0():
     hidden = np.zeros((1, 48, 1, 2), np.int32)
     hidden[:, :21, 0] = 5, 21
