@@ -121,9 +121,11 @@ def optimised():
     before = os.environ[variable]
     jax.config.update(name, False)
     os.environ[variable] = "0"
-    yield
-    jax.config.update(name, before != "0")
-    os.environ[variable] = before
+    try:
+        yield
+    finally:
+        jax.config.update(name, before != "0")
+        os.environ[variable] = before
 
 
 @pytest.fixture(scope="module", autouse=True)

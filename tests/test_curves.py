@@ -2,7 +2,6 @@
 
 import curves
 import pytest
-from conftest import spread
 
 # Vectors of another width add up in another order. Against the recorded curves (AVX2) the largest
 # difference was 7.0e-6 with programs for SSE4.2 and 4.5e-6 for AVX (XLA_FLAGS=--xla_cpu_max_isa),
@@ -20,7 +19,8 @@ def largest_gap(found, recorded) -> float:
     )
 
 
-@pytest.mark.parametrize("name", spread(curves.NAMES, test=2))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", curves.NAMES)
 def test_the_first_steps_are_what_they_were(name, tmp_path, report):
     golden = curves.read(name)
     found = curves.measure(name, golden["data"], tmp_path)

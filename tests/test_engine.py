@@ -4,29 +4,19 @@ import dataclasses
 import functools
 
 import bigram
+import engine_checks
 import jax
 import numpy as np
 import pytest
 from bigram import EOS, GC, GO, NL, PC, PO, SC, SO, TAGS, TC, TO
-from conftest import spread
+from conftest import EXAMPLES, spread
 from engine_checks import recount, same
 
-from npr_jax.decode import Engine, EngineConfig, SamplingParams, fork_join
+from npr_jax.decode import Engine, SamplingParams, fork_join
 from npr_jax.model import token_logp
 from npr_jax.tree import layout, parse
 
-CONFIG = EngineConfig(
-    lanes=6,
-    pages=200,
-    page_size=4,
-    table_pages=128,
-    steps=5,
-    header_chunk=4,
-    prefill_rows=2,
-    prefill_chunk=16,
-    max_branches=4,
-    max_depth=3,
-)
+CONFIG = dataclasses.replace(engine_checks.CONFIG, table_pages=128, header_rows=16)
 PROMPTS = [[12, 13, 20], [GO, SC, TO, 21], [22], list(range(10, 21)) * 3]
 
 
@@ -102,13 +92,14 @@ def test_replayed_traces_have_the_log_probs_of_one_forward():
 def test_cut_off_traces_can_be_replayed():
     ids, prompt_len = script_of_blocks()
     traces = []
-    for end in range(prompt_len + 1, len(ids), 6):
+    step = max(1, round(6 / EXAMPLES))
+    for end in range(prompt_len + 1, len(ids), step):
         try:
             parse(ids[:end], prompt_len, TAGS, allow_open=True)
         except ValueError:
             continue
         traces.append((ids[:end], prompt_len))
-    assert len(traces) > 15
+    assert len(traces) > 90 // step
     answers = Engine(model(), CONFIG).replay(traces)
     for (tokens, _), answer in zip(traces, answers, strict=True):
         assert answer.token_ids.tolist() == tokens

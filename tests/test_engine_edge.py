@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import spread
 from engine_checks import CONFIG, recount, same
 from fake_device import CONFIGS, PROMPTS, engine_on_fake_device
 
@@ -329,7 +328,8 @@ def test_an_exception_of_the_device_leaves_an_engine_as_new(monkeypatch, call, e
     idle(engine)
 
 
-@pytest.mark.parametrize("attention", spread(["gather", "blockwise"], test=2))
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["gather", "blockwise"])
 def test_what_pages_held_before_reaches_no_answer(attention):
     """(D10, D11) On the real device: a pool that is lost, then one that is full of NaN."""
     engine = Engine(bigram.model(), dataclasses.replace(CONFIG, attention=attention))

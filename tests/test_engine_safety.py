@@ -170,7 +170,7 @@ def test_the_same_tokens_whatever_happens_around(report):
         idle(engine)
     report(f"{runs} answers, {ties} ties, {len(sampled)} margins: least {sampled.min():.1e}")
     assert runs > 13 * examples(3)
-    assert ties <= examples(3)
+    assert ties <= 2 * examples(3) / 3
 
 
 @pytest.mark.slow

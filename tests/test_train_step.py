@@ -73,7 +73,7 @@ def test_micro_batches_are_one_batch(model, groups):
     grads = jax.tree.map(lambda g: g / sum(counts), grads)
     norm = math.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(grads)))
     results = []
-    for micro_rows in (1, 8):
+    for micro_rows in (1, 2, 8):
         settings = dataclasses.replace(config(clip=norm / 2), micro_rows=micro_rows)
         state = new_state(model.params, settings.optimizer)
         state, metrics = optimize(state, rows, model.config, settings, DAPO, 1e-3)
