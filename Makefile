@@ -56,7 +56,7 @@ QUICK := -m "not slow and not nightly and not real"
 PYTEST := -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 check: install $(LIBTPU_HERE)  ## run the quick tests (before each commit)
-	NPR_EXAMPLES=0.1 PYTHONPATH=$(LIBTPU_DIR) $(VENV)/bin/python $(PYTEST) $(QUICK)
+	NPR_EXAMPLES=0.05 PYTHONPATH=$(LIBTPU_DIR) $(VENV)/bin/python $(PYTEST) $(QUICK)
 
 test: install $(LIBTPU_HERE)  ## run the tests
 	PYTHONPATH=$(LIBTPU_DIR) $(VENV)/bin/python $(PYTEST) -m "not nightly and not real"
@@ -75,7 +75,7 @@ check-wheel:  ## run the quick tests on the built wheel, in a venv of its own (P
 	$(WHEEL_DIR)/venv/bin/python -m pip uninstall -q -y npr-jax
 	$(WHEEL_DIR)/venv/bin/python -m pip install -q "$$(ls $(WHEEL_DIR)/dist/*.whl)[dev]" -c constraints.txt
 	cp -r README.md pyproject.toml setup.py constraints.txt docs configs scripts bench tests $(WHEEL_DIR)/copy
-	cd $(WHEEL_DIR)/copy && NPR_EXAMPLES=0.1 ../venv/bin/python $(PYTEST) $(QUICK) $(OF_A_CHECKOUT)
+	cd $(WHEEL_DIR)/copy && NPR_EXAMPLES=0.05 ../venv/bin/python $(PYTEST) $(QUICK) $(OF_A_CHECKOUT)
 
 $(LIBTPU_DIR)/libtpu: | $(STAMP)
 	$(VENV)/bin/python -m pip install -q --no-deps --target $(LIBTPU_DIR) $(LIBTPU)

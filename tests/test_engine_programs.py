@@ -14,7 +14,7 @@ from npr_jax.decode import fork_join
 from npr_jax.decode.pages import PagePool
 from npr_jax.decode.scheduler import Scheduler
 
-PROGRAMS = examples(300)
+PROGRAMS = examples(2000)
 operation = st.tuples(st.sampled_from(OPERATIONS), st.integers(0, 255))
 
 
@@ -38,7 +38,7 @@ def test_random_programs_keep_every_page_right(report):
     counted = ("programs", "visits", "forks", "joins", "preemptions", "evictions")
     report(", ".join(f"{seen[name]} {name}" for name in counted))
     assert seen["programs"] >= PROGRAMS
-    if PROGRAMS >= 300:  # of few programs nothing is certain
+    if PROGRAMS >= 2000:  # a few programs have most evictions, so fewer say nothing
         for name in ("forks", "joins", "preemptions", "evictions", "cached_tokens", "ends_aborted"):
             assert seen[name] > PROGRAMS / 20, name
 
