@@ -29,6 +29,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import filelock
+import hypothesis
 import jax
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
@@ -69,6 +70,12 @@ def lowered_for_cuda(function, *arguments) -> str:
 
 # Multiplies the numbers of random cases: `make check` has less than 1, `make nightly` more.
 EXAMPLES = float(os.environ.get("NPR_EXAMPLES", "1"))
+
+
+# `make check` and `make test` draw the same random cases each time, so that they can be trusted to
+# pass again; `make nightly` draws new ones.
+hypothesis.settings.register_profile("npr_jax", derandomize=EXAMPLES <= 1)
+hypothesis.settings.load_profile("npr_jax")
 
 
 def examples(number: int) -> int:
