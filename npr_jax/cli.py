@@ -53,17 +53,18 @@ def main() -> None:
     try:
         app(prog_name="npr-jax")
     except SystemExit as ending:
-        if ending.code not in (128 + signal.SIGTERM, _INTERRUPTED):
+        if not isinstance(ending.code, int) or ending.code not in (_TERMINATED, _INTERRUPTED):
             raise
         # All is saved. The interpreter's own clean-up can crash while the device still computes.
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(128 + signal.SIGTERM)
+        os._exit(ending.code)
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(_tell(error))
 
 
-_INTERRUPTED = 128 + signal.SIGINT
+# The exit codes of runs/sigterm.py, whose import would make `--help` wait for JAX.
+_TERMINATED, _INTERRUPTED = 128 + signal.SIGTERM, 128 + signal.SIGINT
 
 
 @contextlib.contextmanager

@@ -142,7 +142,9 @@ def test_help_is_quick():
         ("npr_jax.demo.run", ["demo", "--output", "o"], "what is done is in o"),
     ],
 )
-def test_ctrl_c_is_one_line_that_says_what_is_kept(monkeypatch, module, args, words):
+def test_ctrl_c_is_one_line_that_says_what_is_kept(monkeypatch, tmp_path, module, args, words):
+    monkeypatch.chdir(tmp_path)
+
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
@@ -151,3 +153,10 @@ def test_ctrl_c_is_one_line_that_says_what_is_kept(monkeypatch, module, args, wo
     assert result.exit_code == 130
     *_, line = result.stderr.splitlines()
     assert line == f"interrupted: {words}; the same command goes on"
+
+
+@pytest.mark.parametrize("code", [2, 130, 143])
+def test_the_process_ends_with_the_code_of_its_command(code):
+    """What the launchers go by: 143 is tried again, 130 is not (docs/launch.md)."""
+    text = f"import sys, npr_jax.cli as c; c.app = lambda **_: sys.exit({code}); c.main()"
+    assert subprocess.run([sys.executable, "-c", text]).returncode == code

@@ -20,7 +20,6 @@ import jax
 from npr_jax.base.distributed import gather
 
 SIGNALS = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
-EXIT_CODES = tuple(128 + number for number in SIGNALS)
 
 _watching = _interruptible = False
 _seen = 0  # the signal that came
