@@ -17,7 +17,7 @@ is being changed, so whatever they do or raise, lanes and pages are in order.
 Invariants: a page's count is the number of live segments that list it; only a sequence's last
 segment grows, and no other table lists it; nothing depends on what else is in the batch.
 
-sequence.py says who writes which field; `Engine` writes its requests, their ends, the pending step.
+docs/architecture.md says who writes which field.
 """
 
 import contextlib
@@ -301,6 +301,8 @@ class Engine:
             for scheduler in self.schedulers:
                 scheduler.admit()
             self._reserve()
+            if any(sequence.request.penalised for sequence in self._bound()):
+                self._advance()  # before the next step: a penalty needs every token
             bound = self._bound()
             self._clock.look(self._pending)
             self.runner.prefill(self.schedulers)
@@ -317,11 +319,8 @@ class Engine:
                 self._end(request, "pages_exhausted", why)
 
     def _bound(self) -> list:
-        """The sequences that have a lane, for the next step."""
-        bound = [sequence for scheduler in self.schedulers for sequence in scheduler.bound]
-        if any(sequence.request.penalised for sequence in bound):
-            self._advance()  # a penalty needs every token of the sequence
-        return [sequence for sequence in bound if sequence.lane is not None]
+        """The sequences that have a lane."""
+        return [sequence for scheduler in self.schedulers for sequence in scheduler.bound]
 
     def _advance(self) -> None:
         """Waits for the pending step, and lets its sequences grow by what was drawn."""
@@ -338,9 +337,8 @@ class Engine:
             sequence.tail.computed += len(figures[0])
             growth = self._replay if sequence.request.tree else self._fork_join
             growth.advance(sequence, *figures)
-            if frozen and sequence.lane is not None:
-                sequence.epoch += 1  # the tag was no event: the lane goes on
-                sequence.pending = 0
+            if frozen and sequence.lane is not None:  # the tag was no event: the lane goes on
+                self.schedulers[sequence.request.replica].begin_epoch(sequence)
 
     def _end(self, request: Request, reason: str, detail: str) -> None:
         """An answer gives its lanes and pages back; its finish is told with the next delivery."""

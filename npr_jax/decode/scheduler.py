@@ -83,8 +83,12 @@ class Scheduler:
         for lane, sequence in zip(free, sequences, strict=False):
             self.lanes[lane] = sequence
             sequence.lane = self.first_lane + lane
-            sequence.epoch += 1
-            sequence.pending = 0
+            self.begin_epoch(sequence)
+
+    def begin_epoch(self, sequence: Sequence) -> None:
+        """What was asked for this sequence before is no longer of its lane."""
+        sequence.epoch += 1
+        sequence.pending = 0
 
     def _pages_to_start(self, request: Request) -> int:
         """Pages an answer takes at first: its known tokens, and N steps of each sequence."""
