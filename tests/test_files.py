@@ -1,6 +1,8 @@
 """Files: which errors last, how they are told, and who may write."""
 
 import errno
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ from npr_jax.base.files import alone, describe, hub_error, lasting, read_text, r
 from npr_jax.base.mesh import parse_mesh
 from npr_jax.evaluate.run import EvalConfig, evaluate
 from npr_jax.runs.directory import alone_in, claim
+from npr_jax.train import beta
 from npr_jax.train.export import export
 from npr_jax.train.zero import ZeroConfig
 
@@ -141,3 +144,22 @@ def test_a_seed_of_the_demo_is_in_its_range(seed, tmp_path):
     with pytest.raises(ValueError, match=f"--seed is {seed}, needed is an integer from 0"):
         cli.demo(seed, tmp_path / "demo")
     assert not (tmp_path / "demo").exists()
+
+
+@pytest.mark.parametrize(
+    "line, why",
+    [
+        (b"{", "Expecting property name"),
+        (b"[1]", "it is no object"),
+        (b'{"problem": "1+1"}', "it has no 'answer'"),
+        (b"\xff", "codec can't decode"),
+    ],
+)
+def test_a_bad_line_of_a_file_that_grows_is_named(tmp_path, line, why):
+    path = tmp_path / "accepted.jsonl"
+    record = dict.fromkeys(beta.RECORD)
+    path.write_bytes(json.dumps(record).encode() + b"\n" + line + b"\n{half of a li")
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))}:2: .*{why}.*accepted.jsonl of"):
+        beta.read_records(path)
+    path.write_bytes(json.dumps(record).encode() + b"\n{half of a li")
+    assert beta.read_records(path) == [record]

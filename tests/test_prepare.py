@@ -126,7 +126,7 @@ def test_a_file_without_problems_is_an_error(data, message, tmp_path):
     assert not list((tmp_path / "sets").iterdir())
 
 
-@pytest.mark.parametrize("where", ["_Sieve._check_length", "_sync"])
+@pytest.mark.parametrize("where", ["_Sieve._check_length", "sync_all"])
 @pytest.mark.parametrize("how", ["SIGKILL", "SIGINT"])
 def test_an_interrupted_preparation_leaves_nothing_to_read(where, how, source, tmp_path):
     code = (
@@ -152,14 +152,14 @@ def test_an_interrupted_preparation_leaves_nothing_to_read(where, how, source, t
 
 def test_two_that_prepare_the_same_agree(source, tmp_path, monkeypatch):
     """The other process is done first, between this one's work and its renaming."""
-    output, sync = tmp_path / "out", module._sync
+    output, sync = tmp_path / "out", module.sync_all
 
     def late(directory):
-        monkeypatch.setattr(module, "_sync", sync)
+        monkeypatch.setattr(module, "sync_all", sync)
         prepare("jsonl", source, output)
         sync(directory)
 
-    monkeypatch.setattr(module, "_sync", late)
+    monkeypatch.setattr(module, "sync_all", late)
     assert prepare("jsonl", source, output).problems == 3
     assert len(read_problems(output)) == 3
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "raw.jsonl"]

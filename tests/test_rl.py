@@ -15,7 +15,6 @@ from npr_jax.runs import loop
 from npr_jax.runs.metrics import read_metrics
 from npr_jax.train import beta, fit, rl, zero
 from npr_jax.train.fit import FitConfig
-from npr_jax.train.rollout import ZERO
 
 
 class FakeEngine:
@@ -47,7 +46,7 @@ def settings(tmp_path, monkeypatch):
     return make
 
 
-def nothing(engine, feed, step):
+def nothing(engine, feed, step, config):
     return rl.Collected([], [], {"score": 0.0, "skipped_because": "there is nothing"})
 
 
@@ -62,12 +61,12 @@ def test_the_engine_has_the_only_copy_of_its_weights(settings):
     """Parameters and two moments in float32, and one copy in what is decoded with."""
     config, counts = settings("zero", "steps=3", "train.compute_dtype=bfloat16"), []
 
-    def collect(engine, feed, step):
+    def collect(engine, feed, step, config):
         counts.append((arrays("float32"), arrays("bfloat16")))
-        return nothing(engine, feed, step)
+        return nothing(engine, feed, step, config)
 
     before = arrays("float32"), arrays("bfloat16")
-    loop.run(rl.Policy(ZERO, config, collect), lambda metrics: None)
+    loop.run(rl.Policy(config, collect), lambda metrics: None)
     assert [np.subtract(count, before).tolist() for count in counts] == [[3, 1]] * 3
 
 
@@ -120,7 +119,7 @@ def test_a_run_goes_on_with_its_model_elsewhere_and_more_steps(settings, tmp_pat
 
     def run(*changes):
         config = settings("zero", *changes)
-        return loop.run(rl.Policy(ZERO, config, nothing), lambda metrics: None)
+        return loop.run(rl.Policy(config, nothing), lambda metrics: None)
 
     def done():
         return [line["step"] for line in read_metrics(tmp_path / "zero")]
@@ -164,10 +163,10 @@ def test_where_every_advantage_is_zero_no_step_is_made(settings, tmp_path, caplo
     config = settings("zero", "steps=2", "minibatches=1", "train.optimizer.weight_decay=0.5")
     before = load("tiny", seed=config.seed, tags=True).params
 
-    def collect(engine, feed, step):
+    def collect(engine, feed, step, config):
         return collected(0.0, 0.0)
 
-    final = loop.run(rl.Policy(ZERO, config, collect), lambda metrics: None)
+    final = loop.run(rl.Policy(config, collect), lambda metrics: None)
     lines = read_metrics(tmp_path / "zero")
     assert [line["skipped"] for line in lines] == [1, 1]
     assert {line["skipped_because"] for line in lines} == {

@@ -12,6 +12,7 @@ import shutil
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from etils import epath
 from safetensors import SafetensorError
@@ -165,6 +166,26 @@ def _with_null(value):
     return value
 
 
+T = TypeVar("T")
+
+
+def whole_lines(path: Path, needed: str, take: Callable[[dict], T]) -> Iterator[tuple[bytes, T]]:
+    """Each whole line of a file of JSON objects that may still grow, and what `take` makes of its
+    object. Raises ValueError with file and line where it is none, or `take` raises."""
+    with reading(path, needed):
+        *lines, _ = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            if not isinstance(record, dict):
+                raise ValueError("it is no object")
+            taken = take(record)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            why = f"it has no {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"{path}:{number}: {why}; needed is {needed}") from error
+        yield line + b"\n", taken
+
+
 def write_atomically(path: epath.PathLike, data: bytes) -> None:
     """Replaces the content of `path`, on disk when this returns."""
     if is_url(path):  # an object is seen once it is whole
@@ -185,10 +206,15 @@ def publish(directory: Path, write: Callable[[Path], None]) -> None:
     new = directory.with_name(directory.name + ".tmp")
     shutil.rmtree(new, ignore_errors=True)
     write(new)
-    for path in new.rglob("*"):
-        _sync(path)
+    sync_all(new)
     new.replace(directory)
     _sync(directory.parent)
+
+
+def sync_all(directory: Path) -> None:
+    """Brings a directory and all it holds to the disk, before its name says that it is whole."""
+    for path in (*directory.rglob("*"), directory):
+        _sync(path)
 
 
 def cut_half_line(path: Path) -> None:

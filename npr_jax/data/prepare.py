@@ -9,14 +9,13 @@ it was made from, and the report.
 import dataclasses
 import hashlib
 import json
-import os
 import tempfile
 from pathlib import Path
 from typing import TextIO
 
 import tensorflow_datasets as tfds
 
-from npr_jax.base.files import json_text, writing
+from npr_jax.base.files import json_text, sync_all, writing
 from npr_jax.base.progress import Progress
 from npr_jax.data.builders import BUILDERS
 from npr_jax.data.prompts import prompt_ids
@@ -126,7 +125,7 @@ def prepare(
         rejected.rename(made / rejected.name)
         text = json_text(dataclasses.asdict(report), indent=1)
         (made / "prepared.json").write_text(text + "\n", encoding="utf-8")
-        _sync(made)
+        sync_all(made)
         try:
             made.rename(output)
         except OSError:
@@ -229,13 +228,3 @@ def _made(output: Path, made_from: dict) -> Report | None:
         f"{output} was prepared from {found.source} and not from this ({changed}): "
         "give another --output, or remove that directory"
     )
-
-
-def _sync(directory: Path) -> None:
-    """Brings what the directory holds to the disk, before its name says that it is whole."""
-    for path in (*directory.iterdir(), directory):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from npr_jax.base.config import dump_config
-from npr_jax.base.files import json_text, read_text, write_atomically
+from npr_jax.base.files import json_text, read_text, whole_lines, write_atomically
 from npr_jax.base.mesh import describe
 from npr_jax.data.benchmarks import Source
 from npr_jax.evaluate.judge import Figures
@@ -112,11 +112,14 @@ def _timing(output: Path, run: Run) -> Timing:
     """What all processes that have decoded the run took together."""
     total, path = Timing(), output / TIMING
     if path.exists():
-        for line in path.read_bytes().split(b"\n")[:-1]:
-            record = json.loads(line)
-            if record["run"] == run.name:
-                total += Timing(record["seconds"], 1, record["tokens"])
+        for _, (name, timing) in whole_lines(path, "timing.jsonl of an evaluation", _timed):
+            if name == run.name:
+                total += timing
     return total
+
+
+def _timed(record: dict) -> tuple[str, Timing]:
+    return record["run"], Timing(float(record["seconds"]), 1, int(record["tokens"]))
 
 
 def tables(results: dict) -> list[Table]:

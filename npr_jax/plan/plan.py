@@ -38,10 +38,10 @@ from npr_jax.train.configs import CONFIGS
 from npr_jax.train.optimizer import abstract_state
 from npr_jax.train.packing import empty_row
 from npr_jax.train.rl import RLConfig
+from npr_jax.train.rollout import STAGES
 from npr_jax.train.step import TrainConfig, compiled_step
 
 GIB = 2**30
-STAGES = ("zero", "beta", "papo")
 
 
 @dataclasses.dataclass(frozen=True)

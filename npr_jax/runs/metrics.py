@@ -17,7 +17,7 @@ from pathlib import Path
 import yaml
 from tensorboardX import SummaryWriter
 
-from npr_jax.base.files import json_text, reading, write_atomically
+from npr_jax.base.files import json_text, whole_lines, write_atomically
 from npr_jax.base.progress import Scalar, numeric
 
 WANDB = "NPR_WANDB"  # the variable that names a project of Weights & Biases to send metrics to
@@ -131,39 +131,32 @@ class WandbWriter:
 def read_metrics(directory: str | Path) -> list[dict[str, Scalar]]:
     """The whole lines of `directory/metrics.jsonl`, in order; what is not finite is NaN. Raises
     ValueError with file and line for one that is no line of metrics."""
-    return [values for _, values in _whole_lines(Path(directory) / "metrics.jsonl")]
+    return [values for _, values in _lines(Path(directory) / "metrics.jsonl")]
 
 
-def _whole_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Scalar]]]:
+def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Scalar]]]:
     """The whole lines of a file with their values."""
-    needed = "metrics.jsonl of a run"
-    with reading(path, needed):
-        *lines, _ = path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines, 1):
-        try:
-            values = json.loads(line)
-            if not isinstance(values, dict) or type(values.get("step")) is not int:
-                raise ValueError('it is no object with an integer "step"')
-            values = {k: math.nan if v is None else v for k, v in values.items()}
-            if not all(isinstance(value, Scalar) for value in values.values()):
-                raise ValueError("it holds more than numbers and texts")
-            if any(
-                isinstance(x, int | float) and 1e300 < abs(x) < math.inf for x in values.values()
-            ):
-                raise ValueError("it holds a number beyond 1e300")
-            json.dumps(values, ensure_ascii=False).encode()
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}:{number}: {error}; needed is {needed}") from error
-        yield line + b"\n", values
+    return whole_lines(path, "metrics.jsonl of a run", _values)
+
+
+def _values(record: dict) -> dict[str, Scalar]:
+    if type(record.get("step")) is not int:
+        raise ValueError('it has no integer "step"')
+    values = {k: math.nan if v is None else v for k, v in record.items()}
+    if not all(isinstance(value, Scalar) for value in values.values()):
+        raise ValueError("it holds more than numbers and texts")
+    if any(isinstance(x, int | float) and 1e300 < abs(x) < math.inf for x in values.values()):
+        raise ValueError("it holds a number beyond 1e300")
+    json.dumps(values, ensure_ascii=False).encode()
+    return values
 
 
 def _rewrite(path: Path, step: int | None) -> None:
     """Leaves in `path` its whole lines, and of those the ones before `step` if that is given."""
     if not path.exists():
         return
-    lines = _whole_lines(path)
     kept = b"".join(
-        line for line, values in lines if step is None or numeric(values, "step") < step
+        line for line, values in _lines(path) if step is None or numeric(values, "step") < step
     )
     if kept != path.read_bytes():
         write_atomically(path, kept)

@@ -8,18 +8,17 @@ the seed model learns them: from here on it thinks in parallel.
 import bisect
 import dataclasses
 import itertools
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from jax.sharding import Mesh
 
 from npr_jax.base.config import dump_config
 from npr_jax.base.distributed import gather, gather_all, is_main
 from npr_jax.base.fields import Checked, Count, CountOrZero, PositiveOrZero, Range, Seed
-from npr_jax.base.files import json_text, write_atomically, writing
+from npr_jax.base.files import json_text, whole_lines, write_atomically, writing
 from npr_jax.base.mesh import MeshConfig, local_decode_mesh, make_mesh
 from npr_jax.base.progress import Scalar
 from npr_jax.data.problems import read_problems, shuffled
@@ -40,6 +39,7 @@ from npr_jax.tree.canonical import canonical
 from npr_jax.tree.parse import reference_depth
 
 MAX_DEPTH = 1  # what the format check accepts
+RECORD = ("problem", "answer", "tries", "prompt_len", "accepted", "texts")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +87,6 @@ class BetaConfig(Checked):
     """
 
     command: ClassVar[str] = "beta"
-    loss: ClassVar[Objective] = Objective("sft")
 
     model: str
     sampler_model: str
@@ -100,6 +99,11 @@ class BetaConfig(Checked):
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     layout: Literal["strict", "reference", "causal"] = "strict"
     train_forced: bool = False
+
+    @property
+    def loss(self) -> Objective:
+        """What a train step minimises."""
+        return self.fit.loss
 
     @property
     def train(self) -> TrainConfig:
@@ -161,9 +165,9 @@ class Sampling(Body[list[dict], list[dict]]):
     """The body of rejection sampling: in each round a batch of problems is answered by the Zero
     model. The state is the records so far, one for every problem that was tried.
 
-    A record: problem, answer, tries, prompt_len, accepted (lists of token ids), texts. Of several
-    processes each samples its share, all know all records, and the first writes them to the JSONL
-    file `path`. A round that SIGTERM or a crash cuts off is sampled again.
+    A record has the keys `RECORD`; accepted are lists of token ids. Of several processes each
+    samples its share, all know all records, and the first writes them to the JSONL file `path`. A
+    round that SIGTERM or a crash cuts off is sampled again.
     """
 
     name, unit, shown = "beta sampling", "round", ("accepted_rate", "covered_rate")
@@ -271,17 +275,10 @@ def _sample_batch(
         max_tokens=sizes.max_tokens,
         parallel=False,
     )
-    records = [
-        {
-            "problem": problem.problem,
-            "answer": problem.answer,
-            "tries": 0,
-            "prompt_len": len(prompt),
-            "accepted": [],
-            "texts": [],
-        }
-        for problem, prompt in batch
-    ]
+    records: list[dict[str, Any]] = []
+    for problem, prompt in batch:
+        begun: tuple[Any, ...] = (problem.problem, problem.answer, 0, len(prompt), [], [])
+        records.append(dict(zip(RECORD, begun, strict=True)))
     for attempt in range(sizes.tries):
         lacking = [i for i, r in enumerate(records) if len(r["accepted"]) < sizes.keep]
         if not lacking:
@@ -339,8 +336,12 @@ def make_examples(
 
 
 def read_records(path: Path) -> list[dict]:
-    """The whole lines of `path`; none if there is no file."""
+    """The whole lines of `path`; none if there is no file. Raises ValueError with file and line for
+    one that is no record."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    return [record for _, record in whole_lines(path, "accepted.jsonl of Beta", _record)]
+
+
+def _record(record: dict) -> dict:
+    return {key: record[key] for key in RECORD}

@@ -55,6 +55,11 @@ class FitConfig(Checked):
                 f"fit.steps is {self.steps} and fit.epochs {self.epochs}: set one of them above 0"
             )
 
+    @property
+    def loss(self) -> Objective:
+        """What a train step minimises."""
+        return Objective("sft")
+
     def num_steps(self, num_examples: int) -> int:
         """Optimizer steps for that many examples."""
         return self.steps or max(1, round(self.epochs * num_examples / self.batch))
@@ -137,9 +142,7 @@ class Fit(Body[TrainState, Model]):
         rows = rows or [empty_row(train.row_len, self.depth)]
         model_config = dataclasses.replace(self.model.config, remat=train.remat)
         rate = learning_rate(train.optimizer, number - 1, self.total)
-        state, metrics = optimize(
-            state, rows, model_config, train, Objective("sft"), rate, self.mesh
-        )
+        state, metrics = optimize(state, rows, model_config, train, config.loss, rate, self.mesh)
         seconds = time.perf_counter() - begun
         tokens = sum(len(example.layout) for example in batch)
         return state, {**metrics, "seconds": seconds, "tokens_per_s": tokens / seconds}

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 from npr_jax.base.config import dump_config
 from npr_jax.base.distributed import gather, gather_all, is_main
@@ -146,22 +146,22 @@ def places(keys: Sequence[Any]) -> list[int]:
     return [order[key] for key in keys]
 
 
-Collect = Callable[[Engine, Feed, int], Collected]
+C = TypeVar("C", bound=RLConfig)
 
 
-class Policy(Body[TrainState, Path]):
+class Policy(Body[TrainState, Path], Generic[C]):
     """The body of a stage: the policy that answers, and learns from its answers.
 
     Args:
-      stage: ZERO or PAPO.
-      collect: (engine with the current weights, feed, step from 1) -> Collected.
+      config: of the stage.
+      collect: (engine with the current weights, feed, step from 1, config) -> Collected.
     """
 
     shown = ("reward", "format_rate", "accuracy", "grad_norm")
 
-    def __init__(self, stage: int, config: RLConfig, collect: Collect):
-        self.stage, self.config, self.collect = stage, config, collect
-        self.name, self.total = STAGES[stage], config.steps
+    def __init__(self, config: C, collect: Callable[[Engine, Feed, int, C], Collected]):
+        self.config, self.collect = config, collect
+        self.name, self.total = config.command, config.steps
         self.every, self.max_nonfinite = config.train.checkpoint_every, config.train.max_nonfinite
         self.mesh = make_mesh(config.mesh)
         config.train.check(self.mesh)
@@ -189,7 +189,7 @@ class Policy(Body[TrainState, Path]):
         # The state has the parameters from here on, and the engine gets its own in the first step.
         self.model, self.engine = dataclasses.replace(model, params={}), None
         # Each stage has an order of its own: what the stage before has learnt teaches nothing.
-        self.feed = Feed(problems, prompts, config.seed, self.stage)
+        self.feed = Feed(problems, prompts, config.seed, STAGES.index(config.command))
         place = config.checkpoints or self.directory / "checkpoints"
         self.pending = Pending(f"{place}/rollouts", text)
         self.checkpoints = Checkpoints(place, text, train.keep_checkpoints, train.keep_best)
@@ -273,7 +273,7 @@ class Policy(Body[TrainState, Path]):
                 feed.position = position["problem"]
                 return Collected(groups, position["places"], metrics)
             first = feed.problem(feed.position)
-            collected = self.collect(engine, feed, number)
+            collected = self.collect(engine, feed, number, self.config)
         if is_main() and (number % self.every == 0 or number == self.total):
             path = self.directory / f"traces/step-{number:06d}.jsonl"
             kept = [

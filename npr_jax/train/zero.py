@@ -77,11 +77,7 @@ def run(config: ZeroConfig, report: Report | None = None) -> Path:
 
     `report(metrics)`, if given, is called after every step in place of a progress line.
     """
-
-    def collect(engine: Engine, feed: rl.Feed, step: int) -> rl.Collected:
-        return collect_groups(engine, feed, step, config)
-
-    return loop.run(rl.Policy(ZERO, config, collect), report)
+    return loop.run(rl.Policy(config, collect_groups), report)
 
 
 def collect_groups(engine: Engine, feed: rl.Feed, step: int, config: ZeroConfig) -> rl.Collected:
