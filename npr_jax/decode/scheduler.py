@@ -8,8 +8,8 @@ Invariants: a page's count is the number of live segments that list it, and a se
 the number of tables that list it; only a sequence's last segment grows, and no other table lists
 it. So forks and joins count segments, whatever the length of what is shared.
 
-Only here is written: who has which lane and which page (`lane`, `epoch`; `pages`, `row`, `refs`,
-`published` and, but for what was drawn, `computed`), who is `running`, and the pool's counts.
+Only here is written who has which lane and which page, who is running, and the pool's counts
+(docs/architecture.md: who writes which field).
 """
 
 import heapq

@@ -9,16 +9,7 @@ before, then every branch's segments.
 A segment's tokens and what was computed of them are two things: a preempted answer gives up its
 pages, and later its segments are computed again from their tokens.
 
-Who writes what, after something was made:
-
-    Segment    tokens and their figures: fork_join and replay; pages, row, published, refs and
-               computed: the scheduler (computed also the engine, of what was drawn)
-    Fork       joined: fork_join
-    Sequence   items, automaton, budget, given, waiting, done, failure: fork_join and replay;
-               lane, epoch: the scheduler; pending: the runner adds, the engine takes away, the
-               scheduler clears; text, untold: outputs
-    Request    replica, on_event, quiet: the engine, when it queues it; running, preempted: the
-               scheduler; refused: fork_join; end: the engine; silent: the engine and outputs
+Who writes which field: the table in docs/architecture.md.
 """
 
 import dataclasses
