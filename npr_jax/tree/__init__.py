@@ -8,7 +8,7 @@ A trace is a flat list of token ids in depth-first order. Its blocks
 
 are found by one `Automaton`, and `layout` turns their spans into a `TreeLayout`: positions, hidden
 intervals and predictors, three integer arrays that the model, the engine and the trainer share.
-Nothing else in the code base reads tags.
+Nothing else in the package parses tags.
 
 Invariant: key k is visible to query q iff k <= q and no interval hidden[k, d] = [end, join) holds
 q; and under the strict rule position[q] = 1 + the largest position among the other tokens q sees.

@@ -2,7 +2,7 @@
 
     token ids --Automaton--> blocks --layout--> TreeLayout
 
-Nothing else in the code base reads tags.
+Nothing else in the package parses tags.
 """
 
 import dataclasses
