@@ -1,6 +1,8 @@
 """The pages are true: links lead somewhere, commands exist and run, figures are the files'."""
 
+import ast
 import os
+import pkgutil
 import re
 import shlex
 import subprocess
@@ -15,7 +17,30 @@ from npr_jax.cli import app
 OPTIMISED = True
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
+PACKAGE = ROOT / "npr_jax"
+CODE = sorted(PACKAGE.rglob("*.py"))
 PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("docs/*.md"))]
+
+
+def module(path: Path) -> str:
+    """`npr_jax.room.name` of a file of the package."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def defined() -> dict[str, set[str]]:
+    """The package's functions and classes: names, and where each can be imported from."""
+    found: dict[str, set[str]] = {}
+    trees = {path: ast.parse(path.read_text(encoding="utf-8")).body for path in CODE}
+    for path, body in trees.items():
+        for node in body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                found.setdefault(node.name, set()).add(f"{module(path)}.{node.name}")
+    for path, body in trees.items():
+        for node in body if path.name == "__init__.py" else ():
+            for alias in node.names if isinstance(node, ast.ImportFrom) else ():
+                if alias.name in found:
+                    found[alias.name].add(f"{module(path)}.{alias.name}")
+    return found
 
 
 def blocks(path: Path, language: str) -> list[str]:
@@ -78,6 +103,36 @@ def test_files_named_in_the_text_are_there():
         ):
             made = re.search(r"NAME|DIR", name)
             assert made or (ROOT / name).exists(), f"{path.name} names {name}"
+
+
+def test_files_named_in_the_code_are_there():
+    wrong = []
+    for path in CODE:
+        for name in re.findall(
+            r"(?<![\w/.-])[\w/]+\.(?:py|md)\b", path.read_text(encoding="utf-8")
+        ):
+            there = (ROOT / name).is_file() or any(str(x).endswith(f"/{name}") for x in CODE)
+            wrong += [] if there else [f"{path.name} names {name}"]
+    assert not wrong
+
+
+def test_names_in_the_text_are_there():
+    """`npr_jax.room.module.name` anywhere; in backticks `module.name` as well, where the package
+    has a function or class of that name (of keys and variables nobody can tell)."""
+    places, modules, wrong = defined(), {module(path) for path in CODE}, []
+    known = modules.union(*places.values())  # without an import, which takes long
+    for path in [*PAGES, *CODE]:
+        text = path.read_text(encoding="utf-8")
+        for name in re.findall(r"(?<![\w/.~-])npr_jax(?:\.[A-Za-z_]\w*)+", text):
+            try:
+                _ = name in known or pkgutil.resolve_name(name)
+            except (ImportError, AttributeError):
+                wrong.append(f"{path.name} names {name}")
+        for name in re.findall(r"`((?!npr_jax)[a-z]\w*(?:\.[A-Za-z]\w*)+)", text):
+            homes = places.get(name.rpartition(".")[2])
+            there = not homes or any(x.endswith(f".{name}") for x in homes | modules)
+            wrong += [] if there else [f"{path.name} names {name}"]
+    assert not wrong
 
 
 def test_the_readme_is_short():

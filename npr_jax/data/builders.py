@@ -47,7 +47,7 @@ class ProblemsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             builder=self,
             description=self.__doc__,
             features=tfds.features.FeaturesDict(features),
-            disable_shuffling=True,  # on disk; the order of training is `data.shuffled`
+            disable_shuffling=True,  # on disk; that of training is `problems.shuffled`
         )
 
     def _split_generators(self, dl_manager) -> dict:

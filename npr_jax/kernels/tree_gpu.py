@@ -5,7 +5,7 @@ or, for the gradients of k and v, a block of keys of one key head over the block
 see it, of all query heads that share it. The lists of blocks are made before: first those that are
 seen whole, for which there is no mask, then those that are seen in part.
 
-decode/attention_gpu.py says why Triton.
+kernels/paged_gpu.py says why Triton.
 """
 
 import functools

@@ -3,7 +3,7 @@
 `hidden` i32[B, T, D, 2]: key k is hidden from query q where hidden[k, d, 0] <= q < hidden[k, d, 1]
 for any d. `dense` is the reference; `blockwise` is the same in O(T) memory (online softmax forward,
 recomputation backward, as FlashAttention), and skips what no query of a block can see. "pallas"
-are kernels for TPU and GPU that do so too (attention_tpu.py, attention_gpu.py).
+are kernels for TPU and GPU that do so too (kernels/tree_tpu.py, kernels/tree_gpu.py).
 
 On a mesh every device attends with its own rows, heads and queries; keys and values are gathered
 over `sequence` (context parallelism).

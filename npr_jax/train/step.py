@@ -100,12 +100,12 @@ def optimize(
 ) -> tuple[TrainState, dict[str, float]]:
     """One optimizer step over `rows`: the new state (the old one is used up) and metrics.
 
-    Of several processes each gives rows of its own, one at least (`rows.empty_row`), and all make
-    the call together. Metrics are means over the loss tokens of all, beside `grad_norm` (before
-    the clip), `loss_tokens`, `learning_rate` and, where the rows carry log-probs of the sampler,
-    the mean and largest gap to them, `logp_gap` and `logp_gap_max`. Where the loss, the norm of its
-    gradient or anything of the new state is not finite, `nonfinite` is 1 and the new state is the
-    old one.
+    Of several processes each gives rows of its own, one at least (`packing.empty_row`), and all
+    make the call together. Metrics are means over the loss tokens of all, beside `grad_norm`
+    (before the clip), `loss_tokens`, `learning_rate` and, where the rows carry log-probs of the
+    sampler, the mean and largest gap to them, `logp_gap` and `logp_gap_max`. Where the loss, the
+    norm of its gradient or anything of the new state is not finite, `nonfinite` is 1 and the new
+    state is the old one.
 
     Raises ValueError if there is no token to train on.
     """

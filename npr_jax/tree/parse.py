@@ -83,7 +83,7 @@ class TagIds:
             if len(encode(name)) != 1:
                 raise ValueError(
                     f"the tokenizer splits {name} into {len(encode(name))} tokens, needed is 1: "
-                    "add the tags first (npr_jax.model.add_tags)"
+                    "load the model with them (npr_jax.load(..., tags=True))"
                 )
         pieces = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
         return cls(
