@@ -1,6 +1,7 @@
 """The pages are true: links lead somewhere, commands exist and run, figures are the files'."""
 
 import ast
+import itertools
 import os
 import pkgutil
 import re
@@ -11,8 +12,12 @@ from pathlib import Path
 
 import pytest
 import typer.main
+from typer.testing import CliRunner
 
+from npr_jax.base.config import load_config
 from npr_jax.cli import app
+from npr_jax.train.configs import CONFIGS
+from npr_jax.train.rollout import STAGES
 
 OPTIMISED = True
 ROOT = Path(__file__).parents[1]
@@ -48,17 +53,25 @@ def blocks(path: Path, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
 
 
+def prose(path: Path) -> str:
+    """A page without its code blocks."""
+    return re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
 def commands(path: Path) -> list[list[str]]:
-    """The commands of a page's shell blocks, as words, without comments."""
+    """The commands of a page, as words, without comments and assignments: those of its shell
+    blocks, and those of npr-jax and make in its text."""
     text = "\n".join(blocks(path, "sh")).replace("\\\n", " ")
     lines = [part for line in text.splitlines() for part in re.split(r" && | \| | 2>&1", line)]
-    return [words for line in lines if (words := shlex.split(line, comments=True))]
+    lines += re.findall(r"`((?:npr-jax|make) [^`]+)`", prose(path))
+    found = (shlex.split(line, comments=True) for line in lines)
+    bare = [list(itertools.dropwhile(re.compile(r"\w+=").match, words)) for words in found]
+    return [words for words in bare if words]
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_links_lead_somewhere(path):
-    text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
-    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose(path)):
         if re.match(r"[a-z]+:", link):
             continue  # of the web
         name, _, anchor = link.partition("#")
@@ -81,19 +94,36 @@ def test_commands_exist(path):
     verbs = typer.main.get_command(app).commands
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for words in commands(path):
-        if words[0] == "npr-jax":
+        files = [word for word in words if re.match(r"(scripts|bench|configs)/", word)]
+        assert all((ROOT / name).is_file() for name in files), f"{path.name}: {words}"
+        if files:  # a script that launches: a verb and what it takes may follow
+            words = ["npr-jax", *itertools.dropwhile(lambda word: word not in verbs, words)]
+        if words[0] == "npr-jax" and words[1:]:
+            if words[1] == "--version":
+                continue
             command, rest = verbs.get(words[1]), words[2:]
-            assert command or words[1] == "--version", f"{path.name}: npr-jax has no {words[1]}"
-            if command and hasattr(command, "commands"):
+            assert command, f"{path.name}: npr-jax has no {words[1]}"
+            if hasattr(command, "commands"):
                 command, rest = command.commands[rest[0]], rest[1:]
             known = {option for parameter in command.params for option in parameter.opts}
             used = {word.split("=")[0] for word in rest if word.startswith("--")}
             assert used <= known, f"{path.name}: {words[1]} has no {sorted(used - known)}"
+            if words[1] in STAGES and rest and not rest[0].startswith("--"):
+                changes = [rest[i + 1] for i, word in enumerate(rest) if word == "--set"]
+                load_config(CONFIGS[words[1]], rest[0], changes)
         elif words[0] == "make":
             asked = [word for word in words[1:] if "=" not in word]
             assert set(asked) <= targets, f"{path.name}: make has no {asked}"
-        elif words[0] == "python":
-            assert words[1] == "-m" or (ROOT / words[1]).is_file(), f"{path.name}: {words}"
+
+
+def test_commands_that_need_no_data_run():
+    asked = {tuple(words[1:]) for path in PAGES for words in commands(path)}
+    run = [words for words in sorted(asked) if words[:1] in (("config",), ("--version",))]
+    assert len(run) > 2
+    for words in run:
+        for stage in CONFIGS if "STAGE" in words else ("",):
+            found = CliRunner().invoke(app, [stage if word == "STAGE" else word for word in words])
+            assert found.exit_code == 0 and found.output, (words, found.output)
 
 
 def test_files_named_in_the_text_are_there():
