@@ -26,6 +26,8 @@ FILE = Path(__file__).with_name("public.txt")
 MODULES = {
     "npr_jax": None,  # all that it names
     "npr_jax.answers": None,
+    "npr_jax.data.prompts": ("prompt_ids",),
+    "npr_jax.decode": ("Event",),
     "npr_jax.model": None,
     "npr_jax.train.advantages": ("batch_std", "group_std"),
     "npr_jax.tree": None,
@@ -94,10 +96,14 @@ def _fields(cls: type) -> tuple[str, ...]:
 
 
 def _parameters(function) -> str:
-    """As they are written, without annotations, which versions of Python write differently."""
+    """As they are written, without annotations, which versions of Python write differently; of a
+    long text its beginning."""
     signature = inspect.signature(function)
     parameters = [
-        parameter.replace(annotation=inspect.Parameter.empty)
+        parameter.replace(
+            annotation=inspect.Parameter.empty,
+            default=x[:60] if isinstance(x := parameter.default, str) else x,
+        )
         for parameter in signature.parameters.values()
         if parameter.name not in ("self", "cls")
     ]
