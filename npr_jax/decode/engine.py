@@ -44,8 +44,9 @@ from npr_jax.decode.stats import Clock, counted_compilations, of_schedulers
 class Engine:
     """Decodes with a model (`npr_jax.load`); see `generate`, `submit`, `stream` and `replay`.
 
-    On a mesh with axes (data, tensor) every replica of `data` has lanes and pages of its own, heads
-    are split over `tensor`, and every process must make the same calls in the same order.
+    On a mesh (data, tensor) every replica of `data` has lanes and pages of its own, heads are split
+    over `tensor`, and every process must make the same calls in the same order. Raises ValueError
+    where heads do not divide so, or the tags have fewer headers than `max_branches`.
     """
 
     def __init__(self, model, config: EngineConfig | None = None, mesh: Mesh | None = None):
@@ -119,9 +120,8 @@ class Engine:
         happened, where nothing is being changed: it may submit and abort, which takes effect at
         once. Where it raises, its answer ends with the finish reason `error`.
 
-        Raises:
-          ValueError: a prompt is empty, has an id that does not exist, or could not fit the empty
-            pool even without branches; then nothing is queued.
+        Raises ValueError, and queues nothing, where a prompt is empty, is no text or known ids, or
+        could not fit the empty pool even without branches, or the sampling cannot be done.
         """
         groups = self._maker.groups(prompts, sampling or SamplingParams())
         return self._queue(groups, on_event)
@@ -137,7 +137,7 @@ class Engine:
 
         Returns when these are done; what else was submitted is decoded beside them, and goes on
         with the next call. `progress(done, total)` is called after every answer; `on_event` as in
-        `submit`, whose errors this raises too.
+        `submit`. Raises what `submit` raises, and RuntimeError beside a stream.
         """
         with self._consuming(tokens=True):
             groups = self._maker.groups(prompts, sampling or SamplingParams())
@@ -178,8 +178,9 @@ class Engine:
         """Feeds given ids instead of samples, one a step, through the same forks and joins.
 
         A trace is a Trajectory or a pair (token ids, prompt length), which is parsed (a cut-off one
-        too). Header tokens are written at once, as forced; every other token of the response gets
-        its raw log-prob. `parallel=False` replays the same ids as one line of text.
+        too). Headers are written at once, as forced; every other token of the response gets its raw
+        log-prob. `parallel=False` replays one line of text. Raises ValueError for a trace that is
+        no tree, lacks a prompt or a response or cannot fit, and RuntimeError beside a stream.
         """
         with self._consuming(tokens=True):
             groups = [

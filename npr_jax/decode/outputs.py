@@ -43,7 +43,8 @@ class Trajectory:
       forced: bool[T], tokens of the response that the engine wrote.
       text: of the response; None without a tokenizer.
       finish_reason: one of FINISH_REASONS; `detail` says more.
-      stats: figures: tokens, critical_path, branches, width, depth, sampled, preempted.
+      stats: figures: tokens, critical_path, branches, width, depth, sampled, preempted (times), and
+        refused_blocks: why each block that was refused went on sequentially.
     """
 
     token_ids: np.ndarray

@@ -63,7 +63,8 @@ class SamplingParams(Checked):
 
 @struct.dataclass
 class LaneSampling:
-    """The knobs of R lanes as arrays [R]; `key` is uint32[R, 2], `stops` i32[R, E] (-1: unused)."""
+    """The knobs of R lanes: `key` uint32[R, 2]; `temperature`, `top_p`, `min_p` and `penalty`
+    f32[R]; `top_k` i32[R]; `stops` i32[R, E], token ids (-1: unused)."""
 
     key: Array
     temperature: Array

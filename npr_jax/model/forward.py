@@ -57,7 +57,7 @@ def forward(
       mesh: of training (npr_jax.base.mesh), on which activations are split over rows and tokens.
 
     Returns:
-      (x [B, T, D] after the final norm, state).
+      (x [B, T, D] after the final norm, in the parameters' dtype, state).
     """
     c = config
     table, batch, length = params["embed"], *tokens.shape
@@ -120,7 +120,7 @@ def forward(
 
 
 def head(config: ModelConfig, params: dict) -> jax.Array:
-    """The weights [D, padded_vocab_size] of the logits."""
+    """The weights [D, padded_vocab_size] of the logits, in the parameters' dtype."""
     return params["embed"].T if config.tie_word_embeddings else params["unembed"]
 
 

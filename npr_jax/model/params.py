@@ -71,7 +71,12 @@ def _is_weight(x) -> bool:
 
 
 def init_params(config: ModelConfig, key: jax.Array, dtype="float32") -> dict:
-    """Random parameters, a key for each weight of the table."""
+    """Random parameters in the structure that this module describes.
+
+    Args:
+      key: of `jax.random.key`; each weight of the table folds a key of its own from it.
+      dtype: of all parameters, which are drawn in float32.
+    """
     leaves, tree = jax.tree.flatten_with_path(weight_table(config), is_leaf=_is_weight)
 
     def make(number: int, w: Weight):
@@ -93,7 +98,7 @@ def unstack(params: dict) -> dict:
 
 
 def abstract_params(config: ModelConfig, dtype="float32") -> dict:
-    """ShapeDtypeStructs of the parameters."""
+    """The parameters as `jax.ShapeDtypeStruct`s of that dtype, in the same structure."""
     return jax.tree.map(
         lambda w: jax.ShapeDtypeStruct(w.shape, jnp.dtype(dtype)),
         weight_table(config),
@@ -102,7 +107,8 @@ def abstract_params(config: ModelConfig, dtype="float32") -> dict:
 
 
 def logical_axes(config: ModelConfig) -> dict:
-    """Logical axis names of the parameters, for a rules table to map to a mesh."""
+    """Logical axis names of the parameters, a tuple for each, in the same structure, for a rules
+    table to map to a mesh."""
     return jax.tree.map(lambda w: w.axes, weight_table(config), is_leaf=_is_weight)
 
 

@@ -35,7 +35,11 @@ class Model:
     source: SourceFiles | None = None
 
     def with_tags(self) -> "Model":
-        """The model with the eight tags as single tokens; the model itself if it has them."""
+        """The model with the eight tags as single tokens; the model itself if it has them.
+
+        The tokenizer is changed in place. Raises ValueError where there is none, or where it has no
+        tokens for the word of a tag, from whose rows that of the tag is made.
+        """
         if self.tags is not None:
             return self
         if self.tokenizer is None:
@@ -64,8 +68,9 @@ def load(
 
     Raises:
       FileNotFoundError: there is no such directory, preset or reachable hub repository.
+      NotADirectoryError: `source` is a file.
       ValueError: the config, a tensor or the tokenizer cannot be used; it is named with its file.
-        Or `tags` are wanted and there is no tokenizer.
+        Or `tags` are wanted and cannot be added (`Model.with_tags`).
     """
     if str(source) in PRESETS:
         config = PRESETS[str(source)]

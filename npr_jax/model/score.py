@@ -16,7 +16,8 @@ Figures = tuple[dict[str, jax.Array], dict[str, jax.Array]]  # sums, largest val
 
 
 def logits(config: ModelConfig, params: dict, tokens, positions, hidden) -> jax.Array:
-    """Logits f32[B, T, vocab_size] of tokens i32[B, T] under `hidden` i32[B, T, D, 2].
+    """Logits f32[B, T, vocab_size] of tokens i32[B, T] at positions i32[B, T], under `hidden`
+    i32[B, T, D, 2].
 
     Materialises all of them: for tests and small inputs.
     """
@@ -25,7 +26,10 @@ def logits(config: ModelConfig, params: dict, tokens, positions, hidden) -> jax.
 
 
 def token_logp(config: ModelConfig, params: dict, tokens, positions, hidden, pred) -> jax.Array:
-    """Raw log-prob f32[B, T] of each token from the row that predicts it; 0 where `pred` is -1."""
+    """Raw log-prob f32[B, T] of each token from the row that predicts it; 0 where `pred` is -1.
+
+    Arguments as for `token_logp_entropy`.
+    """
     return token_logp_entropy(config, params, tokens, positions, hidden, pred)[0]
 
 
@@ -34,8 +38,13 @@ def token_logp_entropy(
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probs f32[B, T] of the tokens, and entropies f32[B, T] of their distributions.
 
-    The entropies carry no gradient; both are 0 where `pred` i32[B, T] is -1. Logits exist for
-    `logp_chunk` tokens at a time, forward and backward; `token_loss` computes them only once.
+    The entropies carry no gradient; both are 0 where `pred` is -1. Logits exist for `logp_chunk`
+    tokens at a time, forward and backward; `token_loss` computes them only once.
+
+    Args:
+      tokens, positions: i32[B, T].
+      hidden: i32[B, T, D, 2], the intervals of queries that do not see the token.
+      pred: i32[B, T], the index in its row of the token that predicts it; -1: none.
     """
     rows = _predictors(config, params, tokens, positions, hidden, pred)
     weights, columns = head(config, params), {"tokens": tokens, "pred": pred}

@@ -125,8 +125,10 @@ def layout(
     """Lays `num_tokens` tokens out by the spans of their blocks: the strict rule.
 
     Every branch starts one position after its block's `</guideline>`; the trunk goes on one after
-    the largest last position of the branches. `forced` defaults to what the spans alone tell: the
-    white space before `<step>` and `<takeaway>`, and these tags.
+    the largest last position of the branches. `forced` bool[num_tokens] defaults to what the spans
+    alone tell: the white space before `<step>` and `<takeaway>`, and these tags.
+
+    Raises ValueError where the steps of a block overlap, or lie outside it or the tokens.
     """
     blocks = tuple(blocks)
     hidden = np.zeros((num_tokens, max((b.depth + 1 for b in blocks), default=1), 2), np.int32)
@@ -179,6 +181,7 @@ def pack(layouts: Sequence[TreeLayout], length: int | None = None) -> TreeLayout
 
     `length` pads the row; the padding is one more document, seen by nobody and without predictors.
     Returns a layout without blocks whose `hidden` has one column more than the deepest member's.
+    Raises ValueError where the documents are longer than `length`.
     """
     total = sum(map(len, layouts))
     length = total if length is None else length
@@ -194,7 +197,7 @@ def group(traces: Sequence[TreeLayout]) -> TreeLayout:
 
     All traces share their first `prompt_len` tokens; the row holds these once, then each response.
     The first token of every response is predicted by the prompt's last. Returns a layout without
-    blocks, with one more column in `hidden`.
+    blocks, with one more column in `hidden`. Raises ValueError where prompts differ in length.
     """
     prompt_len = traces[0].prompt_len
     if any(trace.prompt_len != prompt_len for trace in traces):

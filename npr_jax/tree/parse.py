@@ -69,7 +69,7 @@ class TagIds:
 
     @classmethod
     def from_tokenizer(cls, tokenizer) -> "TagIds":
-        """Reads the ids from a transformers tokenizer in which every tag is a single token."""
+        """Reads the ids from a transformers tokenizer; raises ValueError where it splits a tag."""
 
         def encode(text: str) -> tuple[int, ...]:
             return tuple(tokenizer.encode(text, add_special_tokens=False))
@@ -238,7 +238,7 @@ class Automaton:
         block.steps = [[self.index, self.index]] * len(block.plans)
 
     def finish(self, allow_open: bool = False) -> tuple[Block, ...]:
-        """The blocks of the line; one that is still open is an error, or is cut off here."""
+        """The blocks of the line; one that is still open is a TraceError, or is cut off here."""
         if self.stack and not allow_open:
             raise TraceError(
                 self.index, f"the trace ends inside the block of token {self.stack[-1].start}"
@@ -273,6 +273,8 @@ def parse(
 
     Raises:
       TraceError: with the index of the first token at which the response is no tree.
+      ValueError: `prompt_len` is not within the tokens, `rule` is another, or is "reference" with
+        `allow_open`.
     """
     tokens = np.asarray(token_ids).tolist()
     if not 0 <= prompt_len <= len(tokens):
