@@ -27,13 +27,13 @@ def test_stretches_are_merged(monkeypatch, all_lines, chunk, group):
 def test_blocks_that_nobody_sees_are_not_worked_on(monkeypatch):
     """Of the 16 blocks of 16 slots in a row: 3 of the first row, none of the second."""
     blocks = []
-    original = attention_gpu._dot
+    original = attention_gpu.dot
 
     def dot(a, b, axis):
         jax.debug.callback(lambda: blocks.append(axis))
         return original(a, b, axis)
 
-    monkeypatch.setattr(attention_gpu, "_dot", dot)
+    monkeypatch.setattr(attention_gpu, "dot", dot)
     monkeypatch.setattr(attention_gpu, "_BLOCK", 16)
     check(attend, problem([40, REST], [[4] * 62] * 2, kv_heads=1))
     jax.effects_barrier()

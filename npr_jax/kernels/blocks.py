@@ -1,4 +1,4 @@
-"""Which blocks of queries see which blocks of keys: what the kernels of tree attention share.
+"""What the kernels share, and of tree attention which blocks of queries see which of keys.
 
 Key k is visible to query q iff k <= q and no interval hidden[k, d] holds q. Of a block of keys only
 the ends of its intervals are looked at, column by column, so nothing here has T * T elements. In a
@@ -13,6 +13,7 @@ import numpy as np
 NONE, SOME, ALL = 0, 1, 2  # of the pairs of two blocks that are visible
 EMPTY = -1e30  # score of what is not seen; finite, so that a row that sees nothing stays finite
 SAVED = "attention"  # name of what the backward pass needs of attention, for `jax.checkpoint`
+LANES = 128  # of a TPU's vectors
 _NEVER, _ALWAYS = np.iinfo(np.int32).min, np.iinfo(np.int32).max
 
 
@@ -77,3 +78,8 @@ def dot(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
     return jax.lax.dot_general(
         a, b, (((1,), (axis,)), ((), ())), precision, preferred_element_type=jnp.float32
     )
+
+
+def widen(x: jax.Array, lanes: int) -> jax.Array:
+    """x [N, 128], the same in all lanes, as [N, lanes]: cheaper than to broadcast one lane."""
+    return jnp.tile(x, (1, -(-lanes // LANES)))[:, :lanes]

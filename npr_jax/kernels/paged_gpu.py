@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from npr_jax.kernels.blocks import EMPTY
+from npr_jax.kernels.blocks import EMPTY, dot
 
 _DIMS = (16, 32, 64, 128, 256)  # powers of two; Triton multiplies nothing narrower than 16
 # What a program holds, so that it fits into the registers and shared memory of all these GPUs.
@@ -124,13 +124,13 @@ def _kernel(layer, table, base, ranks, used, q, pool, out, weight, *, tile: int,
             mask = jnp.broadcast_to(listed[:, None], (block, dim))
             return plgpu.load(pool.at[at], mask=mask, other=0).astype(q.dtype)
 
-        scores = _dot(queries, load(0), 1) * dim**-0.5
+        scores = dot(queries, load(0), 1) * dim**-0.5
         seen = listed[None] & (entry[None] <= rank[:, None])
         scores = jnp.where(seen, scores, EMPTY)
         new = jnp.maximum(top, jnp.max(scores, axis=1))
         p = jnp.exp(scores - new[:, None])  # 1 while a query sees nothing: scaled away later
         scale = jnp.exp(top - new)
-        told = _dot(p.astype(q.dtype), load(1), 0)
+        told = dot(p.astype(q.dtype), load(1), 0)
         return new, total * scale + jnp.sum(p, axis=1), acc * scale[:, None] + told
 
     start = (
@@ -144,11 +144,3 @@ def _kernel(layer, table, base, ranks, used, q, pool, out, weight, *, tile: int,
     told = (acc / total[:, None]).astype(out.dtype)
     plgpu.store(out.at[(stretch, *at)], told, mask=real_lanes)
     plgpu.store(weight.at[stretch, row, query, query_head], top + jnp.log(total), mask=real)
-
-
-def _dot(a, b, axis: int):
-    """a @ b (axis 0) or a @ b.T (axis 1) in float32."""
-    precision = "highest" if a.dtype == jnp.float32 else "default"
-    return jax.lax.dot_general(
-        a, b, (((1,), (axis,)), ((), ())), precision, preferred_element_type=jnp.float32
-    )

@@ -14,11 +14,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
 
-from npr_jax.kernels.blocks import EMPTY
+from npr_jax.kernels.blocks import EMPTY, LANES, dot, widen
 
 _SLOTS = 512  # of a block: 2 MiB with 8 key heads of 128 in bfloat16
 _QUERIES = 512  # times their group, that are worked on at once
-_LANES = 128
 _VMEM = 32 * 2**20  # bytes that a kernel may take; Qwen3-4B takes 5 MiB to decode, 19 to prefill
 
 
@@ -44,8 +43,8 @@ def paged_attention(q, pool, layer, table, base, ranks, interpret=False) -> jax.
     width = table.shape[1]
     kv_heads = double // 2
     group = heads // kv_heads
-    if dim % _LANES and not interpret:  # XLA would copy the pool to pad it
-        raise ValueError(f"head_dim is {dim}, needed is a multiple of {_LANES}")
+    if dim % LANES and not interpret:  # XLA would copy the pool to pad it
+        raise ValueError(f"head_dim is {dim}, needed is a multiple of {LANES}")
 
     pages = max(1, _SLOTS // size)
     tiles = 1  # that the queries of a row are cut into
@@ -71,7 +70,7 @@ def paged_attention(q, pool, layer, table, base, ranks, interpret=False) -> jax.
         memory_space=pltpu.SMEM,
     )
     matrix = pl.BlockSpec((None, *q.shape[1:]), lambda half, i, *_: (step(half, i), 0, 0, 0))
-    sums = pltpu.VMEM((kv_heads, tile * group, _LANES), jnp.float32)
+    sums = pltpu.VMEM((kv_heads, tile * group, LANES), jnp.float32)
     out = pl.pallas_call(
         functools.partial(_kernel, tiles=tiles, tile=tile),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -177,16 +176,16 @@ def _kernel(*refs, tiles: int, tile: int):
 
         for head in range(kv_heads):
             k, v = _keys_values(buffer.at[half], head)
-            scores = _dot(q[head], k.astype(q.dtype), 1) * dim**-0.5
+            scores = dot(q[head], k.astype(q.dtype), 1) * dim**-0.5
             scores = jnp.where(seen, scores, EMPTY)
             old = top[head]
             new = jnp.maximum(old, jnp.max(scores, axis=1, keepdims=True))
-            weights = jnp.exp(scores - _widen(new, scores.shape[1]))
+            weights = jnp.exp(scores - widen(new, scores.shape[1]))
             scale = jnp.exp(old - new)
             top[head] = new
             total[head] = total[head] * scale + jnp.sum(weights, axis=1, keepdims=True)
-            values = _dot(weights.astype(q.dtype), v.astype(q.dtype), 0)
-            acc[head] = acc[head] * _widen(scale, dim) + values
+            values = dot(weights.astype(q.dtype), v.astype(q.dtype), 0)
+            acc[head] = acc[head] * widen(scale, dim) + values
 
     def body(block, half):
         more = block + 1 < blocks
@@ -221,7 +220,7 @@ def _kernel(*refs, tiles: int, tile: int):
 
     for head in range(kv_heads):
         seen = jnp.maximum(total[head], 1e-30)
-        out[head] = (acc[head] / _widen(seen, dim)).astype(out.dtype)
+        out[head] = (acc[head] / widen(seen, dim)).astype(out.dtype)
 
 
 def _keys_values(block, head):
@@ -237,19 +236,6 @@ def _keys_values(block, head):
     return k.astype(block.dtype), v.astype(block.dtype)
 
 
-def _dot(a, b, axis: int):
-    """a @ b (axis 0) or a @ b.T (axis 1) in float32."""
-    precision = "highest" if a.dtype == jnp.float32 else "default"
-    return jax.lax.dot_general(
-        a, b, (((1,), (axis,)), ((), ())), precision, preferred_element_type=jnp.float32
-    )
-
-
-def _widen(x, lanes: int):
-    """x [N, 128], the same in all lanes, as [N, lanes]: cheaper than to broadcast one lane."""
-    return jnp.tile(x, (1, -(-lanes // _LANES)))[:, :lanes]
-
-
 def plain_attention(q, pool, layer, table, base, ranks) -> jax.Array:
     """The same by JAX's stock kernel, for rows whose pages are full but for the last one.
 
@@ -257,8 +243,8 @@ def plain_attention(q, pool, layer, table, base, ranks) -> jax.Array:
     """
     num_rows, chunk, heads, dim = q.shape
     _, num_pages, size, double, _ = pool.shape
-    if dim % _LANES:
-        raise ValueError(f"head_dim is {dim}, needed is a multiple of {_LANES}")
+    if dim % LANES:
+        raise ValueError(f"head_dim is {dim}, needed is a multiple of {LANES}")
     if q.dtype != jnp.bfloat16 or pool.dtype != jnp.bfloat16:
         raise ValueError(f"queries are {q.dtype}, pages {pool.dtype}, needed is bfloat16")
     # To that kernel the queries of a row are its last entries, without padding between rows, and no

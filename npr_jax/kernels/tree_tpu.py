@@ -21,6 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 from npr_jax.kernels.blocks import (
     ALL,
     EMPTY,
+    LANES,
     NONE,
     SAVED,
     SOME,
@@ -28,9 +29,9 @@ from npr_jax.kernels.blocks import (
     pad_keys,
     pad_queries,
     pair_kinds,
+    widen,
 )
 
-_LANES = 128
 _BLOCK = 512  # queries, and keys
 _BLOCK_BYTES = 2**20  # of a block of queries with the heads of a group; the block is halved above
 _VMEM = 64 * 2**20  # bytes that a kernel may take
@@ -56,16 +57,16 @@ def flash(q, k, v, hidden, offset=0, block_q=None, block_k=None, interpret=False
       [B, T, H, K]; a query that sees nothing gets 0.
     """
     batch, length, heads, dim = q.shape
-    if dim % _LANES and not interpret:
+    if dim % LANES and not interpret:
         raise ValueError(
-            f"head_dim is {dim}, the TPU kernel needs a multiple of {_LANES}: set the model's "
+            f"head_dim is {dim}, the TPU kernel needs a multiple of {LANES}: set the model's "
             "attention to 'blockwise'"
         )
     best = _BLOCK
-    while best > _LANES and best * heads // k.shape[2] * dim * q.dtype.itemsize > _BLOCK_BYTES:
+    while best > LANES and best * heads // k.shape[2] * dim * q.dtype.itemsize > _BLOCK_BYTES:
         best //= 2
-    block_q = block_q or min(best, pl.cdiv(length, _LANES) * _LANES)
-    block_k = block_k or min(best, pl.cdiv(k.shape[1], _LANES) * _LANES)
+    block_q = block_q or min(best, pl.cdiv(length, LANES) * LANES)
+    block_k = block_k or min(best, pl.cdiv(k.shape[1], LANES) * LANES)
     q = pad_queries(q, block_q)
     k, v, hidden = pad_keys(k, v, hidden, block_k)
     kinds = pair_kinds(hidden, offset, length, block_q, block_k)
@@ -118,7 +119,7 @@ _flash.defvjp(_flash_forward, _flash_backward)
 
 
 def _query_scratch(group, dim, block_q, block_k):
-    lines = pltpu.VMEM((group, block_q, _LANES), jnp.float32)
+    lines = pltpu.VMEM((group, block_q, LANES), jnp.float32)
     return [lines, lines, pltpu.VMEM((group, block_q, dim), jnp.float32)]
 
 
@@ -257,17 +258,17 @@ def _forward_kernel(pairs, offset, hidden, q, k, v, out, norm, top, total, acc, 
             scores = _scores(q[:, _head(g, dim)], k[...], seen)
             old = top[g]
             new = jnp.maximum(old, jnp.max(scores, axis=1, keepdims=True))
-            p = jnp.exp(scores - _widen(new, block_k))  # 1 until a query sees something
+            p = jnp.exp(scores - widen(new, block_k))  # 1 until a query sees something
             scale = jnp.exp(old - new)
             top[g] = new
             total[g] = total[g] * scale + jnp.sum(p, axis=1, keepdims=True)
-            acc[g] = acc[g] * _widen(scale, dim) + dot(p.astype(v.dtype), v[...], 0)
+            acc[g] = acc[g] * widen(scale, dim) + dot(p.astype(v.dtype), v[...], 0)
 
     def end():
         for g in range(group):
             empty = top[g] < 0.5 * EMPTY
             sums = jnp.where(empty, 1.0, total[g])
-            told = jnp.where(_widen(empty, dim), 0.0, acc[g] / _widen(sums, dim))
+            told = jnp.where(widen(empty, dim), 0.0, acc[g] / widen(sums, dim))
             out[:, _head(g, dim)] = told.astype(out.dtype)
             norm[g : g + 1] = jnp.where(empty, 0.0, top[g] + jnp.log(sums)).T[:1]
 
@@ -287,16 +288,16 @@ def _query_kernel(
 
     def begin():
         for g in range(group):
-            norms[g] = jnp.broadcast_to(norm[g : g + 1], (_LANES, block_q)).T
-            deltas[g] = jnp.broadcast_to(delta[g : g + 1], (_LANES, block_q)).T
+            norms[g] = jnp.broadcast_to(norm[g : g + 1], (LANES, block_q)).T
+            deltas[g] = jnp.broadcast_to(delta[g : g + 1], (LANES, block_q)).T
         acc[...] = jnp.zeros(acc.shape, acc.dtype)
 
     def see(seen):
         for g in range(group):
             scores = _scores(q[:, _head(g, dim)], k[...], seen)
-            p = jnp.exp(scores - _widen(norms[g], block_k))
+            p = jnp.exp(scores - widen(norms[g], block_k))
             d_p = dot(d_out[:, _head(g, dim)], v[...], 1)
-            d_s = p * (d_p - _widen(deltas[g], block_k))
+            d_s = p * (d_p - widen(deltas[g], block_k))
             acc[g] += dot(d_s.astype(k.dtype), k[...], 0)
 
     def end():
@@ -344,8 +345,3 @@ def _scores(a, b, seen):
 def _head(g: int, dim: int):
     """Lanes of query head g of the group."""
     return slice(g * dim, (g + 1) * dim)
-
-
-def _widen(x, lanes: int):
-    """x [N, 128], the same in all lanes, as [N, lanes]: cheaper than to broadcast one lane."""
-    return jnp.tile(x, (1, -(-lanes // _LANES)))[:, :lanes]
