@@ -78,10 +78,9 @@ class Runner:
         self._steps = compiled_steps(model_config, attention, config.steps, mesh)
         # Prompts, whose pages are full but the last, are what the stock kernel of a TPU can do.
         stock = attention == "pallas" and jax.default_backend() == "tpu"
-        stock = stock and model_config.head_dim % 128 == 0 and dtype == jax.numpy.bfloat16
-        self._prompt_steps = self._steps
-        if stock and params["embed"].dtype == dtype:
-            self._prompt_steps = compiled_steps(model_config, "plain", config.steps, mesh)
+        stock = stock and params["embed"].dtype == dtype == jax.numpy.bfloat16
+        prompts = "plain" if stock else attention
+        self._prompt_steps = compiled_steps(model_config, prompts, config.steps, mesh)
         self._dtype = dtype
         self._like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
         self.set_params(params)

@@ -14,7 +14,24 @@ NONE, SOME, ALL = 0, 1, 2  # of the pairs of two blocks that are visible
 EMPTY = -1e30  # score of what is not seen; finite, so that a row that sees nothing stays finite
 SAVED = "attention"  # name of what the backward pass needs of attention, for `jax.checkpoint`
 LANES = 128  # of a TPU's vectors
+_GPU_DIMS = (16, 32, 64, 128, 256)  # powers of two; Triton multiplies nothing narrower than 16
 _NEVER, _ALWAYS = np.iinfo(np.int32).min, np.iinfo(np.int32).max
+
+
+def takes(platform: str, head_dim: int) -> bool:
+    """Whether the kernels of a platform take such heads; where there are none, nothing does."""
+    return {"gpu": head_dim in _GPU_DIMS, "tpu": head_dim % LANES == 0}.get(platform, False)
+
+
+def check_head_dim(platform: str, head_dim: int) -> None:
+    """Raises ValueError for heads that the kernels of a platform, "gpu" or "tpu", do not take."""
+    if not takes(platform, head_dim):
+        dims = ", ".join(map(str, _GPU_DIMS))
+        needed = f"one of {dims}" if platform == "gpu" else f"a multiple of {LANES}"
+        raise ValueError(
+            f"head_dim is {head_dim}, the {platform.upper()} kernels need {needed}: "
+            "where attention is 'pallas' set it to 'blockwise'"
+        )
 
 
 def pad_queries(x: jax.Array, block: int) -> jax.Array:

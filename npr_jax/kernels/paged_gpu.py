@@ -17,9 +17,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from npr_jax.kernels.blocks import EMPTY, dot
+from npr_jax.kernels.blocks import EMPTY, check_head_dim, dot
 
-_DIMS = (16, 32, 64, 128, 256)  # powers of two; Triton multiplies nothing narrower than 16
 # What a program holds, so that it fits into the registers and shared memory of all these GPUs.
 _LEAST, _LINES = 16, 128  # queries, and of these so many numbers by their bytes
 _LINES_SIZE = {2: 2**14, 4: 2**12}
@@ -48,8 +47,7 @@ def paged_attention(q, pool, layer, table, base, ranks, interpret=False) -> jax.
     num_rows, chunk, heads, dim = q.shape
     _, _, size, double, _ = pool.shape
     kv_heads = double // 2
-    if dim not in _DIMS:
-        raise ValueError(f"head_dim is {dim}, needed is one of {', '.join(map(str, _DIMS))}")
+    check_head_dim("gpu", dim)
 
     lines = chunk * (heads // kv_heads)  # queries of a row that share a key head
     tile = min(_LINES, _LINES_SIZE[q.dtype.itemsize] // dim, pl.next_power_of_2(lines))

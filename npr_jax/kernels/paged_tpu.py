@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
 
-from npr_jax.kernels.blocks import EMPTY, LANES, dot, widen
+from npr_jax.kernels.blocks import EMPTY, LANES, check_head_dim, dot, widen
 
 _SLOTS = 512  # of a block: 2 MiB with 8 key heads of 128 in bfloat16
 _QUERIES = 512  # times their group, that are worked on at once
@@ -43,8 +43,8 @@ def paged_attention(q, pool, layer, table, base, ranks, interpret=False) -> jax.
     width = table.shape[1]
     kv_heads = double // 2
     group = heads // kv_heads
-    if dim % LANES and not interpret:  # XLA would copy the pool to pad it
-        raise ValueError(f"head_dim is {dim}, needed is a multiple of {LANES}")
+    if not interpret:  # XLA would copy the pool to pad it
+        check_head_dim("tpu", dim)
 
     pages = max(1, _SLOTS // size)
     tiles = 1  # that the queries of a row are cut into
@@ -243,8 +243,7 @@ def plain_attention(q, pool, layer, table, base, ranks) -> jax.Array:
     """
     num_rows, chunk, heads, dim = q.shape
     _, num_pages, size, double, _ = pool.shape
-    if dim % LANES:
-        raise ValueError(f"head_dim is {dim}, needed is a multiple of {LANES}")
+    check_head_dim("tpu", dim)
     if q.dtype != jnp.bfloat16 or pool.dtype != jnp.bfloat16:
         raise ValueError(f"queries are {q.dtype}, pages {pool.dtype}, needed is bfloat16")
     # To that kernel the queries of a row are its last entries, without padding between rows, and no

@@ -17,9 +17,17 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from npr_jax.kernels.blocks import ALL, EMPTY, SAVED, dot, pad_keys, pad_queries, pair_kinds
+from npr_jax.kernels.blocks import (
+    ALL,
+    EMPTY,
+    SAVED,
+    check_head_dim,
+    dot,
+    pad_keys,
+    pad_queries,
+    pair_kinds,
+)
 
-DIMS = (16, 32, 64, 128, 256)  # powers of two; Triton multiplies nothing narrower than 16
 # What a program holds, so that it fits into the registers and shared memory of GPUs from Ampere on.
 _QUERIES, _QUERY_BYTES = 128, 2**15
 _KEYS, _KEY_BYTES = 64, 2**14
@@ -43,11 +51,7 @@ def flash(q, k, v, hidden, offset=0, block_q=None, block_k=None, interpret=False
       [B, T, H, K]; a query that sees nothing gets 0.
     """
     length, dim = q.shape[1], q.shape[3]
-    if dim not in DIMS:
-        raise ValueError(
-            f"head_dim is {dim}, the GPU kernel needs one of {', '.join(map(str, DIMS))}: set the "
-            "model's attention to 'blockwise'"
-        )
+    check_head_dim("gpu", dim)
     line = dim * q.dtype.itemsize
     block_q = block_q or max(_LEAST, min(_QUERIES, _QUERY_BYTES // line))
     block_k = block_k or max(_LEAST, min(_KEYS, _KEY_BYTES // line))

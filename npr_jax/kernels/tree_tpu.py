@@ -25,6 +25,7 @@ from npr_jax.kernels.blocks import (
     NONE,
     SAVED,
     SOME,
+    check_head_dim,
     dot,
     pad_keys,
     pad_queries,
@@ -57,11 +58,8 @@ def flash(q, k, v, hidden, offset=0, block_q=None, block_k=None, interpret=False
       [B, T, H, K]; a query that sees nothing gets 0.
     """
     batch, length, heads, dim = q.shape
-    if dim % LANES and not interpret:
-        raise ValueError(
-            f"head_dim is {dim}, the TPU kernel needs a multiple of {LANES}: set the model's "
-            "attention to 'blockwise'"
-        )
+    if not interpret:
+        check_head_dim("tpu", dim)
     best = _BLOCK
     while best > LANES and best * heads // k.shape[2] * dim * q.dtype.itemsize > _BLOCK_BYTES:
         best //= 2
