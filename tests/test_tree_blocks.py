@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tree_attention_checks import rows, tree_row
 
+from npr_jax.kernels import choose_attention
 from npr_jax.kernels.blocks import ALL, NONE, SOME, pad_keys, pair_kinds
 from npr_jax.model import PRESETS, attention
 
@@ -93,7 +94,7 @@ def test_no_array_of_length_squared():
     ],
 )
 def test_each_platform_has_its_attention(platform, head_dim, name):
-    assert attention.default_implementation(head_dim, platform) == name
+    assert choose_attention(None, head_dim, platform) == name
 
 
 @pytest.mark.parametrize(

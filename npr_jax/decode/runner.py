@@ -28,7 +28,7 @@ from npr_jax.decode.steps import (
     pool_shape,
     pool_spec,
 )
-from npr_jax.kernels import default_implementation
+from npr_jax.kernels import choose_attention
 from npr_jax.model.params import unstack
 from npr_jax.model.sharding import decode_shardings, place_params
 
@@ -73,7 +73,7 @@ class Runner:
     def __init__(self, model_config, params, config: EngineConfig, mesh: Mesh | None = None):
         self.model_config, self.config, self.mesh = model_config, config, mesh
         self.replicas = mesh.shape["data"] if mesh else 1
-        attention = config.attention or default_implementation(model_config.head_dim)
+        attention = choose_attention(config.attention, model_config.head_dim)
         dtype = jax.numpy.dtype(config.cache_dtype or params["embed"].dtype)
         self._steps = compiled_steps(model_config, attention, config.steps, mesh)
         # Prompts, whose pages are full but the last, are what the stock kernel of a TPU can do.

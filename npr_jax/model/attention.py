@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from npr_jax.base.mesh import BATCH, activations
-from npr_jax.kernels import default_implementation
+from npr_jax.kernels import choose_attention
 from npr_jax.kernels.blocks import EMPTY, SAVED
 from npr_jax.model.config import ModelConfig
 
@@ -53,7 +53,7 @@ def tree_attend(config: ModelConfig, hidden: jax.Array, mesh: Mesh | None = None
 
 def _one_device(config: ModelConfig, q, k, v, hidden, offset):
     """Attention of queries that start at index `offset` of the row whose keys these are."""
-    implementation = config.attention or default_implementation(config.head_dim)
+    implementation = choose_attention(config.attention, config.head_dim)
     if implementation == "dense":
         return dense(q, k, v, hidden, offset)
     if implementation == "pallas":

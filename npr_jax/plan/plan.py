@@ -29,7 +29,7 @@ from npr_jax.base.mesh import BATCH, MeshConfig, batch_shards, local_decode_mesh
 from npr_jax.decode.attention import table_width
 from npr_jax.decode.sampling import LaneSampling
 from npr_jax.decode.steps import LaneState, Rows, compiled_steps, pool_shape, pool_spec
-from npr_jax.kernels import default_implementation
+from npr_jax.kernels import choose_attention
 from npr_jax.model import PRESETS, ModelConfig, abstract_params, num_params
 from npr_jax.model.sharding import decode_shardings
 from npr_jax.plan.hlo import collective_bytes
@@ -221,7 +221,7 @@ def _one_host(mesh: Mesh, chip: Chip) -> Mesh:
 
 def architecture(preset: ModelConfig, train: TrainConfig) -> ModelConfig:
     """A model as the stage trains it on a TPU."""
-    attention = preset.attention or default_implementation(preset.head_dim, "tpu")
+    attention = choose_attention(preset.attention, preset.head_dim, "tpu")
     return dataclasses.replace(preset, remat=train.remat, attention=attention)
 
 
@@ -318,7 +318,7 @@ def _decode_figures(
         penalty=row(jnp.float32),
         stops=row(jnp.int32, engine.max_stops),
     )
-    attention = engine.attention or default_implementation(arch.head_dim, "tpu")
+    attention = choose_attention(engine.attention, arch.head_dim, "tpu")
     decode = compiled_steps(arch, attention, steps, mesh).decode
     _, seconds, temp = _compile(
         decode.lower(
