@@ -42,7 +42,7 @@ class Rows:
 
 @struct.dataclass
 class LaneState:
-    """Where R lanes are, arrays [R].
+    """Where R lanes are, i32[R] and `frozen` bool[R].
 
     `tokens`, `positions`, `ranks` are of the last token, which is not computed yet; `left`: tokens
     it may still draw; `frozen`: it rests until the host restarts it.
@@ -54,11 +54,25 @@ class LaneState:
     left: Array
     frozen: Array
 
+    def moved(self, on, stop, tokens) -> "LaneState":
+        """One token further where `on` bool[R], to rest where `stop` bool[R]."""
+        return LaneState(
+            tokens=jnp.where(on, tokens, self.tokens),
+            positions=self.positions + on,
+            ranks=self.ranks + on,
+            left=self.left - on,
+            frozen=self.frozen | stop,
+        )
+
 
 @struct.dataclass
 class SamplerOutput:
-    """What a visit drew: arrays [R, N], of which the first `count[r]` entries of row r count;
-    `frozen` bool[R]: the lanes whose last token is one of their stops; `steps` i32[R]: that ran."""
+    """What a visit drew.
+
+    `tokens` i32[R, N] and their figures f32[R, N] (sampling.py), of which the first `count[r]`
+    i32[R] of row r count; `frozen` bool[R]: the lanes whose last token is one of their stops;
+    `steps` i32[R]: that ran.
+    """
 
     tokens: jax.Array
     logp: jax.Array
@@ -67,6 +81,39 @@ class SamplerOutput:
     count: jax.Array
     frozen: jax.Array
     steps: jax.Array
+
+    @staticmethod
+    def empty(rows: int, steps: int) -> "SamplerOutput":
+        """Of a visit that has not begun."""
+
+        def zeros(dtype, *shape):
+            return jnp.zeros((rows, *shape), dtype)
+
+        return SamplerOutput(
+            tokens=zeros(jnp.int32, steps),
+            logp=zeros(jnp.float32, steps),
+            logp_sampled=zeros(jnp.float32, steps),
+            margin=zeros(jnp.float32, steps),
+            count=zeros(jnp.int32),
+            frozen=zeros(bool),
+            steps=zeros(jnp.int32),
+        )
+
+    def put(self, step, on, stop, tokens, logp, logp_sampled, margin) -> "SamplerOutput":
+        """With what step i32[] drew [R], which counts where `on` bool[R]; `stop` bool[R] freeze."""
+
+        def column(old, new):
+            return jax.lax.dynamic_update_index_in_dim(old, new, step, axis=1)
+
+        return SamplerOutput(
+            tokens=column(self.tokens, tokens),
+            logp=column(self.logp, logp),
+            logp_sampled=column(self.logp_sampled, logp_sampled),
+            margin=column(self.margin, margin),
+            count=self.count + on,
+            frozen=self.frozen | stop,
+            steps=self.steps + 1,
+        )
 
 
 def _attend(rows: Rows, ranks: jax.Array, attention: Callable):
@@ -149,47 +196,15 @@ def _decode(
             lanes,
             seen,
         )
-
-        def put(column, values):
-            return jax.lax.dynamic_update_index_in_dim(column, values, step, axis=1)
-
-        logp, logp_sampled, margin = figures
         stop = on & jnp.any(new[:, None] == lanes.stops, axis=1)
-        drawn = SamplerOutput(
-            tokens=put(drawn.tokens, new),
-            logp=put(drawn.logp, logp),
-            logp_sampled=put(drawn.logp_sampled, logp_sampled),
-            margin=put(drawn.margin, margin),
-            count=drawn.count + on,
-            frozen=drawn.frozen | stop,
-            steps=drawn.steps + 1,
-        )
+        drawn = drawn.put(step, on, stop, new, *figures)
         if seen is not None:
             seen = seen.at[jnp.arange(num_rows), new].max(on)
-        state = LaneState(
-            tokens=jnp.where(on, new, state.tokens),
-            positions=state.positions + on,
-            ranks=state.ranks + on,
-            left=state.left - on,
-            frozen=state.frozen | stop,
-        )
+        state = state.moved(on, stop, new)
         return step + 1, pool, state, drawn, seen
 
-    def empty(dtype):
-        return jnp.zeros((num_rows, steps), dtype)
-
-    drawn = SamplerOutput(
-        tokens=empty(jnp.int32),
-        logp=empty(jnp.float32),
-        logp_sampled=empty(jnp.float32),
-        margin=empty(jnp.float32),
-        count=jnp.zeros(num_rows, jnp.int32),
-        frozen=jnp.zeros(num_rows, bool),
-        steps=jnp.zeros(num_rows, jnp.int32),
-    )
-    _, pool, state, drawn, _ = jax.lax.while_loop(
-        more, body, (jnp.int32(0), pool, state, drawn, seen)
-    )
+    start = jnp.int32(0), pool, state, SamplerOutput.empty(num_rows, steps), seen
+    _, pool, state, drawn, _ = jax.lax.while_loop(more, body, start)
     return pool, state, drawn
 
 
