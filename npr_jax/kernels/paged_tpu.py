@@ -161,19 +161,10 @@ def _kernel(*refs, tiles: int, tile: int):
         each_page(i, block, one)
 
     def attend(block, half):
-        lane = jax.lax.broadcasted_iota(jnp.int32, (1, pages * size), 1)
-        page = jax.lax.div(lane, size)
-        start = end = jnp.zeros_like(lane)
-        for p in range(pages):  # of every slot: where its page starts and ends
-            column = block * pages + p
-            start = jnp.where(page == p, base[0, jnp.minimum(column, width)], start)
-            end = jnp.where(page == p, base[0, jnp.minimum(column + 1, width)], end)
-        entry = start + jax.lax.rem(lane, size)
         query = jax.lax.broadcasted_iota(jnp.int32, (num_queries, 1), 0)
         rank = first[jax.lax.div(i, tiles)] + jax.lax.rem(i, tiles) * tile
         rank += jax.lax.div(query, num_queries // tile)
-        seen = (entry < end) & (entry <= rank)
-
+        seen = _seen(base, block, pages, size, rank)
         for head in range(kv_heads):
             k, v = _keys_values(buffer.at[half], head)
             scores = dot(q[head], k.astype(q.dtype), 1) * dim**-0.5
@@ -221,6 +212,20 @@ def _kernel(*refs, tiles: int, tile: int):
     for head in range(kv_heads):
         seen = jnp.maximum(total[head], 1e-30)
         out[head] = (acc[head] / widen(seen, dim)).astype(out.dtype)
+
+
+def _seen(base, block, pages: int, size: int, rank):
+    """bool [N, pages * Z]: which slots of a block the queries of `rank` i32[N, 1] see."""
+    width = base.shape[1] - 1
+    slot = jax.lax.broadcasted_iota(jnp.int32, (1, pages * size), 1)
+    page = jax.lax.div(slot, size)
+    start = end = jnp.zeros_like(slot)
+    for p in range(pages):  # of every slot: where its page starts and ends
+        column = block * pages + p
+        start = jnp.where(page == p, base[0, jnp.minimum(column, width)], start)
+        end = jnp.where(page == p, base[0, jnp.minimum(column + 1, width)], end)
+    entry = start + jax.lax.rem(slot, size)
+    return (entry < end) & (entry <= rank)
 
 
 def _keys_values(block, head):
