@@ -1,11 +1,12 @@
 """The plan of the house: one order of rooms, imports point one way, nothing goes in a circle."""
 
 import ast
-import importlib
 from graphlib import TopologicalSorter
 from pathlib import Path
 
-PACKAGE = Path(importlib.import_module("npr_jax").__file__).parent
+import npr_jax
+
+PACKAGE = Path(npr_jax.__path__[0])
 
 # A room imports itself and those before it.
 ROOMS = (
@@ -36,6 +37,7 @@ def modules() -> dict[str, Path]:
 
 
 KNOWN = modules()
+HOMES = {f"npr_jax.{name}": home for name, home in npr_jax._HOMES.items()}
 
 
 def imported(path: Path) -> set[str]:
@@ -44,9 +46,12 @@ def imported(path: Path) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and not node.level:
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path} imports by a relative name"
             whole = [f"{node.module}.{alias.name}" for alias in node.names]
             names = [x if x.removeprefix("npr_jax.") in KNOWN else node.module for x in whole]
+            # What comes through the package's own face lives in a room, too.
+            names += [HOMES[x] for x in whole if x in HOMES]
         else:
             continue
         found |= {name.removeprefix("npr_jax.") for name in names if name.startswith("npr_jax.")}
