@@ -17,8 +17,10 @@ from typer.testing import CliRunner
 
 import npr_jax
 from npr_jax import tree
-from npr_jax.base.mesh import make_mesh, parse_mesh
+from npr_jax.base.mesh import local_decode_mesh, make_mesh, parse_mesh
 from npr_jax.cli import app
+from npr_jax.decode import runner as runner_module
+from npr_jax.decode.steps import compiled_steps
 from npr_jax.model import PRESETS, abstract_params
 from npr_jax.model.config import REMAT
 from npr_jax.plan.hlo import collective_bytes
@@ -26,6 +28,7 @@ from npr_jax.plan.plan import (
     CHIPS,
     GIB,
     architecture,
+    decode_step,
     plan,
     report,
     stage_config,
@@ -35,6 +38,7 @@ from npr_jax.plan.plan import (
 from npr_jax.train import beta, papo, rl, zero
 from npr_jax.train import step as step_module
 from npr_jax.train.packing import empty_row
+from npr_jax.train.rollout import engine_params
 from npr_jax.train.step import Objective, compiled_step, loss_sums
 
 TINY_MESHES = {
@@ -204,6 +208,46 @@ def test_what_is_planned_is_the_program_of_the_run(
     ]
     # And both are what is meant.
     assert arguments[1]["hidden"].shape[-2] == depth and key[1].name == loss
+
+
+def test_the_decode_step_that_is_planned_is_the_one_of_the_run(monkeypatch):
+    """An engine of a run on a mesh, up to its first decode step, as a device other than a CPU has
+    its weights."""
+    config = stage_config("papo", "tiny", ["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"])
+    model, mesh = npr_jax.load("tiny"), make_mesh(config.mesh)
+    dtype, decoding = config.train.compute_dtype, local_decode_mesh(mesh)
+    monkeypatch.setattr(runner_module, "_unstack", lambda params: params)
+    params = engine_params(model.config, model.params, dtype, mesh)
+    engine = npr_jax.Engine(dataclasses.replace(model, params=params), config.engine, decoding)
+    step, planned = decode_step(model.config, config, decoding)
+    asked = []
+
+    class Reached(Exception):
+        pass
+
+    def recorded(*arguments):
+        asked.append(arguments)
+        raise Reached
+
+    steps = engine.runner._steps._replace(decode=recorded, prefill=lambda _, pool, *__: pool)
+    engine.runner._steps = engine.runner._prompt_steps = steps
+    with pytest.raises(Reached):
+        engine.generate([[1, 5, 6]])
+    (arguments,) = asked
+    attention = engine.config.attention or "blockwise"  # on this machine's device
+    assert step is compiled_steps(model.config, attention, engine.config.steps, decoding).decode
+
+    def story(x):
+        return x.shape, x.dtype, x.sharding
+
+    ours, theirs = list(planned), list(arguments)
+    pool, limit = ours.pop(1), ours.pop()
+    real_pool, real_limit = theirs.pop(1), theirs.pop()
+    assert jax.tree.map(story, ours) == jax.tree.map(story, theirs)
+    pages = 2 * 4, config.engine.pages * 4  # of four replicas
+    assert [a for a in zip(pool.shape, real_pool.shape, strict=True) if a[0] != a[1]] == [pages]
+    assert (pool.dtype, pool.sharding) == (real_pool.dtype, real_pool.sharding)
+    assert (limit.shape, limit.dtype) == (real_limit.shape, real_limit.dtype)
 
 
 @pytest.mark.nightly

@@ -21,7 +21,7 @@ class Lanes:
     """The arrays of `num_lanes` lanes; `put` sends host arrays to the device.
 
     Attributes, all on the device: `rows`, `knobs`; `state`, which the compiled step gives back
-    and the runner stores; `no_tokens` i32[lanes, N] for "draw all".
+    and the runner stores; `_no_tokens` i32[lanes, N] for "draw all".
     """
 
     def __init__(self, config: EngineConfig, num_lanes: int, put: abc.Callable):
@@ -42,7 +42,7 @@ class Lanes:
         )
         none = np.zeros(num_lanes, np.int32)
         self._resting = put(np.zeros(num_lanes, bool)), put(_state(none, none))
-        self.no_tokens = put(np.full((num_lanes, config.steps), -1, np.int32))
+        self._no_tokens = put(np.full((num_lanes, config.steps), -1, np.int32))
         self.state = put(_state(none, none, frozen=True))
         self.rows = put(Rows(self._table.copy(), self._base.copy()))
         self.knobs = put(jax.tree.map(np.copy, self._knobs))
@@ -50,7 +50,14 @@ class Lanes:
     def __len__(self) -> int:
         return len(self._bound)
 
-    def update(self, sequences: abc.Sequence[Sequence]):
+    def arguments(self, sequences: abc.Sequence[Sequence], counts: abc.Sequence[int]) -> tuple:
+        """What a decode step of these sequences takes, after the weights and the pool: tables,
+        state, which lanes restart and where, given tokens, knobs."""
+        restart, state = self._update(sequences)
+        given = self._given(sequences, counts)
+        return self.rows, self.state, restart, state, given, self.knobs
+
+    def _update(self, sequences: abc.Sequence[Sequence]):
         """Brings the arrays up to date; returns which lanes restart bool[lanes], and where."""
         here: list[Sequence | None] = [None] * len(self)
         for sequence in sequences:
@@ -84,10 +91,10 @@ class Lanes:
         )
         return self.put((mask, state))
 
-    def given(self, sequences: abc.Sequence[Sequence], counts: abc.Sequence[int]):
+    def _given(self, sequences: abc.Sequence[Sequence], counts: abc.Sequence[int]):
         """i32[lanes, N], the tokens to take instead of drawing, or -1."""
         if not any(sequence.given for sequence in sequences):
-            return self.no_tokens
+            return self._no_tokens
         given = np.full((len(self), self.config.steps), -1, np.int32)
         for sequence, count in zip(sequences, counts, strict=True):
             if sequence.given:

@@ -230,22 +230,11 @@ class Runner:
         self, sequences: abc.Sequence[Sequence], penalised: bool, counts=(), limit=0
     ) -> SamplerOutput:
         lanes = self._lanes
-        restart, state = lanes.update(sequences)
-        given = lanes.given(sequences, counts)
-        seen = None
+        arguments, seen = lanes.arguments(sequences, counts), None
         if penalised:  # the caller has read all that was drawn
             seen = lanes.seen(sequences, self.model_config.padded_vocab_size)
         self._pool, lanes.state, output = self._steps.decode(
-            self.params,
-            self._take_pool(),
-            lanes.rows,
-            lanes.state,
-            restart,
-            state,
-            given,
-            lanes.knobs,
-            seen,
-            np.int32(limit),
+            self.params, self._take_pool(), *arguments, seen, np.int32(limit)
         )
         return output
 

@@ -16,7 +16,6 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +25,8 @@ from jax.sharding import PartitionSpec as P
 
 from npr_jax.base.config import load_config
 from npr_jax.base.mesh import BATCH, MeshConfig, batch_shards, local_decode_mesh, make_mesh
-from npr_jax.decode.attention import table_width
-from npr_jax.decode.sampling import LaneSampling
-from npr_jax.decode.steps import LaneState, Rows, compiled_steps, pool_shape, pool_spec
+from npr_jax.decode.lanes import Lanes
+from npr_jax.decode.steps import compiled_steps, pool_shape, pool_spec
 from npr_jax.kernels import choose_attention
 from npr_jax.model import PRESETS, ModelConfig, abstract_params, num_params
 from npr_jax.model.sharding import decode_shardings
@@ -277,18 +275,14 @@ def train_flops(config: ModelConfig, rows: int, row_len: int) -> float:
     return (3 + again) * (matrices + attention) + 3 * 2 * table * tokens  # logits: never again
 
 
-def _decode_figures(
-    arch: ModelConfig, config: RLConfig | BetaConfig, mesh: Mesh, chip: Chip
-) -> dict:
+def decode_step(arch: ModelConfig, config: RLConfig | BetaConfig, mesh: Mesh) -> tuple:
+    """The compiled decode step of a stage's engine on a TPU, to be lowered, and its arguments as
+    shapes, with a pool of two pages a replica."""
     engine, dtype = config.engine, config.train.compute_dtype
-    lanes, steps = mesh.shape["data"] * engine.lanes, engine.steps
-    whole = NamedSharding(mesh, P())
+    everywhere = NamedSharding(mesh, P())
 
-    def array(shape, dtype, sharding=whole):
+    def array(shape, dtype, sharding=everywhere):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-
-    def row(dtype, *more) -> Any:  # stands for an array
-        return array((lanes, *more), dtype)
 
     params = jax.tree.map(
         lambda x, sharding: array(x.shape, x.dtype, sharding),
@@ -301,39 +295,23 @@ def _decode_figures(
         engine.cache_dtype or dtype,
         NamedSharding(mesh, pool_spec(arch, mesh)),
     )
-    width = table_width(engine.longest_table, engine.page_size)
-    state = LaneState(
-        tokens=row(jnp.int32),
-        positions=row(jnp.int32),
-        ranks=row(jnp.int32),
-        left=row(jnp.int32),
-        frozen=row(jnp.bool_),
-    )
-    knobs = LaneSampling(
-        key=row(jnp.uint32, 2),
-        temperature=row(jnp.float32),
-        top_p=row(jnp.float32),
-        top_k=row(jnp.int32),
-        min_p=row(jnp.float32),
-        penalty=row(jnp.float32),
-        stops=row(jnp.int32, engine.max_stops),
+    lanes = Lanes(
+        engine,
+        mesh.shape["data"] * engine.lanes,
+        put=lambda tree: jax.tree.map(lambda x: array(x.shape, x.dtype), tree),
     )
     attention = choose_attention(engine.attention, arch.head_dim, "tpu")
-    decode = compiled_steps(arch, attention, steps, mesh).decode
-    _, seconds, temp = _compile(
-        decode.lower(
-            params,
-            pool,
-            Rows(row(jnp.int32, width), row(jnp.int32, width + 1)),
-            state,
-            row(jnp.bool_),
-            state,
-            row(jnp.int32, steps),
-            knobs,
-            None,
-            array((), jnp.int32),
-        )
-    )
+    step = compiled_steps(arch, attention, engine.steps, mesh).decode
+    return step, (params, pool, *lanes.arguments([], []), None, array((), jnp.int32))
+
+
+def _decode_figures(
+    arch: ModelConfig, config: RLConfig | BetaConfig, mesh: Mesh, chip: Chip
+) -> dict:
+    engine = config.engine
+    decode, arguments = decode_step(arch, config, mesh)
+    params, pool, *_ = arguments
+    _, seconds, temp = _compile(decode.lower(*arguments))
     weights = _bytes(params)
     return {
         "engine_weights": weights,
