@@ -11,6 +11,7 @@ import shutil
 import signal
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 " + os.environ.get(
@@ -20,6 +21,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Programs are compiled quickly rather than well: most run once or twice. Modules that train for
 # long say OPTIMISED = True. `make nightly` has the compiler's usual level everywhere.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# With XLA's older emitters, which later versions lack, a train step compiles in half the time.
+if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1" and version("jaxlib") < "0.11":
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 # Most of the time goes into compiling, and many tests, their subprocesses and pytest's own workers
 # compile the same: whoever is first does it for all. Nothing is kept from run to run.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
