@@ -12,6 +12,29 @@ number	0.1\overline{6}	0.1\overline{6}
 number	3 \times 10^5	300000
 number	3\times10^{-2}	0.03
 number	1.5e3	1.5e3
+number	3.83\times10^{35}	3.83e35
+number	1e-05	0.00001
+number	1e-5	0.00001
+number	1e+16	10000000000000000
+number	2e3	2000
+number	2E3	2000
+number	2.e3	2000
+number	2e-03	2\times10^{-3}
+number	-1.50e-7	-1.5\times10^{-7}
+number	0.0001e4	1
+number	1,234e2	123400
+number	1e-300	10^{-300}
+number	1e0000000000000000000000005	100000
+number	x = 4.5e3	4500
+number	(1e3, 2)	(1000, 2)
+number	\pm 1e3	-1000, 1000
+unit	3.0e8\text{ m/s}	3\times10^8\text{ m/s}
+unit	3e8 meters	300000000
+unit	\$1.2e6	1200000
+formula	2e-3	2e - 3
+formula	9e-24	-24+9e
+formula	2e^3	2\cdot e^3
+formula	3e2x	3e2x
 number	\frac{22}{7}	22/7
 number	2^{10}	1024
 number	\dfrac{-3}{4}	-\tfrac34
@@ -213,7 +236,41 @@ number	0,123	123
 number	\pi+10^{-70}	\pi
 number	\sqrt2(1+10^{-70})	\sqrt2
 number	(1,234)	1234
-number	2e3	2000
+number	2e3	2e^3
+number	2e3	2e+3
+number	2e3	200
+number	2e3	2000.0000000000000000001
+number	2e	2
+number	2e+3	2000
+number	2e-3	0.002
+number	9e-24	9\times10^{-24}
+number	3e2x	300x
+number	x3e2	300x
+number	1.5e3x	1500x
+number	1.5e-3x	0.0015x
+number	1.5e-3.5	0.0015
+number	e3	1000
+number	e-3	0.001
+number	2e^3	2000
+number	2e3!	2000!
+number	2^1e3	2^{1000}
+number	\frac{1e3}{2}	\frac{e^3}{2}
+number	1e-300	0
+number	1e-300	2\times10^{-300}
+number	1.5e300	1.5\times10^{301}
+number	1e999	10^{998}
+number	1e1000	10^{1000}
+number	1e999999999	1
+number	1e-999999999	0
+number	1,234e2	1, 23400
+number	1e5, 2	1
+number	1 e5	100000
+number	1e 5	100000
+number	1e5e2	10000000
+number	2·e3	2000
+base	1E5_{16}	1E5
+base	1E5_{16}	100000
+unit	1e5\%	1000
 root	\sqrt{8}	2\sqrt{3}
 root	\sqrt[3]{8}	\sqrt{8}
 root	-\sqrt2	\sqrt2

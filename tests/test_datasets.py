@@ -131,6 +131,22 @@ def test_a_bad_row_has_its_reason(name, raw, reason):
     assert len(str(info.value).splitlines()) == 1 and len(str(info.value)) < 300
 
 
+@pytest.mark.parametrize(
+    "number, answer",
+    [
+        ("0.00001", "0.00001"),
+        ("1e16", "10000000000000000"),
+        ("-2.5E-10", "-0.00000000025"),
+        ("0.5", "0.5"),
+        ("2.0", "2.0"),
+        ("-12345678901234567890123456789012345", "-12345678901234567890123456789012345"),
+    ],
+)
+def test_an_answer_that_is_a_number_comes_in_digits(number, answer):
+    raw = b'{"problem": "x", "answer": %s}' % number.encode()
+    assert parse_row(raw, FORMS["jsonl"]) == Problem("x", answer)
+
+
 def test_a_bad_item_spoils_no_other_item_of_a_list(tmp_path):
     items = [json.dumps(item).encode() for item in ORZ]
     source = tmp_path / "orz.json"

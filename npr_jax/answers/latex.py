@@ -6,6 +6,7 @@ products get a `\\cdot`, arguments get braces, and every letter a symbol of its 
 """
 
 import re
+from decimal import Decimal
 
 FUNCTIONS = ["sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan"]
 FUNCTIONS += ["sinh", "cosh", "tanh", "log", "ln", "exp"]
@@ -27,6 +28,8 @@ _NUMBER = re.compile(r"\d+(?:\.\d+)?|\.\d+")
 _OPEN, _CLOSE = {"(", "[", "{", r"\{", r"\langle"}, {")", "]", "}", r"\}", r"\rangle"}
 _PARTNER = {"(": ")", "{": "}", "|": "|"}
 DEEPEST = 40  # nested brackets
+# 2e-3 is 2e - 3 with Euler's number, unless a point, a lone 1 or a zero (2e-03) shows otherwise.
+_SCIENTIFIC = re.compile(r"([-+]?) ?((?:\d+\.\d*|1|\d+(?=[eE](?:\d|[-+]0\d)))[eE][-+]?0*\d{1,3})")
 
 
 class Unreadable(ValueError):
@@ -50,13 +53,20 @@ def tokens(text: str) -> list[tuple[str, int]]:
     return found
 
 
+def positional(text: str) -> str:
+    """A number in e-notation as digits, exactly: `1.5e3` is `1500`. Any other text as it is."""
+    match = _SCIENTIFIC.fullmatch(text)
+    return match[1] + format(Decimal(match[2]), "f") if match else text
+
+
 def expression(text: str) -> str:
     """A formula of numbers, letters, operators and common functions in the dialect.
 
     Raises Unreadable where anything else occurs.
     """
+    text = positional(text)
     if re.search(r"\d[eE]\d", text):
-        raise Unreadable(text)  # 1e5: a power of ten, or of e
+        raise Unreadable(text)  # 1e5x: a power of ten, or of e
     if mixed := re.fullmatch(r"([-+]?) ?(\d+) (\d+)/(\d+)", text):  # 1 1/2
         text = r"{}{}\frac{{{}}}{{{}}}".format(*mixed.groups())
     text = re.sub(r"(?<![a-zA-Z\\])sqrt ?\(([^()]*)\)", r"\\sqrt{\1}", text)

@@ -20,7 +20,7 @@ partly understood must not be taken for the part.
 import re
 from fractions import Fraction
 
-from npr_jax.answers.latex import FUNCTIONS, Unreadable, expression, tokens
+from npr_jax.answers.latex import FUNCTIONS, Unreadable, expression, positional, tokens
 from npr_jax.answers.units import BARE_UNITS
 
 _UNICODE = str.maketrans(
@@ -57,7 +57,9 @@ _PLAIN = re.compile(r"([-+]?)([1-9]\d{0,2}(?:,\d{3})+|\d+)?(\.\d*)?(?:/(\d+))?")
 
 
 def plain_number(text: str) -> Fraction | None:
-    """The value of an integer, decimal or fraction of integers, with `,` for thousands or none."""
+    """The value of an integer, decimal (also `1.5e3`) or fraction of integers, with `,` for
+    thousands or none."""
+    text = positional(text)
     match = _PLAIN.fullmatch(text)
     if not match or not (match[2] or (match[3] or "")[1:]) or len(text) > 1000:
         return None
@@ -183,7 +185,7 @@ def _read_list(text: str, thousands: bool = True) -> list:
 
 def _join_thousands(text: str) -> str:
     """`12,345` is a number where no other is in the answer; in brackets the comma separates."""
-    after = r"(?:\.\d+)?[^\d,()\[\]]*(?:\^ ?\{?\d\}?)?"
+    after = r"(?:\.\d+)?(?:[eE][-+]?\d+)?[^\d,()\[\]]*(?:\^ ?\{?\d\}?)?"
     number = re.fullmatch(rf"([^\d()\[\]]*?)(\d{{1,3}}(?:,\d{{3}})+)({after})", text)
     return number[1] + number[2].replace(",", "") + number[3] if number else text
 

@@ -10,6 +10,7 @@ import math
 import re
 import zlib
 from collections.abc import Callable, Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, BinaryIO, Generic, NamedTuple, TypeVar, cast
 
@@ -247,7 +248,7 @@ def _text(row: dict, key: str, missing: str) -> str:
 def _answer(row: dict, key: str = "answer") -> str:
     value = row.get(key)
     if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-        return str(value)
+        return format(Decimal(repr(value)), "f")  # 1e-05 in digits
     if value is None or (isinstance(value, str) and not value.strip()):
         reason = f'"{key}" is {short(value)}, needed is a text or a number{_keys(row, key)}'
         raise BadRow("no answer", reason)
