@@ -185,6 +185,23 @@ text	Monday	\text{Monday}
 text	red and blue	\text{red and blue}
 text	\text{A and B}	A and B
 text	\text{isosceles}	Isosceles
+word	CAB	\text{CAB}
+word	T F T	TFT
+word	x = AB	AB
+word	A\cdot B	AB
+word	A*B*C	ABC
+word	AB, CD	CD, AB
+word	\{AB, CD\}	\{CD,AB\}
+word	(AB)	AB
+word	A*B	B*A
+word	xy	yx
+word	xyz	zyx
+word	aB	Ba
+word	\frac{AB}{2}	\frac{BA}{2}
+word	2AB	2BA
+word	\sqrt{AB}	\sqrt{BA}
+word	V = IR	V - RI = 0
+word	AB + CD	DC + BA
 base	1011_2	1011_{2}
 base	1A_{16}	1A_{16}
 wrap	\boxed{7}	7
@@ -452,6 +469,40 @@ text	\text{yes}	\text{no}
 text	east or west	east
 text	north east	east
 text	not even	even
+word	CAB	BAC
+word	TFT	TTF
+word	T F T	T T F
+word	T\,F\,T	T\,T\,F
+word	A B C D	D C B A
+word	AB	BA
+word	XI	IX
+word	XIV	XVI
+word	(TF)	(FT)
+word	$TFT$	$FTT$
+word	\mathrm{TFT}	TTF
+word	\text{TFT}	TTF
+word	x = AB	x = BA
+word	x = AB	BA
+word	V = IR	RI
+word	(AB, CD)	(BA, CD)
+word	AB, CD	BA, DC
+word	\{AB, CD\}	\{BA, CD\}
+word	\begin{pmatrix}AB\\C\end{pmatrix}	\begin{pmatrix}BA\\C\end{pmatrix}
+word	A*B	BA
+word	ABC	C*A*B
+word	AB	A, B
+word	AB	ab
+word	AB	A+B
+word	ABC	ABCC
+word	AAB	ABB
+word	ABC	AB
+word	TTT	T^3
+word	AB	2AB
+word	AB	-AB
+word	AB	AB\text{ cm}
+word	ODD	DOD
+word	NO	ON
+word	YES NO	NO YES
 text	odd	even
 text	\text{I do not know}	5
 text	The answer is 5	5

@@ -35,6 +35,8 @@ def match(prediction: list, reference: list, names_count: bool = False) -> bool:
             for form in (prediction, reference)
         )
         return same_unit(p_unit, r_unit) and match(p, r)
+    if "word" in kinds:
+        return prediction[1] == reference[1]
     if kinds[0] != kinds[1]:
         return False
     kind = kinds[0]
@@ -70,7 +72,11 @@ def _match_named(prediction: list, reference: list, names_count: bool) -> bool:
     # Two equations, of which one is solved for a letter.
     sides = []
     for name, form in ((p_name, p), (r_name, r)):
-        if name is not None and form[0] == "expr" and re.fullmatch(r"v _ \{ \d+ \}", name):
+        if (
+            name is not None
+            and form[0] in ("expr", "word")
+            and re.fullmatch(r"v _ \{ \d+ \}", name)
+        ):
             sides.append(["=", name, form[1]])
         elif form[0] == "relation":
             sides.append(form[1:])

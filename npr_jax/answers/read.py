@@ -3,6 +3,7 @@ r"""Answers as forms: what kind of thing a final answer is, and of what parts. S
 `read` turns LaTeX or plain text into nested lists (they go to another process as JSON):
 
     ["expr", latex]                     numbers and formulas, in a small dialect of LaTeX
+    ["word", latex]                     CAB: a product whose order counts
     ["based", digits, base]             52_8
     ["text", words]                     everything that is not understood, too
     ["unit", form, unit]                5 cm
@@ -51,6 +52,7 @@ _CIRC = r"\^ ?\{? ?\\circ ?\}?(?: ?(?:\\text ?\{[CF]\}|[CF]))?"
 _DEGREES = re.compile(rf"(.*?[\d}})!])\s*({_CIRC}|\\?%)")
 _TEXT_UNIT = re.compile(rf"(.*?\S)\s*(\\text ?\{{[^{{}}]*\}}{_POWER})")
 _BARE_UNIT = re.compile(rf"(.*[\d}})])\s*([a-zA-Z][a-zA-Z /]+{_POWER})")
+_WORD = re.compile(r"[A-Z](?: ?[A-Z])+")
 # 3:00 p.m. is 3:00 PM; without points and a colon, 2am may be a product.
 _HALF_DAY = re.compile(r"(?i)(?<=\d)\s*([ap])\. ?m\b\.?|(?<=:\d\d)\s*([ap])m\b")
 _PLAIN = re.compile(r"([-+]?)([1-9]\d{0,2}(?:,\d{3})+|\d+)?(\.\d*)?(?:/(\d+))?")
@@ -289,4 +291,4 @@ def _read_quantity(text: str) -> list:
         return ["unit", ["expr", expression(unit[1])], re.sub(r"\\text|[{}\\]", " ", name)]
     if text.lower() in ("yes", "no"):
         raise Unreadable(text)
-    return ["expr", expression(text)]
+    return ["word" if _WORD.fullmatch(text) else "expr", expression(text)]
