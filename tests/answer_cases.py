@@ -9,6 +9,26 @@ number	.5	\frac12
 number	1 1/2	\frac{3}{2}
 number	-2\frac{1}{3}	-\frac{7}{3}
 number	0.1\overline{6}	0.1\overline{6}
+number	0.\overline{3}	1/3
+number	\frac{1}{6}	0.1\overline{6}
+number	0.\overline{3}	0.\overline{33}
+number	0.\overline 3	.\overline{3}
+number	0.\bar{3}	\frac13
+number	-2.1\overline{36}	-\frac{47}{22}
+number	0.\overline{142857}	1/7
+number	0.\overline{9}	1
+number	0.0\overline{12}	\frac{2}{165}
+number	0.\overline{3}	0.3\overline{3}
+number	1,234.\overline{5}	\frac{11111}{9}
+number	x = 0.\overline{3}	x = \frac{1}{3}
+number	17^{\text{th}}	17
+number	17	17^{\text{th}}
+number	17^\text{th}	17\text{th}
+number	2^{\mathrm{nd}}	2
+number	3^{\text{rd}}	3rd
+number	1/17^{\text{th}}	\frac{1}{17}
+unit	66.\overline{6}\%	\frac{200}{3}\%
+unit	0.\overline{3}\text{ cm}	\frac{1}{3}\text{ cm}
 number	3 \times 10^5	300000
 number	3\times10^{-2}	0.03
 number	1.5e3	1.5e3
@@ -56,6 +76,13 @@ formula	\ln(e^2)	2
 formula	e^{i\pi}	-1
 formula	5!	120
 formula	\binom{5}{2}	10
+formula	\dbinom52	10
+formula	\tbinom{5}{2}	10
+formula	{5\choose2}	10
+formula	{5 \choose 2}	\binom52
+formula	\frac{{5\choose2}}{2}	5
+formula	\sqrt{4\choose1}	2
+formula	2{5\choose 2}+1	21
 formula	n(n+1)/2	\frac{n^2+n}{2}
 formula	2*pi*r	2\pi r
 formula	x**2	x^2
@@ -77,6 +104,10 @@ choice	B	B
 choice	(B)	B
 choice	\textbf{(B)}	B
 choice	B)	B
+choice	\textbf{B.}	B
+choice	\text{(B).}	B
+choice	\textbf{B)}	B
+choice	$\mathbf{B.}$	B
 choice	\mathrm{B}	(B)
 choice	$B$	\text{B}
 unit	5 cm	5
@@ -156,6 +187,11 @@ equation	x = \frac{1}{2}, y = 3	x=0.5,\ y=3
 equation	\frac{x^2}{4}+\frac{y^2}{9}=1	9x^2+4y^2=36
 text	\text{Yes}	yes
 text	No.	\text{no}
+text	\text{No.}	no
+text	\mathbb R	\mathbb{R}
+text	x \in \mathbb R	x\in\mathbb{R}
+text	\mathbb R^2	\mathbb{R}^2
+text	4^{\text{th}}\text{ of July}	4th of July
 text	right triangle	\text{Right triangle}
 text	\textbf{odd}	odd
 text	3 : 4	3:4
@@ -253,6 +289,38 @@ number	0,123	123
 number	\pi+10^{-70}	\pi
 number	\sqrt2(1+10^{-70})	\sqrt2
 number	(1,234)	1234
+number	0.\overline{3}	0.3
+number	0.\overline{3}	0.333333333333
+number	0.\overline{3}	\frac{1}{30}
+number	0.\overline{36}	0.3\overline{6}
+number	0.\overline{36}	0.\overline{63}
+number	0.0\overline{3}	0.\overline{03}
+number	0.\overline{3}	-0.\overline{3}
+number	0.\overline{3}3	\frac13
+number	0.\overline{9}9	1
+number	2 0.\overline{3}	\frac{2}{3}
+number	2 0.\overline{3}	2\frac{1}{3}
+number	0.\overline{x}	0
+number	\overline{3}	3
+number	\overline{0.3}	0.3
+number	0.\overline{33	\frac13
+number	0.\overline{3}^2	\frac13
+number	0.\overline{3}x	\frac13
+number	1,234.\overline{5}	1, 234.\overline{5}
+number	1.2.\overline{3}	1.2
+number	17^{\text{th}}	18^{\text{th}}
+number	17^{\text{th}}	17^{\text{cm}}
+number	17^{\text{th}}	\frac{1}{17}
+number	17^{th}	17
+number	17th	17
+number	17^{\text{t}}	17
+number	17^{2\text{th}}	17
+number	17^{\text{th}}	17\text{ cm}
+number	17^{\text{th}} 3	17
+number	2nd	2
+number	5Th	5
+number	x^{\text{th}}	x
+number	17^{\text{th}}	1, 7
 number	2e3	2e^3
 number	2e3	2e+3
 number	2e3	200
@@ -306,6 +374,18 @@ formula	at	a
 formula	2x	2
 formula	\frac{x+1}{2}	x+\frac{1}{2}
 formula	n!	n
+formula	\dbinom52	\dbinom25
+formula	\dbinom52	\frac52
+formula	\dbinom52	52
+formula	{5\choose2}	{5\choose1}
+formula	{5\choose2}	52
+formula	5\choose2	5
+formula	\{5\choose2\}	10
+formula	{5\choose2\choose1}	10
+formula	{5\choose}	5
+formula	2{5\choose2}	10
+formula	{5\choose2}^2	10
+formula	{-5\choose2}	-10
 formula	\int_0^1 x dx	\int_0^2 x dx
 formula	1+2+\ldots+9	1+2+9
 formula	\frac{0}{0}	1
@@ -343,6 +423,18 @@ choice	A	B
 choice	A or B	A
 choice	A, B	A
 choice	A B	A
+choice	\textbf{A.} B	A
+choice	\textbf{A.B}	A
+choice	\textbf{A.}\textbf{B.}	A
+choice	\text{A. or B.}	A
+choice	\textbf{A.}	B
+choice	\textbf{A.}	a
+choice	\textbf{AB.}	A
+choice	\textbf{A.5}	A
+choice	\text{-A.}	A
+choice	\textbf{A..}	A
+choice	\text{not A.}	A
+choice	\text{K)}	K
 choice	AB	A
 choice	ABCD	A
 choice	not A	A
@@ -469,6 +561,14 @@ text	\text{yes}	\text{no}
 text	east or west	east
 text	north east	east
 text	not even	even
+text	\mathbb R	R
+text	\mathbb R	\mathbb Z
+text	\mathbb RR	\mathbb{RR}
+text	\mathbb R^2	\mathbb{R^2}
+text	\mathbb{R}2	\mathbb R^2
+text	\mathbb{R}^+	\mathbb R
+text	\bar{x}	x
+text	\text{east.}	west
 word	CAB	BAC
 word	TFT	TTF
 word	T F T	T T F

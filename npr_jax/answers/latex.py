@@ -30,6 +30,7 @@ _PARTNER = {"(": ")", "{": "}", "|": "|"}
 DEEPEST = 40  # nested brackets
 # 2e-3 is 2e - 3 with Euler's number, unless a point, a lone 1 or a zero (2e-03) shows otherwise.
 _SCIENTIFIC = re.compile(r"([-+]?) ?((?:\d+\.\d*|1|\d+(?=[eE](?:\d|[-+]0\d)))[eE][-+]?0*\d{1,3})")
+_REPEATING = re.compile(r"([-+]?) ?(\d*)\.(\d*)\\overline ?(?:\{ ?(\d+) ?\}|(\d))")
 
 
 class Unreadable(ValueError):
@@ -53,10 +54,18 @@ def tokens(text: str) -> list[tuple[str, int]]:
     return found
 
 
-def positional(text: str) -> str:
-    """A number in e-notation as digits, exactly: `1.5e3` is `1500`. Any other text as it is."""
-    match = _SCIENTIFIC.fullmatch(text)
-    return match[1] + format(Decimal(match[2]), "f") if match else text
+def plain(text: str) -> str:
+    r"""A number in e-notation or with repeating digits spelled without them, exactly: `1.5e3` is
+    `1500`, `0.1\overline{6}` is `15/90`. Any other text as it is."""
+    if match := _SCIENTIFIC.fullmatch(text):
+        return match[1] + format(Decimal(match[2]), "f")
+    if match := _REPEATING.fullmatch(text):
+        sign, whole, decimals, group, digit = match.groups(default="")
+        once, period = whole + decimals, group or digit
+        return (
+            f"{sign}{int(once + period) - int(once or 0)}/{'9' * len(period)}{'0' * len(decimals)}"
+        )
+    return text
 
 
 def expression(text: str) -> str:
@@ -64,7 +73,7 @@ def expression(text: str) -> str:
 
     Raises Unreadable where anything else occurs.
     """
-    text = positional(text)
+    text = plain(text)
     if re.search(r"\d[eE]\d", text):
         raise Unreadable(text)  # 1e5x: a power of ten, or of e
     if mixed := re.fullmatch(r"([-+]?) ?(\d+) (\d+)/(\d+)", text):  # 1 1/2

@@ -21,7 +21,7 @@ partly understood must not be taken for the part.
 import re
 from fractions import Fraction
 
-from npr_jax.answers.latex import FUNCTIONS, Unreadable, expression, positional, tokens
+from npr_jax.answers.latex import FUNCTIONS, Unreadable, expression, plain, tokens
 from npr_jax.answers.units import BARE_UNITS
 
 _UNICODE = str.maketrans(
@@ -36,6 +36,7 @@ _SAME = {  # one spelling for each command
     **dict.fromkeys([*_TEXT, "operatorname"], "text"),
     **dict.fromkeys([*_SIZES, "displaystyle", "limits"], ""),
     **dict.fromkeys(["dfrac", "tfrac", "cfrac"], "frac"),
+    **{"dbinom": "binom", "tbinom": "binom", "bar": "overline"},
     **{"leq": "le", "leqslant": "le", "geq": "ge", "geqslant": "ge", "lt": "<", "gt": ">"},
     **{"lbrace": r"\{", "rbrace": r"\}", "quad": " ", "qquad": " ", "land": "and", "lor": "or"},
     "varnothing": "emptyset",
@@ -61,7 +62,7 @@ _PLAIN = re.compile(r"([-+]?)([1-9]\d{0,2}(?:,\d{3})+|\d+)?(\.\d*)?(?:/(\d+))?")
 def plain_number(text: str) -> Fraction | None:
     """The value of an integer, decimal (also `1.5e3`) or fraction of integers, with `,` for
     thousands or none."""
-    text = positional(text)
+    text = plain(text)
     match = _PLAIN.fullmatch(text)
     if not match or not (match[2] or (match[3] or "")[1:]) or len(text) > 1000:
         return None
@@ -104,18 +105,27 @@ def clean(text: str) -> str:
                 text = inside.strip()
         if text.startswith(r"\boxed{") and text.endswith("}") and _spans(text[6:]):
             text = text[7:-1].strip()
-        text = re.sub(r"(?<=[^.])\.$", "", text).strip()
-        text = re.sub(r"^([A-J])\)$", r"\1", text)
+        text = _without_end(text)
     text = re.sub(r"\{,\}|,\\!\s*", ",", text).replace(r"\!", "")
     text = re.sub(r"(?<=\d)(?:\\[,;: ]|~)(?=\d{3}(?!\d))", ",", text)  # 8\,000
     text = re.sub(r"\\[,;: ]|(?<!\\)~", " ", text)
     text = re.sub(r"\\([a-zA-Z]+) ?", _respell, text)
     text = re.sub(r"\^ ?\{? ?\^\\circ ?\}?", r"^\\circ ", text)  # 90^\degree
     text = re.sub(r"(?<=[\w\s)])\{([:.])\}", r"\1", text)  # 3{:}30: braces for TeX's spacing
-    text = re.sub(r"\\text ?\{([^{}]*)\}", _unwrap, text)
+    text = re.sub(r"\\mathbb (\w)", r"\\mathbb {\1}", text)
+    text = re.sub(r"(?<!\\)\{([^{}\\]*)\\choose ([^{}\\]*)\}", r"{\\binom {\1}{\2}}", text)
+    text = re.sub(r"\\text ?\{([^{}]*)\}", _unwrap, text.strip())
+    ordinal = r"(?<=\d) ?\^ ?(\{)? ?(\\text\{(?:st|nd|rd|th)\}) ?(?(1)\})"  # 17^{\text{th}}
+    text = re.sub(ordinal, r"\2", text)
     text = re.sub(r"(?<![a-zA-Z\\])(and|or)(?![a-zA-Z])(?![^{}]*\})", r"\\\1 ", text)
     text = re.sub(r"\s+", " ", text).strip()
     return re.sub(r"(?<=\d) ?([AaPp]\. ?[Mm])\.?$", r" \\text{\1}", text)
+
+
+def _without_end(text: str) -> str:
+    """Without a final period, or the bracket of a choice `D)`."""
+    text = re.sub(r"(?<=[^.])\.$", "", text).strip()
+    return re.sub(r"^([A-J])\)$", r"\1", text)
 
 
 def _respell(match: re.Match[str]) -> str:
@@ -126,6 +136,8 @@ def _respell(match: re.Match[str]) -> str:
 
 def _unwrap(match: re.Match) -> str:
     inside = match[1].strip()
+    if match[0] == match.string:
+        inside = _without_end(inside)
     if re.fullmatch(r"[-+(]*([\d.,]+|[a-zA-Z])[)]*", inside):  # but a unit may be one letter
         after_number = re.search(r"[\d})]\s*$", match.string[: match.start()])
         if not (inside.isalpha() and after_number):
@@ -187,7 +199,7 @@ def _read_list(text: str, thousands: bool = True) -> list:
 
 def _join_thousands(text: str) -> str:
     """`12,345` is a number where no other is in the answer; in brackets the comma separates."""
-    after = r"(?:\.\d+)?(?:[eE][-+]?\d+)?[^\d,()\[\]]*(?:\^ ?\{?\d\}?)?"
+    after = r"(?:\.\d*(?:\\overline ?\{?\d+\}?)?)?(?:[eE][-+]?\d+)?[^\d,()\[\]]*(?:\^ ?\{?\d\}?)?"
     number = re.fullmatch(rf"([^\d()\[\]]*?)(\d{{1,3}}(?:,\d{{3}})+)({after})", text)
     return number[1] + number[2].replace(",", "") + number[3] if number else text
 

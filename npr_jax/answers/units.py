@@ -54,13 +54,16 @@ square
 student
 point
 """
-_NAMES = {name: line.split()[0] for line in _SPELLINGS.split("\n") for name in line.split()}
+_ORDINALS = ["th", "st", "nd", "rd"]
+_NAMES = dict.fromkeys(_ORDINALS, "th") | {
+    name: line.split()[0] for line in _SPELLINGS.split("\n") for name in line.split()
+}
 _JOINING = {"per", "square", "sq", "cubic", "cu"}
 # What may follow a number without \text: single letters are variables there.
 BARE_UNITS = {
     spelling
     for name in [*_NAMES, *_JOINING]
-    if len(name) > 1 and name.isalpha()
+    if len(name) > 1 and name.isalpha() and name not in _ORDINALS
     for spelling in (name, name + "s", name.capitalize(), name.capitalize() + "s")
 } - {"in", "ins", "mi", "ml", "yd", "min", "mins", "rad"}
 # Words that change the value, or say that the answer is another one.
