@@ -64,7 +64,8 @@ class Run:
         changes = [f"--set={key}={json.dumps(value)}" for key, value in values.items()]
         self.output = output
         self._command = [sys.executable, "-m", "npr_jax", stage, f"tiny_{stage}", *changes]
-        self._env = os.environ | {"XLA_FLAGS": ""}  # one device
+        self._env = os.environ.copy()
+        self._env["XLA_FLAGS"] += " --xla_force_host_platform_device_count=1"
 
     def start(self):
         return subprocess.Popen(

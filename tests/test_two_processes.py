@@ -16,7 +16,6 @@ from npr_jax.runs.metrics import read_metrics
 from npr_jax.train import zero
 
 pytestmark = pytest.mark.slow
-OPTIMISED = True
 
 TIMES = ("seconds", "per_s", "time_share")
 

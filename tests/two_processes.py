@@ -12,7 +12,7 @@ def start(*command: str, stderr=subprocess.PIPE, **environment: str) -> list[sub
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     common = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=4",
         "JAX_PLATFORMS": "cpu",
         "NPR_COORDINATOR": address,
         "NPR_PROCESSES": "2",
