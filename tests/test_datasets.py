@@ -132,19 +132,39 @@ def test_a_bad_row_has_its_reason(name, raw, reason):
 
 
 @pytest.mark.parametrize(
-    "number, answer",
+    "written, answer",
     [
-        ("0.00001", "0.00001"),
-        ("1e16", "10000000000000000"),
-        ("-2.5E-10", "-0.00000000025"),
-        ("0.5", "0.5"),
-        ("2.0", "2.0"),
+        ("2", "2"),
+        ("123456789012345678901", "123456789012345678901"),
         ("-12345678901234567890123456789012345", "-12345678901234567890123456789012345"),
+        ("2.50", "2.50"),
+        ("0.00001", "0.00001"),
+        ("12345678901234567890.0", "12345678901234567890.0"),
+        ("1e-5", "0.00001"),
+        ("-1.25E+3", "-1250"),
+        ("-2.5E-10", "-0.00000000025"),
+        ("1e16", "10000000000000000"),
+        ("1e-999999999", None),
+        ("1e-99999999999999999999", None),
+        ("0e999999999", None),
     ],
 )
-def test_an_answer_that_is_a_number_comes_in_digits(number, answer):
-    raw = b'{"problem": "x", "answer": %s}' % number.encode()
-    assert parse_row(raw, FORMS["jsonl"]) == Problem("x", answer)
+def test_an_answer_that_is_a_number_stays_as_it_is_written(written, answer):
+    """A float would round a long one, and the text 2e-9 has Euler's number in it."""
+    value = f'{{"value": {written}}}'.encode()
+    rows = {
+        "jsonl": b'{"problem": "x", "answer": ' + value[10:],
+        "orz57k": b'[{"from": "human", "value": "x"}, {"from": "assistant", "ground_truth": '
+        + value
+        + b"}]",
+    }
+    for name, row in rows.items():
+        if answer is not None:
+            assert parse_row(row, FORMS[name]) == ("x", answer)
+            continue
+        with pytest.raises(BadRow) as info:
+            parse_row(row, FORMS[name])
+        assert info.value.reason == "wrong type"
 
 
 def test_a_bad_item_spoils_no_other_item_of_a_list(tmp_path):

@@ -22,7 +22,7 @@ class ProblemsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       kwargs: of tfds; `data_dir` among them.
     """
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("1.0.1")
     # Where tfds looks for checksums of downloads, of which there are none; to find the place itself
     # tfds 4.9.10 imports importlib_resources, which it does not install.
     code_path = None

@@ -29,6 +29,27 @@ class Problem(NamedTuple):
     answer: str
 
 
+class Written(float):
+    """A number with a point or an exponent, which keeps the `text` that it was written as: a float
+    gives 1e-05 for 0.00001, and rounds a long one. An integer is exact anyway."""
+
+    text: str
+
+    def __new__(cls, text: str):
+        made = super().__new__(cls, text)
+        made.text = text
+        return made
+
+    @property
+    def plain(self) -> str | None:
+        """As it was written, but for an exponent, which is no Euler's number as in an answer 2e-3.
+        None where it is beyond a float's: 1e-999999999 would be a gigabyte of zeros."""
+        _, e, exponent = self.text.lower().partition("e")
+        if not e:
+            return self.text
+        return f"{Decimal(self.text):f}" if 0 < float(f"1e{exponent}") < math.inf else None
+
+
 class BadRow(ValueError):
     """A row that gives no problem; `reason` is one of REASONS."""
 
@@ -93,12 +114,16 @@ def parse_row(raw: bytes, form: Form[_T]) -> _T:
 def parse_json(raw: bytes) -> Any:
     """The value of one row, which can be written as JSON again; raises BadRow.
 
+    Numbers with a point or an exponent are `Written`.
     It is no text where it holds half a surrogate pair, and no JSON with NaN, with a key that is
     there twice, or with lists in lists beyond MAX_DEPTH.
     """
     try:
         value = json.loads(
-            raw.decode(), parse_constant=_no_constant, object_pairs_hook=_without_twins
+            raw.decode(),
+            parse_float=Written,
+            parse_constant=_no_constant,
+            object_pairs_hook=_without_twins,
         )
         if _deeper(value, MAX_DEPTH):
             raise ValueError(f"lists and objects are nested more than {MAX_DEPTH} deep")
@@ -247,8 +272,10 @@ def _text(row: dict, key: str, missing: str) -> str:
 
 def _answer(row: dict, key: str = "answer") -> str:
     value = row.get(key)
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-        return format(Decimal(repr(value)), "f")  # 1e-05 in digits
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, Written) and (plain := value.plain) is not None:
+        return plain
     if value is None or (isinstance(value, str) and not value.strip()):
         reason = f'"{key}" is {short(value)}, needed is a text or a number{_keys(row, key)}'
         raise BadRow("no answer", reason)
