@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+from decimal import Decimal
 
 import huggingface_hub
 import pyarrow
@@ -146,6 +147,56 @@ def test_a_bad_row_is_named(line, message, tmp_path):
     with pytest.raises(ValueError, match=message) as error:
         read_benchmark(f"mine={path}")
     assert f"{path}:2: " in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "value, answer",
+    [
+        (0.00001, "0.00001"),
+        (1e16, "10000000000000000"),
+        (pyarrow.scalar(0.1, pyarrow.float32()), "0.1"),
+        (Decimal("0.0000001"), "0.0000001"),
+        (b"1/2", "1/2"),
+    ],
+)
+def test_parquet_gives_texts_and_numbers_as_they_are(value, answer, tmp_path):
+    path = tmp_path / "mine.parquet"
+    # Bytes that are no text do no harm where nobody asks for them.
+    row = {"problem": "é?".encode(), "answer": value, "image": b"\xff"}
+    pyarrow.parquet.write_table(pyarrow.table({key: [x] for key, x in row.items()}), path)
+    assert read_benchmark(f"mine={path}").questions == [Question("1", "é?", answer)]
+    row = {"problem": b"\xff", "answer": value}
+    pyarrow.parquet.write_table(pyarrow.table({key: [x] for key, x in row.items()}), path)
+    with pytest.raises(ValueError, match=r"mine.parquet:1: \"problem\" is .*no UTF-8"):
+        read_benchmark(f"mine={path}")
+
+
+def test_damaged_parquet_is_named(tmp_path):
+    path = write(tmp_path / "mine.parquet", [{"problem": "1+1?", "answer": str(i)} for i in "ab"])
+    whole = path.read_bytes()
+    for damaged in (b"", whole[:-20], b"PAR1" + b"\xff" * 30 + whole[34:]):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"mine.parquet cannot be read as parquet: "):
+            read_benchmark(f"mine={path}")
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (
+            "problem,answer\n1+1?,2\nWhat is 1,000+1?,1001\n",
+            r"mine.csv:2: \['1001'\] stands behind",
+        ),
+        ('problem,answer\n1+1?,2\n"What is 1+1?,2\n', "mine.csv is no whole CSV file"),
+        ('problem,answer\n"1+1"?,2\n', "mine.csv is no whole CSV file"),
+        ("problem,answer,answer\n1+1?,2,3\n", "mine.csv has a column twice"),
+    ],
+)
+def test_csv_that_can_be_read_in_two_ways_is_refused(text, message, tmp_path):
+    path = tmp_path / "mine.csv"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_benchmark(f"mine={path}")
 
 
 def test_columns_that_the_hub_does_not_have_are_named(hub, monkeypatch):

@@ -13,6 +13,7 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -230,22 +231,57 @@ def _rows(path: Path) -> Iterator[tuple[int, bytes]]:
     if path.suffix not in (".parquet", ".csv"):
         yield from ((row.number, row.raw) for row in read_rows(path, "line", needed))
         return
-    if path.suffix == ".parquet":
-        import pyarrow.parquet
+    read = _parquet if path.suffix == ".parquet" else _csv
+    for number, row in enumerate(read(path, needed), 1):
+        yield number, json.dumps(row, default=_plain).encode()
 
-        with reading(path, needed):
-            try:
-                rows = pyarrow.parquet.read_table(path).to_pylist()
-            except pyarrow.ArrowException as error:
-                raise ValueError(f"{path} is no whole parquet file: {error}") from error
-    else:
-        text = io.StringIO(read_text(path, needed), newline="")
-        try:
-            rows = list(csv.DictReader(text))
-        except csv.Error as error:
-            raise ValueError(f"{path} is no whole CSV file: {error}") from error
+
+def _parquet(path: Path, needed: str) -> list[dict]:
+    import pyarrow
+    import pyarrow.parquet
+
+    with reading(path, needed):
+        data = path.read_bytes()
+    try:
+        table = pyarrow.parquet.read_table(pyarrow.BufferReader(data))
+        for i, column in enumerate(table.columns):
+            if pyarrow.types.is_float32(column.type):
+                # By way of text: 0.1 is to be 0.1, and not the double nearest to its float.
+                column = column.cast(pyarrow.string()).cast(pyarrow.float64())
+                table = table.set_column(i, table.column_names[i], column)
+        return table.to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as parquet: {error}") from error
+
+
+def _csv(path: Path, needed: str) -> list[dict]:
+    reader = csv.DictReader(io.StringIO(read_text(path, needed), newline=""), strict=True)
+    try:
+        rows = list(reader)
+    except csv.Error as error:
+        raise ValueError(f"{path} is no whole CSV file: {error}") from error
+    names = reader.fieldnames or []
+    if len(set(names)) < len(names):
+        raise ValueError(f"{path} has a column twice: {short(names)}")
     for number, row in enumerate(rows, 1):
-        yield number, json.dumps(row, default=str).encode()
+        if None in row:
+            raise ValueError(
+                f"{path}:{number}: {short(row[None])} stands behind the last column, "
+                f"{short(names[-1])}; a text with a comma in it needs quotes"
+            )
+    return rows
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has for a value of parquet that it does not have itself."""
+    if isinstance(value, Decimal):
+        return f"{value:f}"
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return {"bytes that are no UTF-8": len(value)}  # fine where nobody asks for it
+    return str(value)  # dates and times
 
 
 def _question(row: Any, name: str, number: int, own: Callable[[dict], dict]) -> Question:
