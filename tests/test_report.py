@@ -110,7 +110,8 @@ def test_what_is_packed_is_the_trace(tmp_path):
 
 
 def test_text_that_is_no_text_stays_text(tmp_path):
-    trace = toy.made(toy.NASTY, toy.NASTY, prediction=toy.NASTY, reference=toy.NASTY, id=toy.NASTY)
+    names = ("prediction", "reference", "id", "finish_reason", "detail")
+    trace = toy.made(toy.NASTY, toy.NASTY, **dict.fromkeys(names, toy.NASTY))
     toy.write_traces(tmp_path / "traces" / "nasty.jsonl", [trace])
     (tmp_path / "config.yaml").write_text(toy.NASTY.replace("\ud800", ""), encoding="utf-8")
     page = page_of(tmp_path)

@@ -151,17 +151,19 @@ def _fields(values: dict[str, Any]) -> dict[str, Any]:
     if unknown := [name for name in values if name not in known]:
         raise ValueError(f"{', '.join(map(repr, unknown))} is no key of one")
     values = dict(values)
-    values["logp"] = [math.nan if x is None else float(x) for x in values["logp"]]
-    values["blocks"] = tuple(_block(*block) for block in values["blocks"])
+    values["logp"] = [math.nan if x is None else x for x in values["logp"]]
+    values["blocks"] = blocks = tuple(_block(*block) for block in values["blocks"])
+    if any(block.depth >= len(blocks) for block in blocks):  # the layout has a column for each
+        raise ValueError(f"blocks holds {len(blocks)} blocks, one of them as deep or deeper")
     for name, value in values.items():
         kind, inner = known[name], None
         if get_origin(kind) in (list, tuple):
             kind, inner = get_origin(kind), get_args(kind)[0]
-        if not isinstance(value, kind):
+        if not _holds(value, kind):
             raise ValueError(
                 f"{name} is {value!r:.60}, needed is {getattr(kind, '__name__', kind)}"
             )
-        if inner is not None and not all(isinstance(item, inner) for item in value):
+        if inner is not None and not all(_holds(item, inner) for item in value):
             raise ValueError(f"{name} holds what is no {inner.__name__}")
     return values
 
@@ -185,7 +187,22 @@ def write_traces(path: str | Path, traces: Iterable[Trace]) -> None:
         write_atomically(path, lines.encode())
 
 
+def _holds(value: Any, kind: Any) -> bool:
+    """Whether a value of JSON is of that type; an integer is one that the arrays can hold."""
+    if kind is int:
+        return type(value) is int and abs(value) < 1 << 31
+    return isinstance(value, kind) or (kind is float and _holds(value, int))
+
+
 def _block(start, guideline_close, plans, steps, join, takeaway, end, depth) -> Block:
     plans, steps = (tuple(tuple(span) for span in spans) for spans in (plans, steps))
     takeaway = tuple(takeaway) if takeaway else None
+    spans = [*plans, *steps, *([takeaway] if takeaway else [])]
+    if any(len(span) != 2 for span in spans):
+        raise ValueError("blocks holds a span that is no pair")
+    numbers = [start, join, end, depth, *(x for span in spans for x in span)]
+    if steps or guideline_close is not None:  # it may be cut off before, and has no steps then
+        numbers.append(guideline_close)
+    if not all(_holds(x, int) and x >= 0 for x in numbers):
+        raise ValueError(f"blocks holds {numbers!r:.60}, needed are indices of tokens")
     return Block(start, guideline_close, plans, steps, join, takeaway, end, depth)

@@ -88,7 +88,7 @@ def draw(trace: Trace, width: int) -> Group:
     found = trace.figures
     figures = (
         f"{found.tokens} tokens, critical path {found.critical_path}, width {found.width}, "
-        f"depth {found.depth}, {steps} decode steps, finished by {trace.finish_reason}"
+        f"depth {found.depth}, {steps} decode steps, finished by {visible(trace.finish_reason)}"
     )
     title = " ".join(visible(x) for x in (trace.benchmark, trace.id, f"sample {trace.sample}") if x)
     parts = [
