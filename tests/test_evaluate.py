@@ -119,6 +119,17 @@ def test_what_is_written(place, whole):
     assert [table.row_count for table in tables(found)] == [2, 2]
 
 
+def test_a_figure_that_is_null_is_shown_as_none():
+    metrics = {"tokens": {"value": None}, "avg@2": {"value": 0.5, "low": None, "high": None}}
+    entry = {"problems": 1, "samples": 2, "metrics": metrics}
+    shown = [
+        next(iter(column.cells))
+        for table in tables({"benchmarks": {"a": entry}})
+        for column in table.columns
+    ]
+    assert shown[:4] == ["a", "1", "2", "50.0"] and set(shown[4:]) == {"-", "a", "1", "2"}
+
+
 @pytest.mark.parametrize("cut", ["parallel", "sequential", "both"])
 def test_a_cut_off_evaluation_goes_on(cut, place, whole, tmp_path):
     output = tmp_path / "out"

@@ -293,6 +293,15 @@ def test_a_directory_with_nothing_and_a_broken_file_are_errors(tmp_path):
             '{"benchmarks": {"a": {"problems": 1, "samples": 1, "metrics": {"m": {"v": NaN}}}}}',
             "benchmarks.a.metrics.m is {'v': nan}",
         ),
+        *(
+            (
+                json.dumps(
+                    {"benchmarks": {"a": {"problems": 1, "samples": 1, "metrics": {"m": m}}}}
+                ),
+                "needed are numbers: value, or value, low and high",
+            )
+            for m in ({}, {"low": None}, {"value": 1, "low": 0})
+        ),
         ("[" * 100_000, "is not valid JSON"),
     ],
 )

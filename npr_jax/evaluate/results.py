@@ -18,6 +18,7 @@ from npr_jax.evaluate.judge import Figures
 from npr_jax.evaluate.statistics import Timing, speeds, summarize
 
 TIMING = "timing.jsonl"  # a line for each answer: run, seconds since the one before, tokens
+_BOUNDS = ("low", "high")  # of a metric's interval
 _PACKAGES = ("jax", "jaxlib", "numpy", "transformers", "math-verify")
 
 
@@ -70,8 +71,10 @@ def _fault(results: Any) -> str | None:
             if type(entry.get(key)) is not int:
                 return f"benchmarks.{name}.{key} is {entry.get(key)!r:.40}, needed is an integer"
         for key, metric in metrics.items():
-            if not isinstance(metric, dict) or not all(map(_is_figure, metric.values())):
-                return f"benchmarks.{name}.metrics.{key} is {metric!r:.60}, needed are numbers"
+            parts = isinstance(metric, dict) and set(metric) in ({"value"}, {"value", *_BOUNDS})
+            if not parts or not all(map(_is_figure, metric.values())):
+                found = f"benchmarks.{name}.metrics.{key} is {metric!r:.60}"
+                return f"{found}, needed are numbers: value, or value, low and high"
     return None
 
 
@@ -163,11 +166,11 @@ def _table(results: dict, caption: str, columns: dict, scale: float, digits: int
     for name, entry in results["benchmarks"].items():
         cells = [str(entry["problems"]), str(entry["samples"])]
         for heading, metric in columns.items():
-            found = entry["metrics"].get(metric.format(k=entry["samples"]))
-            cells.append(f"{scale * found['value']:.{digits}f}" if found else "-")
-            if found and "[" in heading and "low" in found:
-                ends = [f"{scale * found[bound]:.{digits}f}" for bound in ("low", "high")]
-                if ends[0] != ends[1]:  # of no width, the interval is the number itself
-                    cells[-1] += f" [{', '.join(ends)}]"
+            found = entry["metrics"].get(metric.format(k=entry["samples"]), {})
+            value, *bounds = (found.get(part) for part in ("value", *_BOUNDS))
+            ends = [f"{scale * bound:.{digits}f}" for bound in bounds if bound is not None]
+            cells.append("-" if value is None else f"{scale * value:.{digits}f}")
+            if "[" in heading and len(set(ends)) > 1:  # of no width, it is the number itself
+                cells[-1] += f" [{', '.join(ends)}]"
         table.add_row(name.replace(".sequential", " seq"), *cells)
     return table
