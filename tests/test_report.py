@@ -209,6 +209,13 @@ def texts(svg):
     return found
 
 
+@pytest.mark.parametrize(
+    "values", [(0.0, 5e-324), (-5e-324, 0.0), (5e-324, 5e-324), (0.0, 1e-299), (-1e300, 1e300)]
+)
+def test_numbers_of_any_size_are_drawn(values):
+    xml.fromstring(chart("loss", {"loss": list(enumerate(values))}))
+
+
 @given(
     st.floats(-1e12, 1e12, allow_subnormal=False) | st.floats(-1e-4, 1e-4, allow_subnormal=False),
     st.floats(1e-5, 1e5),

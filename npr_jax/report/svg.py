@@ -24,6 +24,7 @@ COLORS = (  # told apart in light and dark
 )
 _WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 380, 240, 46, 30, 46  # of a chart, and of its margins
 _RIGHT, _DIGIT = 14, 6.4  # the margin on the right; the width of a digit
+_LEAST = 1e-300  # of a spread that is drawn: a power of ten below it is no float any more
 _TICKS = 5  # about so many on an axis
 
 
@@ -38,8 +39,9 @@ def nice_ticks(low: float, high: float, whole: bool = False) -> list[float]:
 
     `whole`: integers only.
     """
-    if low == high:
-        low, high = (low - abs(low) / 10, high + abs(high) / 10) if low else (0.0, 1.0)
+    if high - low < _LEAST:
+        about = abs(low) / 10
+        low, high = (low - about, high + about) if about > _LEAST else (0.0, 1.0)
     step = nice_step(high - low, _TICKS)
     step = max(1.0, step) if whole else step
     first, last = math.floor(low / step + 1e-6), math.ceil(high / step - 1e-6)
