@@ -450,7 +450,14 @@ def test_the_page_of_all_keys_is_current():
         ("name: !!bool x\n", "line 1, column 7: not valid YAML: 'x' is no bool"),
         ("steps: " + "9" * 5000, "c.yaml: line 1, column 8: not valid YAML: '999"),
         ("steps: " + "[" * 3000, "c.yaml: not valid YAML: lists and mappings nested too deep"),
-        ("name: &a [*a]\n", "c.yaml: not valid YAML: an alias (*) stands inside of what"),
+        ('steps: !!int ""\n', "line 1, column 8: not valid YAML: '' is no int"),
+        ("steps: !!int '-'\n", "line 1, column 8: not valid YAML: '-' is no int"),
+        ('name: !!float ""\n', "line 1, column 7: not valid YAML: '' is no float"),
+        ("name: &a [*a]\n", "line 1, column 11: not valid YAML: *a: a config has no aliases"),
+        (
+            "a: &a [1]\nb: [*a, *a]\n",
+            "line 2, column 5: not valid YAML: *a: a config has no aliases",
+        ),
         (
             'name: "\\ud83d"\n',
             "c.yaml: not valid YAML: the text '\\ud83d' is half a surrogate pair",
@@ -469,6 +476,16 @@ def test_a_file_that_is_not_utf_8_is_named(tmp_path):
     path.write_bytes(b"name: \xff\n")
     with pytest.raises(ValueError, match=r"c\.yaml is not UTF-8"):
         load_config(Config, path)
+
+
+def test_an_option_that_is_not_utf_8_is_named(tmp_path):
+    """The shell hands any bytes on, and Python makes halves of surrogate pairs of them."""
+    path = tmp_path / "c.yaml"
+    path.write_text("steps: 3\n")
+    options = {"name": ("--name ev\udcff", "ev\udcff")}
+    with pytest.raises(ValueError) as error:
+        load_config(Config, path, options=options)
+    assert str(error.value).startswith("--name ev\udcff: name: the text '\\udcff' is half")
 
 
 def test_errors_name_what_was_typed(tmp_path):

@@ -45,6 +45,14 @@ _TAGS = {*_SCALARS, *(f"tag:yaml.org,2002:{name}" for name in ("str", "seq", "ma
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict = {}  # noqa: RUF012  (PyYAML's own protocol)
 
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):  # ten lines of them stand for a billion values
+            event = self.peek_event()
+            raise yaml.MarkedYAMLError(
+                None, None, f"*{event.anchor}: a config has no aliases", event.start_mark
+            )
+        return super().compose_node(parent, index)
+
     def construct_object(self, node, deep=False):
         if node.tag.startswith("tag:yaml.org,2002:") and node.tag not in _TAGS:
             name = node.tag.replace("tag:yaml.org,2002:", "!!")
@@ -53,7 +61,7 @@ class _Loader(yaml.SafeLoader):
             )
         try:
             return super().construct_object(node, deep)
-        except (ValueError, KeyError) as error:  # such as an integer of 5,000 digits, !!int x
+        except (ValueError, LookupError) as error:  # 5,000 digits, !!int x, !!int ""
             raise yaml.constructor.ConstructorError(
                 None, None, f"{node.value!r:.40} is no {node.tag.split(':')[-1]}", node.start_mark
             ) from error
@@ -76,6 +84,9 @@ class _Loader(yaml.SafeLoader):
 
 class _Dumper(yaml.SafeDumper):
     """Keeps the resolvers of YAML 1.1 too: what looks special in either version is quoted."""
+
+    def ignore_aliases(self, data):
+        return True
 
 
 for _tag, (_pattern, _first) in _SCALARS.items():
@@ -134,6 +145,7 @@ def load_config(
         _assign(raw, keys, _parse(text, f"--set {override}"), override)
         typed[keys] = f"--set {override}"
     for key, (text, value) in (options or {}).items():
+        _check_text(value, f"{text}: {key}")
         raw[key], typed[key,] = value, text
 
     def where(loc: tuple, message: str | None = None) -> str:
@@ -196,16 +208,10 @@ def _adapter(cls: type) -> pydantic.TypeAdapter:
 def _parse(text: str, source: str) -> Any:
     try:
         value = yaml.load(text, Loader=_Loader)
-        json.dumps(value, ensure_ascii=False).encode()  # in which form it is checked
+        _check_text(value, f"{source}: not valid YAML")
         return value
     except RecursionError as error:
         raise ValueError(f"{source}: not valid YAML: lists and mappings nested too deep") from error
-    except UnicodeEncodeError as error:
-        reason = f"the text {error.object[error.start]!r} is half a surrogate pair"
-        raise ValueError(f"{source}: not valid YAML: {reason}") from error
-    except ValueError as error:  # of JSON
-        reason = "an alias (*) stands inside of what it stands for"
-        raise ValueError(f"{source}: not valid YAML: {reason}") from error
     except yaml.MarkedYAMLError as error:
         assert error.problem is not None and error.problem_mark is not None
         reason = error.problem
@@ -220,6 +226,15 @@ def _parse(text: str, source: str) -> Any:
         at = f"line {len(begun)}, column {len(begun[-1]) + 1}"
         reason = f"the character {chr(error.character)!r} is not allowed"
         raise ValueError(f"{source}: {at}: not valid YAML: {reason}") from error
+
+
+def _check_text(value: Any, where: str) -> None:
+    """Raises ValueError where a value has no form in JSON, in which it is checked."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        reason = f"the text {error.object[error.start]!r} is half a surrogate pair, no UTF-8"
+        raise ValueError(f"{where}: {reason}") from error
 
 
 def _place(mark: yaml.Mark) -> str:
