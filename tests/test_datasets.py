@@ -232,9 +232,23 @@ def test_a_damaged_data_set_is_refused(tmp_path):
         with pytest.raises(ValueError, match="no whole data set"):
             read_problems(directory)
     records.write_bytes(whole)
-    (directory / "dataset_info.json").write_text("{")
-    with pytest.raises(ValueError, match="no whole data set"):
-        read_problems(directory)
+    for name in ("dataset_info.json", "features.json"):
+        whole = (directory / name).read_text()
+        for damaged, message in (
+            ("{", "Expecting property name"),
+            ("null", f"{name} holds NoneType, needed is an object"),
+            ("5", f"{name} holds int"),
+        ):
+            (directory / name).write_text(damaged)
+            with pytest.raises(ValueError, match=f"no whole data set of problems: {message}"):
+                read_problems(directory)
+        (directory / name).write_text(whole)
+    info = json.loads((directory / "dataset_info.json").read_text())
+    for changed in ({"name": 5}, {"splits": []}):  # tfds has an error of its own for each
+        (directory / "dataset_info.json").write_text(json.dumps(info | changed))
+        with pytest.raises(ValueError, match="no whole data set") as caught:
+            read_problems(directory)
+        assert len(str(caught.value).splitlines()) == 1
 
 
 def test_a_data_set_without_answers_is_refused(tmp_path):

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
+from npr_jax.base.files import describe
 from npr_jax.data.sources import FORMS, Problem, Row, parse_row, read_rows
 
 
@@ -103,7 +104,10 @@ def read_prepared(directory: str | Path) -> list[Problem]:
             "`npr-jax data prepare`"
         )
     try:
-        json.loads((directory / "dataset_info.json").read_bytes())  # tfds' own error is not clear
+        for name in ("dataset_info.json", "features.json"):  # tfds' own errors are not clear
+            kind = type(json.loads((directory / name).read_bytes())).__name__
+            if kind != "dict":
+                raise ValueError(f"{name} holds {kind}, needed is an object")
         builder: Any = tfds.builder_from_directory(directory)
         features = dict(builder.info.features)
         for name in ("problem", "answer"):
@@ -111,9 +115,9 @@ def read_prepared(directory: str | Path) -> list[Problem]:
                 raise ValueError(f"its rows have no text {name!r}")
         rows = builder.as_data_source(split="train")
         rows = [rows[i] for i in range(len(rows))]
-    except (ValueError, RuntimeError, OSError) as error:
+        return [Problem(row["problem"].decode(), row["answer"].decode()) for row in rows]
+    except Exception as error:  # of a damaged directory tfds raises errors of any class
         raise ValueError(
-            f"{directory} is no whole data set of problems: {error}; remove it and make it anew "
-            "with `npr-jax data prepare`"
+            f"{directory} is no whole data set of problems: {describe(error)}; remove it and make "
+            "it anew with `npr-jax data prepare`"
         ) from error
-    return [Problem(row["problem"].decode(), row["answer"].decode()) for row in rows]
