@@ -99,9 +99,11 @@ def test_another_source_or_setting_is_refused(source, tmp_path):
     with pytest.raises(ValueError, match="max_prompt_tokens was None, is 9"):
         prepare("jsonl", source, output, "tiny", 9)
     assert files(output) == before
-    (output / "prepared.json").write_text("{")
-    with pytest.raises(ValueError, match=r"prepared.json is damaged .*remove"):
-        prepare("jsonl", source, output)
+    whole = json.loads(before["prepared.json"])
+    for damaged in ("{", "null", *(json.dumps(whole | {key: 0.5}) for key in whole)):
+        (output / "prepared.json").write_text(damaged)
+        with pytest.raises(ValueError, match=r"prepared.json is damaged .*remove"):
+            prepare("jsonl", source, output)
 
 
 def test_a_directory_of_something_else_is_left_alone(source, tmp_path):
@@ -113,6 +115,25 @@ def test_a_directory_of_something_else_is_left_alone(source, tmp_path):
     assert files(tmp_path / "mine") == {"thesis.tex": b"x"}
     (tmp_path / "empty").mkdir()
     assert prepare("jsonl", source, tmp_path / "empty").problems == 3
+
+
+def test_an_output_that_cannot_be_replaced_is_refused_at_once(source, tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(ValueError, match=r"--output \. is the directory you are in"):
+        prepare("jsonl", source, ".")
+    assert not list((tmp_path / "empty").iterdir())
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_link_leads_to_the_data_set(there, source, tmp_path):
+    target = tmp_path / "disk" / "target"
+    if there:
+        target.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(target)
+    assert prepare("jsonl", source, tmp_path / "link").problems == 3
+    assert (tmp_path / "link").is_symlink() and len(read_problems(target)) == 3
+    assert [path.name for path in target.parent.iterdir()] == ["target"]
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,11 @@ it was made from, and the report.
 
 import dataclasses
 import hashlib
-import json
 import tempfile
 from pathlib import Path
 from typing import TextIO
 
+import pydantic
 import tensorflow_datasets as tfds
 
 from npr_jax.base.files import json_text, sync_all, writing
@@ -50,9 +50,10 @@ class Report:
             f"{directory}, made from {self.source}: problems {self.problems}, bad rows {total}"
         ]
         for reason, count in self.bad.items():
-            lines += [f"  {reason}: {count}", *(f"    {text}" for text in self.first[reason])]
-            if count > len(self.first[reason]):
-                lines.append(f"    and {count - len(self.first[reason])} more")
+            first = self.first.get(reason, [])
+            lines += [f"  {reason}: {count}", *(f"    {text}" for text in first)]
+            if count > len(first):
+                lines.append(f"    and {count - len(first)} more")
         if total:
             lines.append(f"all of them are in {Path(directory) / 'rejected.jsonl'}")
         return lines
@@ -94,16 +95,22 @@ def prepare(
     }
     if report := _made(output, made_from):
         return report
+    place = output.resolve()  # a link may lead there, and stays
+    if place == Path.cwd():
+        raise ValueError(
+            f"--output {output} is the directory you are in, and what is made would replace it: "
+            "give one of its own"
+        )
     encoder = None
     if tokenizer is not None:
         from npr_jax.model.pretrained import load_tokenizer
 
         encoder = load_tokenizer(tokenizer)
     # Beside the output, so that renaming works; a killed run leaves no more than this folder.
-    prefix = f".{output.name}.incomplete-"
+    prefix = f".{place.name}.incomplete-"
     with writing(output, "give another --output"):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        space = tempfile.TemporaryDirectory(prefix=prefix, dir=output.parent)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        space = tempfile.TemporaryDirectory(prefix=prefix, dir=place.parent)
     with space as folder:
         rejected = Path(folder) / "rejected.jsonl"
         with (
@@ -127,7 +134,7 @@ def prepare(
         (made / "prepared.json").write_text(text + "\n", encoding="utf-8")
         sync_all(made)
         try:
-            made.rename(output)
+            made.rename(place)
         except OSError:
             if not _made(output, made_from):  # another process may have been first
                 raise
@@ -214,9 +221,11 @@ def _made(output: Path, made_from: dict) -> Report | None:
     if not path.is_file():
         raise ValueError(f"{output} is there and no prepared data set: give another --output")
     try:
-        found = Report(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}): remove that directory") from error
+        found = pydantic.TypeAdapter(Report).validate_json(path.read_bytes())
+    except pydantic.ValidationError as error:
+        fault = error.errors()[0]
+        reason = ".".join(map(str, [*fault["loc"], fault["msg"]]))
+        raise ValueError(f"{path} is damaged ({reason}): remove that directory") from error
     if found.made_from == made_from:
         return found
     changed = ", ".join(
