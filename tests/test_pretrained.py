@@ -178,7 +178,8 @@ def test_a_file_that_is_not_whole_is_named(saved):
     refused(directory, str(path), "git-lfs")
     for name in ("config.json", "generation_config.json"):
         text = (directory / name).read_text()
-        for broken in (text[:-3], "[]", "\xff", '{"temperature": NaN}', "[" * 10**5):
+        twins = text.replace("{", '{"a": 1, "a": 2,', 1)
+        for broken in (text[:-3], "[]", "\xff", '{"temperature": NaN}', "[" * 10**5, twins):
             (directory / name).write_bytes(broken.encode("latin-1"))
             refused(directory, str(directory / name))
         (directory / name).write_text(text)

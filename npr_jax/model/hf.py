@@ -18,6 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from npr_jax.base.config import without_twins
 from npr_jax.base.files import json_text
 from npr_jax.model.config import ModelConfig, eos_ids, unknown_keys
 from npr_jax.model.params import Weight, weight_table
@@ -98,7 +99,8 @@ def _read_json(path: Path) -> dict:
         raise ValueError(f"{constant} is no number of JSON")
 
     try:
-        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text, parse_constant=refuse, object_pairs_hook=without_twins)
     except ValueError as error:  # of the encoding too
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     except RecursionError as error:
