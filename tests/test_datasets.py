@@ -167,22 +167,37 @@ def test_an_answer_that_is_a_number_stays_as_it_is_written(written, answer):
         assert info.value.reason == "wrong type"
 
 
-def test_a_bad_item_spoils_no_other_item_of_a_list(tmp_path):
+@pytest.mark.parametrize(
+    "bad, reason",
+    [
+        (b'["\xff\xfe", 1]', "not UTF-8"),
+        (b'[{"from": ' + b"9" * 5000 + b"}]", "not JSON"),
+        (b"[" * 2000 + b"]" * 2000, "not JSON"),
+        (b'[{"from" "human, \\"}[" }]', "not JSON"),
+        (b"nothing", "not JSON"),
+        (b"", "not JSON"),
+        (b"3", "wrong type"),
+    ],
+)
+def test_a_bad_item_spoils_no_other_item_of_a_list(bad, reason, tmp_path):
     items = [json.dumps(item).encode() for item in ORZ]
     source = tmp_path / "orz.json"
-    source.write_bytes(b"[" + b",\n".join([items[0], b'["\xff\xfe", 1]', items[1]]) + b"]\n")
+    source.write_bytes(b"\xef\xbb\xbf [" + b",\n".join([items[0], bad, items[1]]) + b" ]\n")
     rows = list(read_rows(source, "item"))
-    assert [row.number for row in rows] == [1, 2, 3]
-    assert [rows[0].raw, rows[1].raw, rows[2].raw] == [items[0], b'["\xff\xfe", 1]', items[1]]
-    with pytest.raises(BadRow, match="not UTF-8"):
+    assert [(row.number, row.raw) for row in rows] == [(1, items[0]), (2, bad), (3, items[1])]
+    assert rows[-1].end <= source.stat().st_size
+    with pytest.raises(BadRow) as info:
         parse_row(rows[1].raw, FORMS["orz57k"])
+    assert info.value.reason == reason
+    source.write_bytes(b"[ ]")
+    assert not list(read_rows(source, "item"))
 
 
 @pytest.mark.parametrize(
     "data, message",
     [
-        (json.dumps(ORZ).encode()[:-40], "item 2 is not valid JSON"),
-        (json.dumps(ORZ).encode()[:-1], "no comma or ] after item 2"),
+        (json.dumps(ORZ).encode()[:-40], "ends in item 2"),
+        (json.dumps(ORZ).encode()[:-1], "ends in item 2"),
         (json.dumps(ORZ).encode() + b"[]", "stands behind the list"),
         (jsonl(JSONL), "needed is one JSON list"),
         (b"", "needed is one JSON list"),

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Generic, NamedTuple, TypeVar, cast
 
 from npr_jax.answers import find_boxed
+from npr_jax.base.config import without_twins
 from npr_jax.base.files import reading
 
 MAX_DEPTH = 100  # of lists and objects in a row; what is deeper is no problem of anybody
@@ -123,7 +124,7 @@ def parse_json(raw: bytes) -> Any:
             raw.decode(),
             parse_float=Written,
             parse_constant=_no_constant,
-            object_pairs_hook=_without_twins,
+            object_pairs_hook=without_twins,
         )
         if _deeper(value, MAX_DEPTH):
             raise ValueError(f"lists and objects are nested more than {MAX_DEPTH} deep")
@@ -147,53 +148,42 @@ def _lines(file: BinaryIO) -> Iterator[Row]:
             yield Row(number, line.rstrip(b"\r\n"), end)
 
 
+# A string, to its end or that of a file that breaks off; or a character that divides a list.
+_MARKS = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[\[\]{},]', re.DOTALL)
+
+
 def _items(data: bytes, path: str | Path) -> Iterator[Row]:
-    """A JSON list's items. Bytes that are not UTF-8 spoil their item and no other."""
+    """A JSON list's items. They are found by their brackets and not parsed, so that what is wrong
+    in one (bytes that are not UTF-8, a number too long, lists too deep) spoils no other."""
     text = data.decode("utf-8-sig", "surrogateescape")
-    space, decode = re.compile(r"[ \t\r\n]*+"), json.JSONDecoder().raw_decode
-
-    def skip(at: int) -> int:
-        found = space.match(text, at)
-        return found.end() if found else at
-
-    at = skip(0)
-    if text[at : at + 1] != "[":
-        raise ValueError(f"{path} starts with {short(text[at : at + 80])}, needed is one JSON list")
-    number, at = 0, skip(at + 1)
-    while text[at : at + 1] != "]" or number:
-        number += 1
-        try:
-            _, end = decode(text, at)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(
-                f"{path}: item {number} is not valid JSON: {error}; is the file whole?"
-            ) from error
-        yield Row(
-            number,
-            text[at:end].encode("utf-8", "surrogateescape"),
-            len(data) * end // len(text),
+    begin, number, depth = text.find("[") + 1, 0, 0
+    if not begin or text[: begin - 1].strip():
+        raise ValueError(f"{path} starts with {short(text[:80])}, needed is one JSON list")
+    for mark in _MARKS.finditer(text, begin):
+        if mark[0] in ("[", "{"):
+            depth += 1
+        elif depth and mark[0] in ("]", "}"):
+            depth -= 1
+        elif not depth and mark[0] in (",", "]"):
+            item = text[begin : mark.start()].strip()
+            if item or number or mark[0] == ",":
+                number += 1
+                end = len(data) * mark.end() // len(text)
+                yield Row(number, item.encode("utf-8", "surrogateescape"), end)
+            begin = mark.end()
+            if mark[0] == "]":
+                break
+    else:
+        raise ValueError(
+            f"{path} ends in item {number + 1}, or a bracket or a quote there has no other: is the "
+            "file whole?"
         )
-        at = skip(end)
-        if text[at : at + 1] == "]":
-            break
-        if text[at : at + 1] != ",":
-            raise ValueError(f"{path}: no comma or ] after item {number}; is the file whole?")
-        at = skip(at + 1)
-    if rest := text[at + 1 :].strip()[:80]:
+    if rest := text[begin:].strip()[:80]:
         raise ValueError(f"{path}: {short(rest)} stands behind the list, needed is one JSON list")
 
 
 def _no_constant(name: str):
     raise ValueError(f"{name} is no JSON value")
-
-
-def _without_twins(pairs: list[tuple[str, Any]]) -> dict:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twin = next(key for i, key in enumerate(keys) if key in keys[:i])
-        raise ValueError(f"the key {short(twin)} is there twice")
-    return found
 
 
 def _deeper(value: Any, depth: int) -> bool:
