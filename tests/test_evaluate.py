@@ -15,9 +15,10 @@ from typer.testing import CliRunner
 
 from npr_jax.base.config import load_config
 from npr_jax.cli import app
+from npr_jax.data.benchmarks import Source
 from npr_jax.decode import fork_join
 from npr_jax.evaluate import run as module
-from npr_jax.evaluate.results import tables
+from npr_jax.evaluate.results import Run, sum_up, tables
 from npr_jax.evaluate.run import EvalConfig, evaluate, seed_of
 from npr_jax.evaluate.traces import read_traces
 from npr_jax.model.pretrained import save
@@ -128,6 +129,17 @@ def test_a_figure_that_is_null_is_shown_as_none():
         for column in table.columns
     ]
     assert shown[:4] == ["a", "1", "2", "50.0"] and set(shown[4:]) == {"-", "a", "1", "2"}
+
+
+@pytest.mark.parametrize("value", ['"1"', "null", "NaN", "1e999", "9" * 400, "[1]"])
+@pytest.mark.parametrize("key", ["seconds", "tokens"])
+def test_a_time_that_is_no_number_is_named(key, value, tmp_path):
+    numbers = {"seconds": "1.5", "tokens": "3"} | {key: value}
+    line = ", ".join(f'"{name}": {number}' for name, number in numbers.items())
+    (tmp_path / "timing.jsonl").write_text(f'{{"run": "mine", {line}}}\n')
+    run = Run("mine", Source("mine", [], ""), True, {})
+    with pytest.raises(ValueError, match=r"timing.jsonl:1: .*no numbers; needed is"):
+        sum_up({}, tmp_path, [run], [{}], 1)
 
 
 @pytest.mark.parametrize("cut", ["parallel", "sequential", "both"])

@@ -122,7 +122,10 @@ def _timing(output: Path, run: Run) -> Timing:
 
 
 def _timed(record: dict) -> tuple[str, Timing]:
-    return record["run"], Timing(float(record["seconds"]), 1, int(record["tokens"]))
+    seconds, tokens = record["seconds"], record["tokens"]
+    if None in (seconds, tokens) or not (_is_figure(seconds) and _is_figure(tokens)):
+        raise ValueError(f"seconds is {seconds!r:.60} and tokens {tokens!r:.60}, no numbers")
+    return record["run"], Timing(seconds, 1, tokens)
 
 
 def tables(results: dict) -> list[Table]:
