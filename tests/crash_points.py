@@ -10,8 +10,8 @@ the next one asks. Writes are stopped in their middle too.
 Calls are counted before they are made: write, pwrite and writev (with "/half" for their middle),
 pwritev, rename, fsync, fdatasync, ftruncate, link, unlink and rmdir, of all threads. Not covered:
 mkdir and open (what they leave is seen at the next call), writes through mapped memory, calls that
-pass by the C library (one is made: safetensors renames a file within `final.tmp`), and a loss of
-power, after which what was not synced may be missing.
+pass by the C library (one is made: safetensors renames a file of `final` before that is whole), and
+a loss of power, after which what was not synced may be missing.
 """
 
 import argparse

@@ -452,6 +452,9 @@ def test_a_checkpoint_is_exported_as_a_model(model, tmp_path, monkeypatch):
         export(run, tmp_path / "x", 3)
     with pytest.raises(ValueError, match=r"beta-2 is there already"):
         export(run, tmp_path / "beta-2", 2)
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(ValueError, match=r"link is there already"):
+        export(run, tmp_path / "link", 2)
     with pytest.raises(ValueError, match=r"no config\.yaml"):
         export(tmp_path, tmp_path / "x")
     with pytest.raises(ValueError, match=r"has no checkpoint: there is none in"):

@@ -10,7 +10,17 @@ from pathlib import Path
 import pytest
 
 from npr_jax import cli, demo
-from npr_jax.base.files import alone, describe, hub_error, lasting, read_text, reading, writing
+from npr_jax.base.files import (
+    alone,
+    describe,
+    hub_error,
+    lasting,
+    publish,
+    read_text,
+    reading,
+    write_atomically,
+    writing,
+)
 from npr_jax.base.mesh import parse_mesh
 from npr_jax.evaluate.run import EvalConfig, evaluate
 from npr_jax.runs.directory import alone_in, claim
@@ -68,6 +78,52 @@ def test_what_is_read_is_named(tmp_path):
     (tmp_path / "text").write_bytes("é".encode("latin-1"))
     with pytest.raises(ValueError, match=r"text is not UTF-8 \(byte 1\), needed is a"):
         read_text(tmp_path / "text", "a thing")
+
+
+def test_what_is_written_touches_no_neighbour_and_leaves_nothing_unfinished(tmp_path):
+    (tmp_path / "file.tmp").write_text("mine")
+    (tmp_path / "folder.tmp").mkdir()
+    (tmp_path / "folder.tmp" / "data").write_text("mine")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "data").write_text("mine")
+
+    def fill(path):
+        path.mkdir()
+        (path / "data").write_text("new")
+
+    def fail(path):
+        fill(path)
+        raise KeyboardInterrupt
+
+    write_atomically(tmp_path / "file", b"new")
+    publish(tmp_path / "folder", fill)
+    with pytest.raises(KeyboardInterrupt):
+        publish(tmp_path / "none", fail)
+    for directory, write in (
+        ("full", lambda path: publish(path, fill)),
+        ("full", lambda path: write_atomically(path, b"new")),
+    ):
+        with pytest.raises(OSError):
+            write(tmp_path / directory)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {str(path.relative_to(tmp_path)): path.read_text() for path in files} == {
+        **{"file": "new", "folder/data": "new"},
+        **{"file.tmp": "mine", "folder.tmp/data": "mine", "full/data": "mine"},
+    }
+
+
+def test_what_a_crash_has_left_is_overwritten(tmp_path):
+    def crash(path):
+        path.mkdir()
+        (path / "left").write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("shutil.rmtree", lambda *args, **kwargs: None)
+        publish(tmp_path / "folder", crash)
+    assert len(list(tmp_path.iterdir())) == 1
+    publish(tmp_path / "folder", lambda path: path.mkdir())
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["folder"]
 
 
 def test_one_process_is_alone_until_it_ends_however_it_ends(tmp_path):

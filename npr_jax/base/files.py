@@ -192,23 +192,37 @@ def write_atomically(path: epath.PathLike, data: bytes) -> None:
         epath.Path(path).write_bytes(data)
         return
     path = Path(path)
-    new = path.with_name(path.name + ".tmp")
-    with new.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
+    new = _incomplete(path)
+    try:
+        with new.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(path)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
     _sync(path.parent)
 
 
 def publish(directory: Path, write: Callable[[Path], None]) -> None:
     """Makes a directory that is there as a whole or not at all; `write(path)` fills it."""
-    new = directory.with_name(directory.name + ".tmp")
+    new = _incomplete(directory)
     shutil.rmtree(new, ignore_errors=True)
-    write(new)
-    sync_all(new)
-    new.replace(directory)
+    try:
+        write(new)
+        sync_all(new)
+        new.replace(directory)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
     _sync(directory.parent)
+
+
+def _incomplete(path: Path) -> Path:
+    """Where `path` is written until it is whole: a name that no user gives, so that what is there
+    is ours, and always the same, so that what a crash leaves is overwritten and does not add up."""
+    return path.with_name(f".{path.name}.incomplete-npr-jax")
 
 
 def sync_all(directory: Path) -> None:

@@ -1,5 +1,6 @@
 """Any checkpoint of a run as a model directory."""
 
+import os
 from pathlib import Path
 
 import jax
@@ -32,7 +33,7 @@ def export(run: Path, output: Path, step: int | None = None, start: str | None =
     config = yaml.safe_load(read_config_text(path)) or {}
     if "model" not in config:
         raise ValueError(f"{run} is no run directory of zero, beta or papo: {path} names no model")
-    if output.exists():
+    if os.path.lexists(output):  # a link that leads nowhere cannot become a directory either
         raise ValueError(f"{output} is there already: give another directory for the model")
     owner, directory = (config["fit"], run / "fit") if "fit" in config else (config, run)
     place = owner.get("checkpoints") or directory / "checkpoints"
