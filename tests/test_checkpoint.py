@@ -21,6 +21,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from train_toy import examples, tiny
 
+from npr_jax import demo
 from npr_jax.model.pretrained import load, publish_model
 from npr_jax.runs import directory as claims
 from npr_jax.runs import sigterm
@@ -271,12 +272,75 @@ def test_inputs_may_move_where_their_content_is_known(tmp_path):
         checkpoints.restore(make_state(0))
 
 
-def test_a_run_from_before_a_key_was_there_goes_on(tmp_path, caplog):
+def test_a_run_from_before_a_key_was_there_goes_on(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(claims, "LATER", ("later",))
     output = begun(tmp_path, "seed: 1\n")
     claim(output, "seed: 1\nlater: 5\n")
     assert "begun without later; it is 5 now" in caplog.text
-    with pytest.raises(ValueError, match="later was 5, is null; other was null, is 2"):
+    with pytest.raises(ValueError, match="later was 5, is missing; other was missing, is 2"):
         claim(output, "seed: 1\nother: 2\n")
+
+
+def test_a_config_of_which_a_part_is_gone_is_no_config_to_go_on_with(tmp_path):
+    text = "seed: 1\nsteps: 3\nsampling: {max_tokens: 8}\nsamples: 1\n"
+    output = begun(tmp_path, text, final=True)
+    for part, message in (
+        (
+            "seed: 1\nsteps: 3\n",
+            r"samples was missing, is 1; sampling\.max_tokens was missing, is 8",
+        ),
+        ("", r"config\.yaml is no config of a run"),
+        (text.replace("steps: 3\n", ""), r"config\.yaml: steps is None, needed is the number"),
+        (text.replace("3", "ten"), r"config\.yaml: steps is 'ten', needed is the number"),
+    ):
+        (output / "config.yaml").write_text(part)
+        before = content(output)
+        with pytest.raises(ValueError, match=message):
+            claim(output, text)
+        assert content(output) == before
+    (output / "config.yaml").unlink()
+    with pytest.raises(ValueError, match=r"holds final, and no config\.yaml that says of which"):
+        claim(output, text)
+    assert not (output / "config.yaml").exists()
+
+
+@pytest.mark.parametrize("name, text", [("problems.jsonl", ""), ("config.yaml", "theme: dark\n")])
+def test_a_directory_that_no_run_has_made_is_left_as_it_was(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    for begin in (lambda: claim(tmp_path, "seed: 0\n"), lambda: demo.run(0, tmp_path)):
+        with pytest.raises(ValueError, match=f"{name}.*set another output"):
+            begin()
+    assert content(tmp_path) == {tmp_path / name: text.encode()}
+
+
+def test_a_directory_in_which_nothing_was_done_is_free(tmp_path):
+    (tmp_path / ".config.yaml.incomplete-npr-jax").write_text("se")  # a crash has left it
+    for text in ("seed: 0\n", "seed: 1\n"):
+        assert claim(tmp_path, text) == tmp_path
+        assert (tmp_path / "config.yaml").read_text() == text
+
+
+@pytest.mark.parametrize("ending", ["", "\n...\n", "\n\n"])
+def test_a_config_ends_as_an_editor_leaves_it(tmp_path, ending):
+    output = begun(tmp_path, "model: here\nseed: 1\n")
+    claim_inputs(output, {"model": "weights 1"})
+    (output / "config.yaml").write_text("model: here\nseed: 1" + ending)
+    claim(output, "model: there\nseed: 1\n")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "inp", "[1]", "inputs:\n", "inputs: [1]\n", "inputs: {model: 3}\n"]
+)
+def test_inputs_that_are_none_are_named(tmp_path, text):
+    output = begun(tmp_path, "model: here\n")
+    (output / "inputs.yaml").write_text(text)
+    for go_on in (
+        lambda: claim(output, "model: here\n"),
+        lambda: claim_inputs(output, {"model": "weights 1"}),
+    ):
+        with pytest.raises(ValueError, match=r"inputs\.yaml(: inputs is| is no config of a run)"):
+            go_on()
+    assert (output / "inputs.yaml").read_text() == text
 
 
 def test_a_full_disk_is_named_and_the_last_good_checkpoint_stays(saved, tmp_path):

@@ -169,7 +169,13 @@ def test_a_second_command_in_a_run_directory_is_refused(tmp_path):
         pass
 
 
-@pytest.mark.parametrize("text", [b"\xff", b"[1]", b"a: [", b"3", b"[" * 3000])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(b"\xff", b"", b"[1]", b"a: [", b"3", b"[" * 3000),
+        *(b"a: !!bool x", b"a: !!timestamp x", b"a: &x {b: *x}", b"a: 2026-01-01"),
+    ],
+)
 def test_a_directory_whose_config_is_none_is_refused(tmp_path, text):
     (tmp_path / "config.yaml").write_bytes(text)
     (tmp_path / "metrics.jsonl").touch()

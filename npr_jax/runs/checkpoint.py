@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import jax
 import orbax.checkpoint as ocp
+import yaml
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
@@ -143,7 +144,8 @@ class Checkpoints:
         if fault := gather(find_fault(path) if is_main() else None)[0]:
             raise _Damaged(fault)
         meta = self._read(step, meta=ocp.args.JsonRestore())
-        same_config(meta["config"], self.config_text, self.directory, SIZES)
+        old, new = yaml.safe_load(meta["config"]), yaml.safe_load(self.config_text)
+        same_config(old, new, self.directory, SIZES)
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
         return self._read(step, state=ocp.args.StandardRestore(target)), meta["position"]
 

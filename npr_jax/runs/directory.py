@@ -52,6 +52,9 @@ SIZES = (
 )
 LENGTHS = ("steps", "epochs", "fit.steps", "fit.epochs")  # of a run: whole keys
 INPUTS = ("model", "sampler_model", "problems")  # whole keys of what has a content of its own
+# Whole keys that came after 0.1.0: a run from before has its config without them, and goes on.
+LATER: tuple[str, ...] = ()
+_MISFITS = (KeyError, AttributeError)  # PyYAML's for a value that its tag does not fit: !!bool x
 
 
 def claim(directory: str | Path, config_text: str, free: Sequence[str] = ()) -> Path:
@@ -60,8 +63,8 @@ def claim(directory: str | Path, config_text: str, free: Sequence[str] = ()) -> 
 
     A run that is made longer goes on where it ended: its `final` becomes `final-KEY-VALUE` first.
 
-    Raises ValueError naming the keys if the directory belongs to a run of another config, OSError
-    if it cannot be written. In both cases nothing has been changed.
+    Raises ValueError naming the keys if the directory belongs to a run of another config, or a file
+    if to no run at all, OSError if it cannot be written. In all cases nothing has been changed.
     """
     if is_url(directory):
         raise ValueError(
@@ -93,48 +96,66 @@ def alone_in(directory: str | Path) -> Iterator[None]:
 
 
 def _claim(directory: Path, config_text: str, free: Sequence[str]) -> None:
-    path = directory / "config.yaml"
+    path, new = directory / "config.yaml", yaml.safe_load(config_text)
     with writing(directory, "set another output"):
         directory.mkdir(parents=True, exist_ok=True)
-        started = any(entry != path for entry in directory.iterdir())
-        if path.exists() and started:  # a run that failed at once has left its config only
-            old_text = read_config_text(path)
-            same_config(old_text + _known_inputs(directory), config_text, directory, free)
-            _lengthen(directory, _flat(yaml.safe_load(old_text)), config_text)
+        # Hidden is what a crash has left of a config, and what file systems put into a directory.
+        names = {entry.name for entry in directory.iterdir() if entry.name[0] != "."}
+        others = sorted(names - {path.name})
+        if path.exists():
+            old = read_config(path)
+            if others:
+                same_config(old | {"inputs": known_inputs(directory)}, new, directory, free)
+                _lengthen(directory, old, new)
+            elif lacking := essence(new, free).keys() - essence(old, free).keys() - {*LATER}:
+                raise ValueError(  # a run that failed at once would have left its whole config
+                    f"{path} is of no such run, for it has no {min(lacking)}: set another output"
+                )
+        elif others:
+            raise ValueError(
+                f"{directory} holds {others[0]}, and no config.yaml that says of which run: set "
+                "another output, or bring the run's config.yaml back"
+            )
         write_atomically(path, config_text.encode())
 
 
-def read_config_text(path: Path) -> str:
-    """The text of a run's config.yaml. Raises ValueError for a file that is no mapping of keys."""
-    text = read_text(path, "config.yaml of a run")
+def read_config(path: Path) -> dict:
+    """The keys of a run's config.yaml, or inputs.yaml. Raises ValueError for a file that has no
+    keys, or a value that JSON does not have."""
+    text = read_text(path, f"{path.name} of a run")
     try:
-        values = yaml.safe_load(text) or {}
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        values = yaml.safe_load(text)
+        json.dumps(values)  # in which form values are compared and told
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError, *_MISFITS) as error:
         raise ValueError(f"{path} is no config of a run: {describe(error)}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} is no config of a run: it is {values!r:.60}, no keys with values")
-    return text
+    return values
 
 
-def _lengthen(directory: Path, old: dict, config_text: str) -> None:
+def _lengthen(directory: Path, old: dict, new: dict) -> None:
     """Where the number of steps is another: takes a final model, which is of the old one, aside."""
-    new, final = _flat(yaml.safe_load(config_text)), directory / "final"
+    old, new, final = _flat(old), _flat(new), directory / "final"
     for key in LENGTHS:
-        if key not in old or old[key] == new.get(key):
+        if key not in new or old.get(key) == new[key]:
             continue
+        was = old.get(key)
+        if type(was) not in (int, float):
+            path = directory / "config.yaml"
+            raise ValueError(f"{path}: {key} is {was!r}, needed is the number of the run so far")
         if final.exists():
-            if not (new.get(key) or 0) > old[key]:
+            if not new[key] > was:
                 raise ValueError(
-                    f"{key} was {old[key]}, is {new.get(key)}: {final} has been trained for the "
-                    f"former. Needed is {key}={old[key]} or more, or another output"
+                    f"{key} was {was}, is {new[key]}: {final} has been trained for the former. "
+                    f"Needed is {key}={was} or more, or another output"
                 )
-            final.rename(directory / f"final-{key.split('.')[-1]}-{old[key]}")
+            final.rename(directory / f"final-{key.split('.')[-1]}-{was}")
         _log.warning(
             "%s was %s, is %s: the run goes on to there; a learning rate that depends on the "
             "number of steps follows the new one from here on",
             key,
-            old[key],
-            new.get(key),
+            was,
+            new[key],
         )
 
 
@@ -144,37 +165,48 @@ def claim_inputs(directory: Path, inputs: Mapping[str, str]) -> str:
     Returns it as YAML, to be added to the text of the config. Raises ValueError naming the key if
     the run in the directory was begun with another content.
     """
-    text = yaml.safe_dump({"inputs": dict(inputs)})
     if is_main():
-        known = _known_inputs(directory)
-        same_config(known, text, directory)
-        both = (yaml.safe_load(known) or {"inputs": {}})["inputs"] | dict(inputs)
+        known = known_inputs(directory)
+        same_config({"inputs": known}, {"inputs": inputs}, directory)
+        text = yaml.safe_dump({"inputs": known | dict(inputs)})
         with writing(directory):
-            write_atomically(directory / "inputs.yaml", yaml.safe_dump({"inputs": both}).encode())
+            write_atomically(directory / "inputs.yaml", text.encode())
     wait(f"inputs of {directory}")
-    return text
+    return yaml.safe_dump({"inputs": dict(inputs)})
 
 
-def _known_inputs(directory: Path) -> str:
+def known_inputs(directory: Path) -> dict[str, str]:
+    """What the inputs of a run were found to hold, by their keys; nothing of a run from before that
+    was written down. Raises ValueError for a damaged inputs.yaml."""
     path = directory / "inputs.yaml"
-    return path.read_text(encoding="utf-8") if path.exists() else ""
+    if not path.exists():
+        return {}
+    inputs = read_config(path).get("inputs")
+    if not isinstance(inputs, dict) or not all(isinstance(x, str) for x in inputs.values()):
+        raise ValueError(
+            f"{path}: inputs is {inputs!r:.60}, needed are keys with texts: bring the file back, "
+            "or remove it, and the inputs are told by their paths"
+        )
+    return inputs
 
 
-def same_config(old_text: str, new_text: str, directory: object, free: Sequence[str] = ()) -> None:
-    """Raises ValueError naming the keys in which two configs differ, where that matters. Keys that
-    the old one does not have came later, and are named in a warning."""
-    old, new = essence(old_text, free), essence(new_text, free)
+def same_config(
+    old_config: Mapping, new_config: Mapping, directory: object, free: Sequence[str] = ()
+) -> None:
+    """Raises ValueError naming the keys in which two configs differ, where that matters; keys of
+    `LATER` that the old one does not have are named in a warning."""
+    old, new = essence(old_config, free), essence(new_config, free)
     for key in INPUTS:
         content = f"inputs.{key}"
         if content in old:  # then its place is of no matter
             old.pop(key, None), new.pop(key, None)
         if not (content in old and content in new):
             old.pop(content, None), new.pop(content, None)
-    added = sorted(new.keys() - old.keys()) if old.keys() < new.keys() else []
+    later = (new.keys() - old.keys()) & {*LATER}
     changed = [
-        f"{key} was {json.dumps(old.get(key))}, is {json.dumps(new.get(key))}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and key not in added
+        f"{key} was {_told(old, key)}, is {_told(new, key)}"
+        for key in sorted((old.keys() | new.keys()) - later)
+        if _told(old, key) != _told(new, key)
     ]
     if changed:
         raise ValueError(
@@ -182,27 +214,31 @@ def same_config(old_text: str, new_text: str, directory: object, free: Sequence[
             "has done so far depends on that: go on with that config, set another output, or "
             "remove the directory"
         )
-    for key in added if old else ():
+    for key in sorted(later):
         _log.warning("%s: the run was begun without %s; it is %s now", directory, key, new[key])
 
 
-def essence(config_text: str, free: Sequence[str] = ()) -> dict:
+def _told(config: Mapping, key: str) -> str:
+    return json.dumps(config[key]) if key in config else "missing"
+
+
+def essence(config: Mapping, free: Sequence[str] = ()) -> dict:
     """The keys of a config, dotted, on which its numbers depend; `free` are ends of some that they
     do not depend on."""
     ends = (*_FREE, *free)
     return {
         key: value
-        for key, value in _flat(yaml.safe_load(config_text) or {}).items()
+        for key, value in _flat(config).items()
         if not any(f".{key}".endswith(f".{end}") for end in ends)
         and not key.startswith("mesh.")
         and key not in LENGTHS
     }
 
 
-def _flat(values: dict, prefix: str = "") -> dict:
+def _flat(values: Mapping, prefix: str = "") -> dict:
     flat = {}
     for key, value in values.items():
-        if isinstance(value, dict):
+        if isinstance(value, Mapping):
             flat |= _flat(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value

@@ -5,13 +5,12 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import yaml
 from jax.sharding import SingleDeviceSharding
 
 from npr_jax.model import abstract_params
 from npr_jax.model.pretrained import Model, load, publish_model
 from npr_jax.runs.checkpoint import checkpoint_steps, read_checkpoint_params
-from npr_jax.runs.directory import read_config_text
+from npr_jax.runs.directory import read_config
 
 
 def export(run: Path, output: Path, step: int | None = None, start: str | None = None) -> int:
@@ -30,7 +29,7 @@ def export(run: Path, output: Path, step: int | None = None, start: str | None =
     path = run / "config.yaml"
     if not path.is_file():
         raise ValueError(f"{run} is no run directory: it has no config.yaml")
-    config = yaml.safe_load(read_config_text(path)) or {}
+    config = read_config(path)
     if "model" not in config:
         raise ValueError(f"{run} is no run directory of zero, beta or papo: {path} names no model")
     if os.path.lexists(output):  # a link that leads nowhere cannot become a directory either

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
+import yaml
 from etils import epath
 
 from npr_jax.base.files import write_atomically, writing
@@ -33,7 +34,9 @@ class Pending:
         if jax.process_count() > 1:  # each has its own
             directory = f"{directory}-{jax.process_index()}-of-{jax.process_count()}"
         self.directory = epath.Path(directory)
-        self._config = json.dumps(essence(config_text, (*SIZES, *INPUTS)), sort_keys=True)
+        self._config = json.dumps(
+            essence(yaml.safe_load(config_text), (*SIZES, *INPUTS)), sort_keys=True
+        )
 
     def save(
         self,
