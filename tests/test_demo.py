@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import os
 import xml.etree.ElementTree as xml
 
 import numpy as np
@@ -150,6 +151,28 @@ def test_the_report_has_the_table_the_curves_and_the_answers(tmp_path):
         assert part in page
     assert not report_toy.fetches(page)
     xml.parse(tmp_path / "tree.svg"), xml.parse(tmp_path / "curves.svg")
+
+
+def test_what_the_demo_keeps_is_never_half_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "TRAIN_PROBLEMS", 4)
+    monkeypatch.setattr(demo, "EVAL_PROBLEMS", 4)
+    results = demo._Results(tmp_path / "results.json")
+
+    def write_all():
+        demo.make_problems(0, tmp_path)
+        results.add("seed sequential", {"format": 0.5})
+
+    write_all()
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def crash(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", crash)
+    for write_again in (write_all, lambda: results.add("zero sequential", {})):
+        with pytest.raises(KeyboardInterrupt):
+            write_again()
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 @pytest.mark.nightly

@@ -14,7 +14,7 @@ import numpy as np
 from rich.console import Console
 
 from npr_jax.base.config import dump_config, load_config
-from npr_jax.base.files import json_text
+from npr_jax.base.files import json_text, write_atomically
 from npr_jax.data.problems import Problem
 from npr_jax.data.prompts import prompt_ids
 from npr_jax.decode import Engine
@@ -117,7 +117,7 @@ def make_problems(seed: int, output: Path) -> list[Problem]:
         json.dumps({"problem": task.problem, "answer": task.answer})
         for task in make_tasks(TRAIN_PROBLEMS, np.random.default_rng((seed, 1)), held_out)
     ]
-    (output / "problems.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_atomically(output / "problems.jsonl", ("\n".join(lines) + "\n").encode())
     return problems
 
 
@@ -181,4 +181,4 @@ class _Results:
     def add(self, name: str, row: dict) -> None:
         self.rows[name] = row
         content = {"rows": self.rows, "seconds": self.seconds}
-        self.path.write_text(json_text(content, indent=1), encoding="utf-8")
+        write_atomically(self.path, json_text(content, indent=1).encode())
