@@ -5,9 +5,11 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
+import json
 import logging
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 from train_toy import examples, tiny
 
 from npr_jax import demo
-from npr_jax.model.pretrained import load, publish_model
+from npr_jax.model.pretrained import load, publish_model, save
 from npr_jax.runs import directory as claims
 from npr_jax.runs import sigterm
 from npr_jax.runs.checkpoint import Checkpoints
@@ -32,6 +34,7 @@ from npr_jax.runs.log import RunLog
 from npr_jax.runs.metrics import read_metrics
 from npr_jax.train.export import export
 from npr_jax.train.fit import FitConfig, fit
+from npr_jax.train.inputs import model_content
 from npr_jax.train.optimizer import OptimizerConfig, new_state
 from npr_jax.train.packing import make_rows
 from npr_jax.train.rollout_cache import Pending, fingerprint
@@ -530,6 +533,84 @@ def test_a_checkpoint_is_exported_as_a_model(model, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="--model DIR"):
         export(run, tmp_path / "x")
     assert export(run, tmp_path / "x", start="tiny") == 4
+
+
+@pytest.fixture
+def unfinished(tmp_path):
+    """A run that has no `final` yet, of a model with files that say more than we do."""
+    source, run = tmp_path / "model", tmp_path / "run"
+    save(load("tiny", tags=True), source)
+    for name, more in (
+        ("config.json", {"bos_token_id": 1, "pad_token_id": 0}),
+        ("generation_config.json", {"temperature": 0.6, "top_k": 20}),
+    ):
+        change(source / name, more)
+    started = load(source, tags=True)
+    claim(run, f"model: {source}\nseed: 0\n")
+    claim_inputs(run, {"model": model_content(str(source), started.params)})
+    with Checkpoints(run / "checkpoints", TEXT, keep=1) as checkpoints:
+        checkpoints.save(2, new_state(started.params, OPTIMIZER), {})
+    return run
+
+
+def change(path, values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_an_export_keeps_what_its_source_says_as_final_does(unfinished, tmp_path):
+    export(unfinished, tmp_path / "out")
+    publish_model(load(tmp_path / "model", tags=True), unfinished / "final")
+    export(unfinished, tmp_path / "out-2")
+    assert content(tmp_path / "out").keys() > {tmp_path / "out" / "config.json"}
+    for name, data in content(unfinished / "final").items():
+        for output in ("out", "out-2"):
+            assert (tmp_path / output / name.name).read_bytes() == data, name
+
+
+@pytest.mark.parametrize("output", ["final", "fit/x", "../run/x"])
+def test_an_export_into_its_run_is_refused(unfinished, output):
+    with pytest.raises(ValueError, match=r"(x|final) is in .*run, .*outside of it"):
+        export(unfinished, unfinished / output)
+    assert not (unfinished / output).exists()
+
+
+def test_the_model_of_an_export_is_the_one_that_the_run_began_with(unfinished, tmp_path):
+    same, other = tmp_path / "same", tmp_path / "other"
+    shutil.copytree(tmp_path / "model", same)
+    save(load("tiny", seed=1, tags=True), other)
+    with pytest.raises(ValueError, match=r"other is not the model that .*: its content is weights"):
+        export(unfinished, tmp_path / "x", start=str(other))
+    assert export(unfinished, tmp_path / "out", start=str(same)) == 2
+    publish_model(load(same, tags=True), unfinished / "final")
+    assert export(unfinished, tmp_path / "out-2", start=str(same)) == 2
+    tokenizer = json.loads((same / "tokenizer.json").read_text())["model"]
+    vocab = tokenizer["vocab"]
+    vocab["0"], vocab["1"] = vocab["1"], vocab["0"]
+    for name, values, message in (
+        ("config.json", {"rope_theta": 5e5, "rope_parameters": None}, "rope_theta is 500000.0, ne"),
+        ("tokenizer.json", {"model": tokenizer | {"vocab": vocab}}, "tokenizer is another, needed"),
+    ):
+        shutil.copytree(tmp_path / "model", tmp_path / name)
+        change(tmp_path / name / name, values)
+        with pytest.raises(ValueError, match=f"is not the model that .*: its {message}"):
+            export(unfinished, tmp_path / "x", start=str(tmp_path / name))
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("model: tiny\n", "seed is None, needed is an integer"),
+        ("model: null\nseed: 0\n", "model is None, needed is a text"),
+        ("model: tiny\nseed: 0\nfit: null\n", "fit is None, needed are keys"),
+        ("model: tiny\nseed: 0\ncheckpoints: 5\n", "checkpoints is 5, needed is a text or null"),
+        ("model: tiny\nseed: 0\nfit: {checkpoints: []}\n", r"checkpoints is \[\], needed is a"),
+    ],
+)
+def test_a_config_that_cannot_be_exported_is_named(tmp_path, text, message):
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ValueError, match=rf"config\.yaml is no config of zero, .*: {message}"):
+        export(tmp_path, tmp_path.with_name("x"))
 
 
 @pytest.mark.slow

@@ -1,16 +1,30 @@
 """Any checkpoint of a run as a model directory."""
 
+import dataclasses
 import os
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
+from npr_jax.base.fields import Checked, Seed
 from npr_jax.model import abstract_params
-from npr_jax.model.pretrained import Model, load, publish_model
+from npr_jax.model.hf import read_config as read_model_config
+from npr_jax.model.pretrained import Model, load, load_tokenizer, publish_model
 from npr_jax.runs.checkpoint import checkpoint_steps, read_checkpoint_params
-from npr_jax.runs.directory import read_config
+from npr_jax.runs.directory import known_inputs, read_config
+from npr_jax.train.inputs import model_content
+
+
+@dataclasses.dataclass(frozen=True)
+class _Begun(Checked):
+    """What is used of a run's config, which may be that of another version."""
+
+    model: str
+    seed: Seed
+    checkpoints: str | None
 
 
 def export(run: Path, output: Path, step: int | None = None, start: str | None = None) -> int:
@@ -18,24 +32,23 @@ def export(run: Path, output: Path, step: int | None = None, start: str | None =
 
     Args:
       run: run directory of a stage, which may be going on; it is only read.
-      output: directory that is not there yet.
+      output: directory that is not there yet, outside of the run's.
       step: of the checkpoint; None is the last one.
       start: the model that the run began with, which has its tokenizer; None is the run's `final`,
         or what its config names.
 
     Raises ValueError for what is no run directory, a step that has no checkpoint or a damaged one,
-    and an output that is there; FileNotFoundError where the model is not to be had.
+    an output that is there or in the run, and a model that is not the one that the run began with;
+    FileNotFoundError where the model is not to be had.
     """
     path = run / "config.yaml"
     if not path.is_file():
         raise ValueError(f"{run} is no run directory: it has no config.yaml")
-    config = read_config(path)
-    if "model" not in config:
-        raise ValueError(f"{run} is no run directory of zero, beta or papo: {path} names no model")
+    begun, place = _read(path)
     if os.path.lexists(output):  # a link that leads nowhere cannot become a directory either
         raise ValueError(f"{output} is there already: give another directory for the model")
-    owner, directory = (config["fit"], run / "fit") if "fit" in config else (config, run)
-    place = owner.get("checkpoints") or directory / "checkpoints"
+    if output.resolve().is_relative_to(run.resolve()):  # as its `final` it would end the run
+        raise ValueError(f"{output} is in {run}, the run's own: give a directory outside of it")
     steps = checkpoint_steps(place)
     if not steps:
         raise ValueError(f"{run} has no checkpoint: there is none in {place}")
@@ -44,25 +57,64 @@ def export(run: Path, output: Path, step: int | None = None, start: str | None =
         raise ValueError(
             f"{run} has no checkpoint of step {step}, there are {', '.join(map(str, steps))}"
         )
-    model = _start(run, config, start)
+    model = _start(run, begun, start)
     here = SingleDeviceSharding(jax.devices()[0])
     wanted = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=here),
         abstract_params(model.config),
     )
     params = read_checkpoint_params(place, step, wanted)
-    publish_model(Model(model.config, params, model.tokenizer, model.tags), output)
+    publish_model(dataclasses.replace(model, params=params), output)
     return step
 
 
-def _start(run: Path, config: dict, start: str | None) -> Model:
+def _read(path: Path) -> tuple[_Begun, str]:
+    """What a run's config says, and where its checkpoints are: those of Beta are its training's."""
+    config = read_config(path)
+    owner, directory = config, path.parent
+    if "fit" in config:
+        owner, directory = config["fit"], directory / "fit"
+    try:
+        if not isinstance(owner, dict):
+            raise ValueError(f"fit is {owner!r}, needed are keys with values")
+        values: dict[str, Any] = {key: config.get(key) for key in ("model", "seed")}
+        begun = _Begun(**values, checkpoints=owner.get("checkpoints"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no config of zero, beta or papo: {error}") from error
+    return begun, begun.checkpoints or str(directory / "checkpoints")
+
+
+def _start(run: Path, begun: _Begun, start: str | None) -> Model:
     """A model with the config and the tokenizer of the run's."""
     final = run / "final"
-    source = start or (str(final) if final.exists() else config["model"])
+    source = start or (str(final) if final.exists() else begun.model)
     try:
-        return load(source, seed=config["seed"], tags=True)
+        model = load(source, seed=begun.seed, tags=True)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"the model that the run began with is needed for its tokenizer: say where it lies now "
             f"with --model DIR. {error}"
         ) from error
+    if source != str(final):
+        _check_same(model, source, run)
+    return model
+
+
+def _check_same(model: Model, source: str, run: Path) -> None:
+    """Raises ValueError naming what tells a model from the one that the run began with: weights,
+    where the run has written down what they were, and the rest, where it has a `final`."""
+    pairs: dict[str, tuple] = {}  # what is seen, what is needed
+    final = run / "final"
+    if known := known_inputs(run).get("model"):
+        pairs["content"] = model_content(source, model.params), known
+    if final.exists():
+        seen, needed = model.config.to_hf(), read_model_config(final)[0].to_hf()
+        pairs |= {key: (seen.get(key), value) for key, value in needed.items()}
+        if model.tokenizer.get_vocab() != load_tokenizer(final).get_vocab():
+            pairs["tokenizer"] = "another", f"that of {final}"
+    for key, (seen, needed) in pairs.items():
+        if seen != needed:
+            raise ValueError(
+                f"{source} is not the model that {run} began with: its {key} is {seen}, needed is "
+                f"{needed}: say where that model lies with --model DIR"
+            )
