@@ -27,7 +27,7 @@ from npr_jax import demo
 from npr_jax.model.pretrained import load, publish_model, save
 from npr_jax.runs import directory as claims
 from npr_jax.runs import sigterm
-from npr_jax.runs.checkpoint import Checkpoints
+from npr_jax.runs.checkpoint import Checkpoints, checkpoint_steps
 from npr_jax.runs.directory import SIZES, claim, claim_inputs
 from npr_jax.runs.guards import NonfiniteGuard
 from npr_jax.runs.log import RunLog
@@ -155,6 +155,12 @@ DAMAGE = {
     "a file is missing": (lambda c: data_file(c).unlink(), "is missing"),
     "there are no digests": (lambda c: (c / "digests.json").unlink(), "half-written"),
     "the digests end early": (lambda c: os.truncate(c / "digests.json", 40), "is damaged"),
+    "the digests are a list": (lambda c: (c / "digests.json").write_text("[]"), "holds list"),
+    "the digests are deep": (lambda c: (c / "digests.json").write_text("[" * 9**5), "is damaged"),
+    "the digests are in a folder": (
+        lambda c: (c / "digests.json").rename(c / "x") and (c / "digests.json").mkdir(),
+        "half-written",
+    ),
 }
 
 
@@ -173,6 +179,21 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(saved, caplog,
         checkpoints.save(2, make_state(2), {"problem": 20})
     with Checkpoints(saved, TEXT, keep=2) as checkpoints:
         assert checkpoints.restore(make_state(0))[0] == 2
+
+
+def test_what_is_named_otherwise_is_no_checkpoint_and_no_rollouts(saved):
+    pending = Pending(saved / "rollouts", TEXT)
+    pending.save(1, 7, [], {}, 0)
+    for name in ("²", "٣", "007", "0", "foo", "-1"):
+        (saved / name).mkdir()
+        (saved / "rollouts" / f"{name}.npz").touch()
+    assert checkpoint_steps(saved) == [1, 2]
+    with Checkpoints(saved, TEXT, keep=2) as checkpoints:
+        assert checkpoints.restore(make_state(0))[0] == 2
+    before = content(saved / "rollouts")
+    pending.drop(2)
+    gone = saved / "rollouts" / "1.npz"
+    assert content(saved / "rollouts") == {k: v for k, v in before.items() if k != gone}
 
 
 def test_if_all_are_damaged_the_run_does_not_begin_anew(saved):

@@ -231,6 +231,14 @@ def sync_all(directory: Path) -> None:
         _sync(path)
 
 
+def numbered(directory: epath.Path, ending: str = "") -> dict[int, epath.Path]:
+    """What is named NUMBER+ending in a directory, by its number from 1, as we write such names; 007
+    or ² is none."""
+    name = re.compile(rf"([1-9][0-9]*){re.escape(ending)}")
+    found = ((name.fullmatch(path.name), path) for path in directory.iterdir())
+    return {int(match[1]): path for match, path in found if match}
+
+
 def cut_half_line(path: Path) -> None:
     """Cuts off the last line of a file that is there if it was not written whole."""
     with path.open("rb+") as file:

@@ -20,7 +20,7 @@ from etils import epath
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from npr_jax.base.distributed import gather, is_main, wait
-from npr_jax.base.files import REMEDY, is_url, writing
+from npr_jax.base.files import REMEDY, is_url, numbered, writing
 from npr_jax.model.params import check_finite
 from npr_jax.runs.digest import find_fault, write_digests
 from npr_jax.runs.directory import SIZES, same_config
@@ -194,7 +194,7 @@ def checkpoint_steps(directory: epath.PathLike) -> list[int]:
     directory = _place(directory)
     if not directory.exists():
         return []
-    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())
+    return sorted(numbered(directory))
 
 
 def read_checkpoint_params(directory: epath.PathLike, step: int, params: dict) -> dict:

@@ -23,12 +23,14 @@ def write_digests(directory: epath.Path) -> None:
 def find_fault(directory: epath.Path) -> str | None:
     """What is wrong with a directory that has been through `write_digests`; None if nothing is."""
     path = directory / NAME
-    if not path.exists():
+    if not path.is_file():
         return f"half-written: it has no {NAME}"
     try:
         expected = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return f"{NAME} is damaged: {error}"
+    if not isinstance(expected, dict):
+        return f"{NAME} is damaged: it holds {type(expected).__name__}, needed is an object"
     found = _digests(directory)
     for name in sorted(expected.keys() | found.keys()):
         if name not in found:

@@ -16,7 +16,7 @@ import numpy as np
 import yaml
 from etils import epath
 
-from npr_jax.base.files import write_atomically, writing
+from npr_jax.base.files import numbered, write_atomically, writing
 from npr_jax.base.progress import Scalar
 from npr_jax.runs.directory import INPUTS, SIZES, essence
 from npr_jax.train.packing import Example
@@ -105,8 +105,8 @@ class Pending:
     def drop(self, step: int) -> None:
         """Removes what was sampled for `step` and before."""
         if self.directory.exists():
-            for path in self.directory.glob("*.npz"):
-                if int(path.stem) <= step:
+            for number, path in numbered(self.directory, ".npz").items():
+                if number <= step:
                     path.unlink()
 
     def _path(self, step: int) -> epath.Path:
