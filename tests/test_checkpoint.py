@@ -328,6 +328,12 @@ def test_a_config_of_which_a_part_is_gone_is_no_config_to_go_on_with(tmp_path):
     assert not (output / "config.yaml").exists()
 
 
+def test_the_log_of_a_scheduler_may_be_there_before_the_run(tmp_path):
+    (tmp_path / "slurm-1.out").write_text("it begins")
+    claim(tmp_path, "seed: 0\n")
+    assert (tmp_path / "config.yaml").exists()
+
+
 @pytest.mark.parametrize("name, text", [("problems.jsonl", ""), ("config.yaml", "theme: dark\n")])
 def test_a_directory_that_no_run_has_made_is_left_as_it_was(tmp_path, name, text):
     (tmp_path / name).write_text(text)

@@ -222,3 +222,11 @@ def test_a_small_demo_runs_reports_and_goes_on(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "results.json").read_text() == before
     with pytest.raises(ValueError, match="seed was 0, is 1"):
         demo.run(1, tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[]", "{", "{}", '{"rows": 3, "seconds": {}}', "\udcff"])
+def test_results_that_are_none_are_named(tmp_path, text):
+    path = tmp_path / "results.json"
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError, match=r"results\.json is n.*results\.json of a demo"):
+        demo._Results(path)

@@ -14,7 +14,7 @@ import numpy as np
 from rich.console import Console
 
 from npr_jax.base.config import dump_config, load_config
-from npr_jax.base.files import json_text, write_atomically
+from npr_jax.base.files import json_text, read_text, write_atomically
 from npr_jax.data.problems import Problem
 from npr_jax.data.prompts import prompt_ids
 from npr_jax.decode import Engine
@@ -173,10 +173,18 @@ class _Results:
     """Rows and times that are kept from run to run in one JSON file."""
 
     def __init__(self, path: Path):
-        kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         self.path = path
-        self.rows: dict[str, dict] = kept.get("rows", {})
-        self.seconds: dict[str, float] = kept.get("seconds", {})
+        self.rows: dict[str, dict] = {}
+        self.seconds: dict[str, float] = {}
+        if path.exists():
+            try:
+                kept = json.loads(read_text(path, "results.json of a demo"))
+                self.rows, self.seconds = dict(kept["rows"]), dict(kept["seconds"])
+            except (ValueError, TypeError, KeyError) as error:
+                raise ValueError(
+                    f"{path} is no results.json of a demo ({error!r}): remove it, and the demo "
+                    "measures again"
+                ) from error
 
     def add(self, name: str, row: dict) -> None:
         self.rows[name] = row

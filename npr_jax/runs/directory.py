@@ -99,8 +99,10 @@ def _claim(directory: Path, config_text: str, free: Sequence[str]) -> None:
     path, new = directory / "config.yaml", yaml.safe_load(config_text)
     with writing(directory, "set another output"):
         directory.mkdir(parents=True, exist_ok=True)
-        # Hidden is what a crash has left of a config, and what file systems put into a directory.
-        names = {entry.name for entry in directory.iterdir() if entry.name[0] != "."}
+        # Hidden is what a crash has left of a config, and what file systems put into a directory;
+        # schedulers put their logs there before a run begins.
+        found = [entry for entry in directory.iterdir() if entry.name[0] != "."]
+        names = {entry.name for entry in found if entry.suffix not in (".log", ".out", ".err")}
         others = sorted(names - {path.name})
         if path.exists():
             old = read_config(path)
