@@ -133,6 +133,43 @@ def test_an_interrupt_in_a_callback_leaves_nothing_held(engine):
         equal(answer, other)
 
 
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("call", ["generate", "stream", "close", "abort"])
+def test_an_interrupt_that_comes_back_reaches_the_caller_once(engine, call, kind, error):
+    """Ctrl-C is one thing, a callback that raises SystemExit at every event another."""
+    raised, heard = [], []
+
+    def on_event(event):
+        if (call in ("generate", "stream") and event.kind == kind) or event.kind == "finish":
+            raised.append(event)
+            raise error("enough")
+
+    others = engine.submit([[12, 20]], SAMPLING, heard.append)
+    with pytest.raises(error, match="enough"):
+        if call == "generate":
+            engine.generate(PROMPTS, SAMPLING, on_event=on_event)
+        else:
+            engine.submit(PROMPTS, SAMPLING, on_event)
+            stream = engine.stream()
+            for _ in range(9):
+                next(stream)
+            if call == "close":
+                stream.close()
+            if call == "abort":
+                engine.abort()
+            assert finishes(stream)
+    assert len(raised) == 1
+    idle(engine)
+    assert set(finishes(heard)) == set(others)  # whose callback is another
+    assert set(finishes(engine.stream())) <= set(others)
+    assert engine._pending is None  # or no warmup could follow
+    for answer, other in zip(engine.generate(PROMPTS, SAMPLING), calm(), strict=True):
+        equal(answer, other)
+    assert len(raised) == 1
+    idle(engine)
+
+
 def test_what_progress_raises_ends_only_what_was_asked_with_it(engine):
     kept = engine.submit(PROMPTS, SAMPLING)
 

@@ -60,7 +60,7 @@ class Engine:
         self._maker = RequestMaker(model, config, self.runner.fold, self.runner.replicas)
         self._counts = {"sampled_tokens": 0, "forks": 0, "joins": 0}
         self._requests: dict[int, Request] = {}  # whose finish was not told yet
-        self._outputs = Outputs(self.tokenizer, self._end, self._requests.pop)
+        self._outputs = Outputs(self.tokenizer, self._end, self._requests)
         parts = (config, self.tags, self.schedulers, self.runner.fold)
         self._fork_join = ForkJoin(*parts, self._end, self._outputs.note, self._counts)
         self._replay = Replay(*parts, self._end, self._outputs.note, self._counts)
@@ -118,7 +118,8 @@ class Engine:
 
         `on_event` is called with every event of these answers, at the end of the visit in which it
         happened, where nothing is being changed: it may submit and abort, which takes effect at
-        once. Where it raises, its answer ends with the finish reason `error`.
+        once. Where it raises, its answer ends with the finish reason `error`; what is no Exception
+        (Ctrl-C, SystemExit) ends all answers so, and reaches the caller of what was decoding.
 
         Raises ValueError, and queues nothing, where a prompt is empty, is no text or known ids, or
         could not fit the empty pool even without branches, or the sampling cannot be done.
@@ -165,13 +166,19 @@ class Engine:
         """Ends one answer, or all, with the finish reason `aborted`; its lanes and pages are free
         when this returns, and no event but its finish follows. Returns whether there was anything
         to end."""
-        all_of_them = list(self._requests.values())
-        found = all_of_them if request is None else [self._requests.get(request)]
+        return self._abort(list(self._requests) if request is None else [request])
+
+    def _abort(self, requests: list[int]) -> bool:
+        found = map(self._requests.get, requests)
         ending = [answer for answer in found if answer and not answer.silent]
         for answer in ending:
             answer.silent = True
             self._end(answer, "aborted", "by the caller")
-        self._outputs.deliver()
+        try:
+            self._outputs.deliver()
+        finally:
+            if not self._requests:
+                self._pending = None
         return bool(ending)
 
     def replay(self, traces: Sequence, parallel: bool = True) -> list[Trajectory]:
@@ -237,6 +244,7 @@ class Engine:
             yield
         finally:
             self._consumed = False
+            self._outputs.finished.clear()
 
     def _stream(self, groups, tokens: bool) -> Iterator[Event | None]:
         events = self._outputs.events
@@ -252,9 +260,10 @@ class Engine:
                     if self._requests:
                         self._visit()
             finally:  # an abandoned stream leaves nothing behind
-                self.abort()
-                self._pending = None
-                events.clear()
+                try:
+                    self.abort()
+                finally:
+                    events.clear()
 
     def _answers(self, groups, progress=None, on_event=None) -> list[Trajectory]:
         """Decodes until these requests are done; events of others stay for the next stream."""
@@ -273,11 +282,7 @@ class Engine:
                     return [answers[request] for request in requests]
                 self._visit()
         finally:
-            for request in requests:
-                self.abort(request)
-            finished.clear()
-            if not self._requests:
-                self._pending = None
+            self._abort(requests)
 
     @contextlib.contextmanager
     def _guarded(self):
@@ -290,9 +295,7 @@ class Engine:
             for scheduler in self.schedulers:
                 scheduler.reset()
             self.runner.reset()
-            for request in self._requests.values():
-                if request.end is None:
-                    self._end(request, "error", f"{type(error).__name__}: {error}")
+            self._outputs.end_all(error)
             self._outputs.deliver()
             raise
 
@@ -301,7 +304,8 @@ class Engine:
         with self._guarded():
             for scheduler in self.schedulers:
                 scheduler.admit()
-            self._reserve()
+                for request, why in scheduler.reserve():
+                    self._end(request, "pages_exhausted", why)
             if any(sequence.request.penalised for sequence in self._bound()):
                 self._advance()  # before the next step: a penalty needs every token
             bound = self._bound()
@@ -313,11 +317,6 @@ class Engine:
             self._pending = pending
         self._outputs.deliver()
         self._clock.end()
-
-    def _reserve(self) -> None:
-        for scheduler in self.schedulers:
-            for request, why in scheduler.reserve():
-                self._end(request, "pages_exhausted", why)
 
     def _bound(self) -> list:
         """The sequences that have a lane."""

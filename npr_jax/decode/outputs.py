@@ -124,19 +124,19 @@ class TextPieces:
 class Outputs:
     """What has happened; told in one place, to callbacks and to whoever takes the events out.
 
-    `end(request, reason, detail)` ends an answer whose callback or tokenizer raises; `forget(id)`
-    is called when its finish is told.
+    `end(request, reason, detail)` ends an answer whose callback or tokenizer raises; `requests`, by
+    id, are left by those whose finish is told.
 
     Attributes:
       events: for a stream; `tokens`: whether it wants those of tokens.
       finished: the last events of quiet requests, whose consumer waits for nothing else.
     """
 
-    def __init__(self, tokenizer, end: abc.Callable, forget: abc.Callable):
+    def __init__(self, tokenizer, end: abc.Callable, requests: dict[int, Request]):
         self.events: deque[Event] = deque()
         self.finished: deque[Event] = deque()
         self.tokens = False
-        self._tokenizer, self._end, self._forget = tokenizer, end, forget
+        self._tokenizer, self._end, self._requests = tokenizer, end, requests
         self._untold: deque[tuple] = deque()
         self._delivering = False
 
@@ -153,22 +153,27 @@ class Outputs:
 
     def deliver(self) -> None:
         """Tells what has happened. Callbacks run here, so no lane or page is being changed; what
-        they cause (an abort, their own failure) is told after what had happened before."""
+        they cause (an abort, their own failure) is told after what had happened before. What is
+        raised to the caller is raised when everything is told, so that nothing is left of it."""
         if self._delivering:
             return
-        self._delivering = True
+        self._delivering, raised = True, None
         try:
             while self._untold:
                 sequence, kind, *what = self._untold.popleft()
-                if kind == "finish":
-                    self._finish(sequence.request)
-                elif not sequence.request.silent:
-                    try:
+                try:
+                    if kind == "finish":
+                        self._finish(sequence.request)
+                    elif not sequence.request.silent:
                         self._tell_all(sequence, kind, *what)
-                    except Exception as error:  # the caller's or the tokenizer's
-                        self._fail(sequence.request, error)
+                except BaseException as error:  # the caller's or the tokenizer's
+                    self._fail(sequence.request, error)
+                    if kind == "finish" or not isinstance(error, Exception):
+                        raised = raised or error
         finally:
             self._delivering = False
+        if raised:
+            raise raised
 
     def _tell_all(self, sequence: Sequence, kind: str, tokens, logp, branches) -> None:
         request = sequence.request
@@ -205,12 +210,26 @@ class Outputs:
         if request.on_event:
             request.on_event(event)
 
-    def _fail(self, request: Request, error: Exception) -> None:
+    def _fail(self, request: Request, error: BaseException) -> None:
+        """The answer ends. What is no Exception (Ctrl-C, SystemExit) ends all others too, as in a
+        visit, and the callback that it came from is not called for them either."""
+        callback = request.on_event
         request.silent, request.on_event = True, None
         self._end(request, "error", f"{type(error).__name__}: {error}")
+        if not isinstance(error, Exception):
+            for other in self._requests.values():
+                if other.on_event == callback:
+                    other.on_event = None
+            self.end_all(error)
+
+    def end_all(self, error: BaseException) -> None:
+        """Whatever is unfinished ends with this error, which the next delivery tells."""
+        for request in self._requests.values():
+            if request.end is None:
+                self._end(request, "error", f"{type(error).__name__}: {error}")
 
     def _finish(self, request: Request) -> None:
-        self._forget(request.id)
+        del self._requests[request.id]
         assert request.end is not None
         answer = make_trajectory(request, *request.end, self._tokenizer)
         pieces = request.trunk.text
@@ -219,11 +238,14 @@ class Outputs:
         try:
             if request.on_event:
                 request.on_event(event)
-        except Exception as error:
+        except BaseException as error:
             failed = f"{type(error).__name__}: {error}"
             answer = dataclasses.replace(answer, finish_reason="error", detail=failed)
             event = dataclasses.replace(event, trajectory=answer)
-        (self.finished if request.quiet else self.events).append(event)
+            if not isinstance(error, Exception):
+                raise
+        finally:
+            (self.finished if request.quiet else self.events).append(event)
 
 
 def make_trajectory(request: Request, reason: str, detail: str, tokenizer) -> Trajectory:
