@@ -365,6 +365,26 @@ def test_an_exception_of_the_device_leaves_an_engine_as_new(monkeypatch, call, e
     idle(engine)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_an_answer_of_log_probs_that_are_not_finite_is_an_error(engine, value):
+    decode, ends = engine.runner._steps.decode, set()
+
+    def overflowing(*args):
+        pool, state, drawn = decode(*args)
+        return pool, state, dataclasses.replace(drawn, logp=np.where(drawn.tokens == 22, value, -1))
+
+    engine.runner._steps = engine.runner._steps._replace(decode=overflowing)
+    for answer, other in zip(engine.generate(PROMPTS, SAMPLING), calm(), strict=True):
+        if 22 in other.response_ids:
+            assert answer.finish_reason == "error" and "are not finite" in answer.detail
+            assert 22 not in answer.response_ids and np.isfinite(answer.logp).all()
+        else:
+            equal(answer, other)
+        ends.add(answer.finish_reason)
+    assert "error" in ends and len(ends) > 1
+    idle(engine)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("attention", ["gather", "blockwise"])
 def test_what_pages_held_before_reaches_no_answer(attention):

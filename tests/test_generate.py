@@ -189,6 +189,20 @@ def test_a_disk_that_is_full_costs_one_answer(home, tmp_path, monkeypatch):
     assert counts == (len(GOOD), len(BAD)) and len(records(target)) == len(GOOD)
 
 
+def test_answers_that_fail_are_told_and_asked_again(home, tmp_path, monkeypatch):
+    broken = tiny()
+    broken.params["final_norm"] = broken.params["final_norm"] * float("nan")
+    said, target, load = [], tmp_path / "out", module.load
+    monkeypatch.setattr(module, "load", lambda *args, **kwargs: broken)
+    counts = generate("broken", home / "input.jsonl", target, config(n=2), said.append)
+    assert counts == (0, len(BAD) + len(GOOD))
+    assert [int(line.split(":")[1]) for line in said[len(BAD) :]] == [1, len(BAD) + 3, len(BAD) + 4]
+    assert all("log-probabilities are not finite" in line for line in said[len(BAD) :])
+    monkeypatch.setattr(module, "load", load)
+    counts = generate(home / "model", home / "input.jsonl", target, config(), said.append)
+    assert counts == (len(GOOD), len(BAD))
+
+
 def test_missing_folders_of_an_output_are_made(home, tmp_path):
     target = tmp_path / "a" / "b" / "out.jsonl"
     generate(home / "model", home / "input.jsonl", target, config(), lambda _: None)

@@ -21,6 +21,7 @@ docs/architecture.md says who writes which field.
 """
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -31,7 +32,7 @@ from jax.sharding import Mesh
 from npr_jax.base.files import json_text
 from npr_jax.decode.config import EngineConfig
 from npr_jax.decode.fork_join import ForkJoin
-from npr_jax.decode.outputs import Event, Outputs, Trajectory
+from npr_jax.decode.outputs import NOT_FINITE, Event, Outputs, Trajectory
 from npr_jax.decode.replay import Replay, replayed_request
 from npr_jax.decode.requests import RequestMaker, penalised
 from npr_jax.decode.runner import PendingStep, Runner
@@ -210,10 +211,9 @@ class Engine:
         """
         if self._pending:
             raise RuntimeError("answers are being decoded: warm up before or after them")
+        penalty = sampling is not None and penalised(sampling)
         with self._guarded(), counted_compilations() as figures:
-            figures["programs"] = self.runner.warmup(
-                sampling is not None and penalised(sampling), progress
-            )
+            figures["programs"] = self.runner.warmup(penalty, progress)
         return figures
 
     def check(
@@ -225,9 +225,8 @@ class Engine:
     def _queue(self, groups: list[list[Request]], on_event=None, quiet=False) -> list[int]:
         """The requests of a group go to the replica with the fewest unfinished ones."""
         for group in groups:
-            replica = min(
-                range(len(self.schedulers)), key=lambda r: self.schedulers[r].num_requests
-            )
+            loads = [scheduler.num_requests for scheduler in self.schedulers]
+            replica = loads.index(min(loads))
             for request in group:
                 request.replica, request.on_event, request.quiet = replica, on_event, quiet
                 self._requests[request.id] = request
@@ -333,6 +332,9 @@ class Engine:
         for sequence, most, frozen, figures in drawn:
             sequence.pending -= most
             if not figures:
+                continue
+            if not math.isfinite(sum(figures[1])):  # then neither is what else the lane drew
+                self._end(sequence.request, "error", NOT_FINITE)
                 continue
             sequence.tail.computed += len(figures[0])
             growth = self._replay if sequence.request.tree else self._fork_join

@@ -23,6 +23,9 @@ FINISH_REASONS = (
     "aborted",
     "error",
 )
+NOT_FINITE = (
+    "the model's log-probabilities are not finite: its weights are, or what it computed of them"
+)
 TRUNCATED = ("length", "branch_length", "pages_exhausted")  # of these, cut off by a limit
 
 

@@ -76,9 +76,10 @@ def generate(
 
     `target` gets an object per answer: line (from 1), sample, input (the line's object), text,
     prediction (content of the last `\\boxed{}` or null), finish_reason, detail, and figures. Lines
-    that it already has answers to are skipped. A line that is no request, or that the engine would
-    refuse, is reported through `warn` by its number, and left out. `tell` hears how compilation
-    goes.
+    that it already has answers to are skipped. A line that is no request, that the engine would
+    refuse, or of which an answer ends with the reason `error`, is reported through `warn` by its
+    number; such an answer is left out, and so asked for again by the next run. `tell` hears how
+    compilation goes.
 
     Raises ValueError if no line of `source` can be answered, if `target` is anything but answers to
     these lines (it is left as it is), or if another process writes it; OSError where a file cannot
@@ -107,7 +108,11 @@ def generate(
             raise _nothing(source, faults, warn)
         for line in sorted(faults):
             warn(f"{source}:{line}: {faults[line]}")
-        return _answer(engine, requests, done, config, file, target, tell), len(faults)
+        failed: dict[int, str] = {}
+        written = _answer(engine, requests, done, config, file, target, tell, failed)
+        for line in sorted(failed):
+            warn(f"{source}:{line}: {failed[line]}")
+        return written, len(faults) + len(failed)
 
 
 def _answer(
@@ -118,8 +123,10 @@ def _answer(
     file: FileIO,
     target: Path,
     tell: Callable[[str], None],
+    failed: dict[int, str],
 ) -> int:
-    """Answers what is not done, line by line into `file`; the number of answers written."""
+    """Answers what is not done, line by line into `file`; the number of answers written. Lines of
+    which one failed go to `failed`, with why."""
     asked = [(request, i) for request in requests for i in range(config.sampling.n)]
     before = sum((request.line, i) in done for request, i in asked)
     todo = [r for r in requests if any((r.line, i) not in done for i in range(config.sampling.n))]
@@ -141,6 +148,9 @@ def _answer(
             assert event.trajectory is not None  # it has finished
             request, sample = of_id[event.request]
             if (request.line, sample) in done:
+                continue
+            if event.trajectory.finish_reason == "error":
+                failed[request.line] = f"answer {sample} failed: {event.trajectory.detail}"
                 continue
             line = json.dumps(_record(request, sample, event.trajectory), ensure_ascii=False)
             with writing(target, "make room there, and run the same command again: it goes on"):
