@@ -215,7 +215,7 @@ def test_a_stream_that_was_not_begun_queues_nothing(engine, end):
     idle(engine)
 
 
-@pytest.mark.parametrize("prompts", ["1+2=", b"12", {12: 1}, 12, None])
+@pytest.mark.parametrize("prompts", ["1+2=", b"12", {12: 1}, 12, None, np.array(5)])
 def test_prompts_that_are_no_list_are_refused(engine, prompts):
     """(D5)"""
     for call in (engine.generate, engine.submit, engine.stream):
@@ -223,6 +223,38 @@ def test_prompts_that_are_no_list_are_refused(engine, prompts):
             call(prompts)
     idle(engine)
     assert engine.generate([]) == []
+
+
+@pytest.mark.parametrize("prompt", [np.array(12), "12", b"12", {12: 1}])
+@pytest.mark.parametrize(
+    "ids, match",
+    [
+        ([12, 9, -1], "-1 at 2"),
+        ([12, 9.7], "9.7 at 1"),
+        (np.array([12, 40]), r"np.int64\(40\) at 1"),
+        ([10**30, 12], "10{30} at 0"),
+    ],
+)
+def test_prompts_and_traces_hold_known_ids(engine, prompt, ids, match):
+    """One rule for both."""
+    for call, name, given in (
+        (engine.submit, "prompt 1", ids),
+        (engine.replay, "trace 1", (ids, 1)),
+        (engine.replay, "trace 1", dataclasses.replace(calm()[0], token_ids=ids)),
+    ):
+        good = ([12, 9], 1) if call == engine.replay else [12]
+        with pytest.raises(ValueError, match=rf"{name} holds {match}, needed are token ids from 0"):
+            call([good, given])
+    with pytest.raises(ValueError, match=rf"trace 0 is {type(prompt).__name__}, needed is"):
+        engine.replay([(prompt, 1)])
+    if not isinstance(prompt, str):
+        with pytest.raises(ValueError, match=rf"prompt 0 is {type(prompt).__name__}, needed is"):
+            engine.submit([prompt])
+    with pytest.raises(ValueError, match="trace 0 is int, needed is a Trajectory"):
+        engine.replay([5])
+    with pytest.raises(ValueError, match=r"prompt_len is 1\.0, needed is 0 to 2"):
+        engine.replay([([12, 9], 1.0)])
+    idle(engine)
 
 
 @pytest.mark.parametrize(

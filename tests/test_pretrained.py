@@ -57,6 +57,13 @@ def test_what_is_saved_is_loaded_and_transformers_reads_the_config(tmp_path, kin
     assert shape == (config.vocab_size, config.hidden_size)
 
 
+@pytest.mark.parametrize("dtype", ["int8", "int32", "float16", "x", None])
+def test_a_dtype_that_no_weights_have_is_refused(saved, dtype):
+    for source in ("tiny", saved[0]):
+        with pytest.raises(ValueError, match=rf"dtype is {dtype!r}, needed is 'float32' or 'bfl"):
+            npr_jax.load(source, dtype=dtype)
+
+
 def test_sharded_checkpoints(tmp_path):
     config = CONFIGS["untied"]
     params = init_params(config, jax.random.key(1), "bfloat16")

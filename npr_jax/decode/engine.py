@@ -187,8 +187,8 @@ class Engine:
 
         A trace is a Trajectory or a pair (token ids, prompt length), which is parsed (a cut-off one
         too). Headers are written at once, as forced; every other token of the response gets its raw
-        log-prob. `parallel=False` replays one line of text. Raises ValueError for a trace that is
-        no tree, lacks a prompt or a response or cannot fit, and RuntimeError beside a stream.
+        log-prob. `parallel=False` replays one line of text. Raises RuntimeError beside a stream;
+        ValueError for what is no tree of known ids, lacks a prompt or a response or cannot fit.
         """
         with self._consuming(tokens=True):
             groups = [

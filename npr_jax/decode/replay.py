@@ -89,20 +89,27 @@ def replayed_request(maker: RequestMaker, trace, parallel: bool, name: str) -> R
     """The request that replays a trace: a Trajectory, or a pair (token ids, prompt length).
 
     Raises:
-      ValueError: the trace is no tree, has no prompt or response, could not fit the empty pool, or
-        is a pair and there are no tags to parse it with.
+      ValueError: the trace is neither, holds what is no id of the vocabulary, is no tree, has no
+        prompt or response, could not fit the empty pool, or is a pair and there are no tags to
+        parse it with.
     """
     if isinstance(trace, Trajectory):
-        ids, tree = trace.token_ids, trace.layout
+        ids, tree = maker.ids(trace.token_ids, name), trace.layout
     else:
-        ids, prompt_len = trace
+        try:
+            given, prompt_len = trace
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{name} is {type(trace).__name__}, needed is a Trajectory, or a pair (token ids, "
+                "prompt length)"
+            ) from error
+        ids = maker.ids(given, name)
         if maker.tags is None:
             raise ValueError(
                 f"{name} is a pair of ids and prompt length, and the model has no tokenizer whose "
                 "tags could parse it: give a Trajectory with its layout"
             )
         tree = parse(ids, prompt_len, maker.tags, allow_open=True)
-    ids = np.asarray(ids).tolist()
     if tree.prompt_len < 1 or tree.total_len < 1:
         raise ValueError(
             f"{name} has {tree.prompt_len} prompt tokens and a response of {tree.total_len}, "

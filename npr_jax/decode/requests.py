@@ -31,7 +31,7 @@ class RequestMaker:
     def groups(self, prompts: abc.Sequence, sampling: SamplingParams) -> list[list[Request]]:
         """`sampling.n` requests to every prompt, in groups of one prompt and one replica; raises
         the ValueErrors of `Engine.submit`."""
-        if isinstance(prompts, str | bytes) or not isinstance(prompts, abc.Sequence | np.ndarray):
+        if not _is_list(prompts):
             raise ValueError(
                 f"prompts is {type(prompts).__name__}, needed is a list of prompts ([prompt])"
             )
@@ -65,18 +65,10 @@ class RequestMaker:
             if self.tokenizer is None:
                 raise ValueError(f"{name} is text, but the model has no tokenizer")
             prompt = text_ids(self.tokenizer, prompt)
-        if isinstance(prompt, bytes) or not isinstance(prompt, abc.Sequence | np.ndarray):
-            raise ValueError(f"{name} is {type(prompt).__name__}, needed is text or token ids")
-        if not len(prompt):
+        ids = self.ids(prompt, name, "text or token ids")
+        if not ids:
             raise ValueError(f"{name} is empty, needed is at least one token")
         vocab = self.model_config.vocab_size
-        wrong = next((x for x in prompt if not _is_id(x, vocab)), None)
-        if wrong is not None:
-            raise ValueError(
-                f"{name} holds {wrong!r}, needed are token ids from 0 to {vocab - 1} (outside the "
-                f"vocabulary of {vocab})"
-            )
-        ids = [int(token) for token in prompt]
         for token in sampling.stop_token_ids:
             if token >= vocab:
                 raise ValueError(f"stop_token_ids holds {token}, needed are ids below {vocab}")
@@ -88,6 +80,19 @@ class RequestMaker:
             )
         self.refuse_too_long(len(ids), sampling, name)
         return ids
+
+    def ids(self, given, name: str, needed: str = "token ids") -> list[int]:
+        """Given ids as Python's; raises ValueError unless all are of the vocabulary."""
+        if not _is_list(given):
+            raise ValueError(f"{name} is {type(given).__name__}, needed is {needed}")
+        vocab = self.model_config.vocab_size
+        for place, token in enumerate(given):
+            if not _is_id(token, vocab):
+                raise ValueError(
+                    f"{name} holds {token!r} at {place}, needed are token ids from 0 to "
+                    f"{vocab - 1} (outside the vocabulary of {vocab})"
+                )
+        return [int(token) for token in given]
 
     def refuse_too_long(self, prompt_len: int, sampling: SamplingParams, name: str) -> None:
         """Refuses what could never fit an empty pool without any branch."""
@@ -140,6 +145,12 @@ class RequestMaker:
 def penalised(sampling: SamplingParams) -> bool:
     """Whether any token's logit is changed because it was seen."""
     return sampling.repetition_penalty != 1 or (sampling.step_repetition_penalty or 1) != 1
+
+
+def _is_list(given) -> bool:
+    if isinstance(given, np.ndarray):
+        return given.ndim > 0
+    return isinstance(given, abc.Sequence) and not isinstance(given, str | bytes)
 
 
 def _is_id(token, vocab: int) -> bool:

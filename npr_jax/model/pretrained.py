@@ -4,13 +4,14 @@ import dataclasses
 import functools
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from npr_jax.base.distributed import is_main, to_host, wait
+from npr_jax.base.fields import Dtype, wanted
 from npr_jax.base.files import DEMO, absent, hub_error, publish, writing
 from npr_jax.model.config import PRESETS, ModelConfig
 from npr_jax.model.hf import CONFIG, SourceFiles, read_config, read_params, write
@@ -70,8 +71,11 @@ def load(
       FileNotFoundError: there is no such directory, preset or reachable hub repository.
       NotADirectoryError: `source` is a file.
       ValueError: the config, a tensor or the tokenizer cannot be used; it is named with its file.
-        Or `tags` are wanted and cannot be added (`Model.with_tags`).
+        Or `dtype` is neither "float32" nor "bfloat16", or `tags` are wanted and cannot be added
+        (`Model.with_tags`).
     """
+    if dtype not in get_args(Dtype):
+        raise ValueError(f"dtype is {dtype!r}, needed is {wanted(Dtype)}")
     if str(source) in PRESETS:
         config = PRESETS[str(source)]
         make = functools.partial(init_params, config, dtype=dtype)

@@ -7,6 +7,7 @@ Nothing else in the package parses tags.
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
+from numbers import Integral
 
 import numpy as np
 
@@ -277,7 +278,7 @@ def parse(
         `allow_open`.
     """
     tokens = np.asarray(token_ids).tolist()
-    if not 0 <= prompt_len <= len(tokens):
+    if not isinstance(prompt_len, Integral) or not 0 <= prompt_len <= len(tokens):
         raise ValueError(f"prompt_len is {prompt_len}, needed is 0 to {len(tokens)} (tokens)")
     if rule not in ("strict", "reference"):
         raise ValueError(f"rule is {rule!r}, needed is 'strict' or 'reference'")
