@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from conftest import examples, read_golden, shared_path
 from hypothesis import given, settings
+from toy_tokenizers import SPACE, sentencepiece_like
 
 from npr_jax.tree import (
+    TAG_NAMES,
     Automaton,
     Block,
     TagIds,
@@ -260,6 +262,26 @@ def test_arguments_are_checked():
         parse([1, 2], 0, TAGS, rule="loose")
     with pytest.raises(ValueError, match="allow_open must be False"):
         parse([1, 2], 0, TAGS, rule="reference", allow_open=True)
+
+
+@pytest.mark.parametrize("scheme", ["always", "first"])
+def test_tokenizers_that_begin_texts_with_a_space(scheme):
+    """As Llama 2 does, of whose space nothing is left where a text starts."""
+    tokenizer = sentencepiece_like(scheme)
+    tokenizer.add_tokens(list(TAG_NAMES), special_tokens=True)
+    tags = TagIds.from_tokenizer(tokenizer)
+    space, newline = tokenizer.convert_tokens_to_ids([SPACE, "<0x0A>"])
+    assert {space, newline} <= tags.whitespace
+    body = "<guideline><plan>1:a</plan></guideline>\n<step>\n1:b</step>\n<takeaway>\nc</takeaway>"
+    ids = tokenizer.encode("q" + body, add_special_tokens=False)
+    tree = parse(ids, ids.index(tags.guideline_open), tags)
+    assert len(tree.blocks) == 1
+    assert tree.forced.sum() == len(tags.step_headers[0]) + len(tags.takeaway_header)
+    automaton = Automaton(tags)
+    automaton.read(ids[ids.index(tags.guideline_open) : ids.index(tags.guideline_close) + 1])
+    automaton.skip_steps()
+    automaton.read(tags.takeaway_header)
+    assert automaton.state == "takeaway"
 
 
 # ---- golden cases -------------------------------------------------------------------------------

@@ -39,8 +39,8 @@ class TraceError(ValueError):
 class TagIds:
     """Token ids of the eight tags, of white space, and of the text that the engine forces.
 
-    `step_headers[i - 1]` are the ids of "\\n<step>\\n{i}:" and `takeaway_header` those of
-    "\\n<takeaway>\\n"; `decode` turns ids into text. A tokenizer gives them. The layout of a trace
+    `step_headers[i - 1]` are the ids of "\\n<step>\\n{i}:" inside a text and `takeaway_header` those
+    of "\\n<takeaway>\\n"; `decode` turns ids into text. A tokenizer gives them. The layout of a trace
     needs none of the three; the numbers of its plans and the engine do.
     """
 
@@ -86,12 +86,21 @@ class TagIds:
                     f"the tokenizer splits {name} into {len(encode(name))} tokens, needed is 1: "
                     "load the model with them (npr_jax.load(..., tags=True))"
                 )
+        tags = tuple(encode(name)[0] for name in TAG_NAMES)
+        # Some tokenizers add a space where a text starts, and take it off again: what stands inside
+        # a text is what it is behind a tag.
+        before, known = TAG_NAMES[0], len(decode(tags[:1]))
         pieces = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+        blank = [i for i, piece in enumerate(pieces) if not piece.strip()]
+
+        def header(text: str) -> tuple[int, ...]:
+            return encode(before + text)[1:]
+
         return cls(
-            *(encode(name)[0] for name in TAG_NAMES),
-            whitespace=frozenset(i for i, piece in enumerate(pieces) if piece.isspace()),
-            step_headers=tuple(encode(f"\n<step>\n{i}:") for i in range(1, MAX_HEADERS + 1)),
-            takeaway_header=encode("\n<takeaway>\n"),
+            *tags,
+            whitespace=frozenset(i for i in blank if decode([tags[0], i])[known:].isspace()),
+            step_headers=tuple(header(f"\n<step>\n{i}:") for i in range(1, MAX_HEADERS + 1)),
+            takeaway_header=header("\n<takeaway>\n"),
             decode=decode,
         )
 
