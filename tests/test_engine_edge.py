@@ -5,12 +5,15 @@ import dataclasses
 import functools
 
 import bigram
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from engine_checks import CONFIG, recount, same
 from fake_device import CONFIGS, PROMPTS, engine_on_fake_device
+from hypothesis import given, settings
+from toy_tokenizers import byte_level, sentencepiece_like
 
 from npr_jax.decode import Engine, SamplingParams, fork_join
 from npr_jax.decode.outputs import KINDS, TextPieces
@@ -237,14 +240,14 @@ def test_prompts_that_are_no_list_are_refused(engine, prompts):
 )
 def test_prompts_and_traces_hold_known_ids(engine, prompt, ids, match):
     """One rule for both."""
-    for call, name, given in (
+    for call, name, bad in (
         (engine.submit, "prompt 1", ids),
         (engine.replay, "trace 1", (ids, 1)),
         (engine.replay, "trace 1", dataclasses.replace(calm()[0], token_ids=ids)),
     ):
         good = ([12, 9], 1) if call == engine.replay else [12]
         with pytest.raises(ValueError, match=rf"{name} holds {match}, needed are token ids from 0"):
-            call([good, given])
+            call([good, bad])
     with pytest.raises(ValueError, match=rf"trace 0 is {type(prompt).__name__}, needed is"):
         engine.replay([(prompt, 1)])
     if not isinstance(prompt, str):
@@ -321,6 +324,9 @@ class Bytes:
             run = 0 if tag else run + 1
         return bytes(found).decode(errors="replace")
 
+    def convert_ids_to_tokens(self, token):
+        return "|"
+
 
 def test_text_that_ends_inside_a_character_is_told():
     """(D9) Of a trunk and of a branch, whether the limit or the caller ends it."""
@@ -355,6 +361,33 @@ def test_text_that_ends_inside_a_character_is_told():
     assert "".join(event.text or "" for event in heard) == heard[-1].trajectory.text
     pieces = TextPieces(Bytes())
     assert [pieces.add(1), pieces.flush(), pieces.flush()] == ["", "\ufffd", ""]
+
+
+CHARACTERS = st.sampled_from(["a", " ", "\n", "\u00e9", "\u4e2d", "\U0001f600", "\ufffd"])
+BYTES = st.sampled_from([0x00, 0x0A, 0x41, 0x80, 0x97, 0xBF, 0xC3, 0xE2, 0xED, 0xF0, 0xF4, 0xFF])
+
+
+@pytest.mark.parametrize("scheme", ["bytes", "always", "first"])
+@given(parts=st.lists(CHARACTERS | BYTES, max_size=30))
+@settings(max_examples=300, deadline=None)
+def test_pieces_of_text_are_the_text(scheme, parts):
+    """Stray bytes cost no character beside them, and only a character's first bytes wait."""
+    tokenizer, ids = toy_tokenizer(scheme), []
+    for part in parts:
+        text = isinstance(part, str)  # or a byte, which is its own id
+        ids += tokenizer.encode(part, add_special_tokens=False) if text else [part]
+    pieces, told = TextPieces(tokenizer), ""
+    for i, token in enumerate(ids):
+        told += pieces.add(token)
+        if scheme == "bytes":
+            whole = bytes(ids[: i + 1]).decode(errors="replace")
+            assert told == whole[: len(whole) - whole.endswith("\ufffd")]
+    assert told + pieces.flush() == tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+
+@functools.cache
+def toy_tokenizer(scheme):
+    return byte_level() if scheme == "bytes" else sentencepiece_like(scheme)
 
 
 class Lost(RuntimeError):

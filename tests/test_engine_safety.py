@@ -352,6 +352,9 @@ class Broken:
             raise RuntimeError("no such piece")
         return " ".join(map(str, ids))
 
+    def convert_ids_to_tokens(self, token):
+        return str(token)
+
 
 def test_a_failure_in_one_request_stays_there():
     def fail(event):

@@ -4,6 +4,7 @@ A finished answer is a `Trajectory`: its tokens with their tree, log-probs and f
 """
 
 import dataclasses
+import re
 from collections import abc, deque
 
 import numpy as np
@@ -98,30 +99,39 @@ class Event:
     trajectory: Trajectory | None = None
 
 
+_BYTE = re.compile("<0x[0-9A-F]{2}>")  # the tokens that a byte-fallback decoder joins to text
+
+
 class TextPieces:
     """Text of a growing list of tokens, in pieces that never cut a character."""
 
     def __init__(self, tokenizer):
         self._decode = lambda ids: tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        self._name = tokenizer.convert_ids_to_tokens
         self._ids: list[int] = []  # from the last whole piece on, and that piece before them
-        self._known = 0  # of `_ids`, those whose text was given out
+        self._known = 0  # of `_ids`, those of the piece before
+        self._given = 0  # characters of their text that were given out
 
     def add(self, token: int) -> str:
         """The text that this token completes."""
         self._ids.append(token)
-        before = self._decode(self._ids[: self._known])
+        if _BYTE.fullmatch(self._name(token) or ""):
+            return ""  # one stray byte makes all others of such a run no text, so wait for its end
         text = self._decode(self._ids)
-        incomplete = text.endswith("\N{REPLACEMENT CHARACTER}")  # a character's first bytes, or
-        if incomplete and len(self._ids) - self._known < 4:  # bytes that are none at all
-            return ""
-        self._ids, self._known = self._ids[self._known :], len(self._ids) - self._known
-        return text[len(before) :]
+        # It may be the first bytes of a character; whatever stands before it is what it is.
+        open_ = text.endswith("\N{REPLACEMENT CHARACTER}")
+        piece = text[self._given : len(text) - open_]
+        if not open_ or len(self._ids) - self._known > 8:  # or stray bytes would pile up
+            self._ids, self._known = self._ids[self._known :], len(self._ids) - self._known
+            text = self._decode(self._ids)
+        self._given = len(text) - open_
+        return piece
 
     def flush(self) -> str:
         """What was kept back: the text ends inside a character."""
-        before, text = self._decode(self._ids[: self._known]), self._decode(self._ids)
-        self._ids, self._known = [], 0
-        return text[len(before) :]
+        piece = self._decode(self._ids)[self._given :]
+        self._ids, self._known, self._given = [], 0, 0
+        return piece
 
 
 class Outputs:

@@ -39,9 +39,9 @@ class TraceError(ValueError):
 class TagIds:
     """Token ids of the eight tags, of white space, and of the text that the engine forces.
 
-    `step_headers[i - 1]` are the ids of "\\n<step>\\n{i}:" inside a text and `takeaway_header` those
-    of "\\n<takeaway>\\n"; `decode` turns ids into text. A tokenizer gives them. The layout of a trace
-    needs none of the three; the numbers of its plans and the engine do.
+    Inside a text, `step_headers[i - 1]` are the ids of "\\n<step>\\n{i}:" and `takeaway_header`
+    those of "\\n<takeaway>\\n"; `decode` turns ids into text. A tokenizer gives them. The layout of
+    a trace needs none of the three; the numbers of its plans and the engine do.
     """
 
     guideline_open: int
