@@ -8,12 +8,14 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from train_toy import tiny
 
 from npr_jax.base.config import load_config
 from npr_jax.base.files import cut_half_line, lasting
+from npr_jax.base.seeds import seed_of
 from npr_jax.data.prompts import prompt_ids
 from npr_jax.decode import Engine, SamplingParams
 from npr_jax.evaluate import generate as module
@@ -92,7 +94,7 @@ def test_answers_and_bad_lines(home, tmp_path):
     model = tiny()
     engine = Engine(model, config().engine)
     prompt = prompt_ids(model.tokenizer, GOOD[0]["problem"])
-    sampling = dataclasses.replace(config(n=2).sampling, seed=1)
+    sampling = dataclasses.replace(config(n=2).sampling, seed=seed_of(0, 1))
     texts = [answer.text for answer in engine.generate([prompt], sampling)]
     assert texts == [record["text"] for record in found[:2]]
 
@@ -142,6 +144,7 @@ ANSWER = b'{"line": 1, "sample": 0, "input": {"problem": "A:1+2;B:3+4?"}}\n'
         (b"my notes", "out:1 is no answer"),
         (ANSWER + b"my notes", "out:2 is no answer"),
         (ANSWER + b'{"line": [1], "sample": 0, "input": 1}\n', "out:2 is no answer"),
+        (ANSWER.replace(b"0", b"[0]"), "out:1 is no answer"),
         (b"\xff\n", "out:1 is no answer"),
         (b"[1]\n", "out:1 is no answer"),
         (b"7\n", "out:1 is no answer"),
@@ -162,6 +165,29 @@ def test_an_input_is_no_output(home, tmp_path):
     with pytest.raises(ValueError, match="is no answer"):
         generate("no model", source, source, config(), lambda _: None)
     assert source.read_bytes() == before
+
+
+def test_statistics_have_a_file_of_their_own(home, tmp_path):
+    source, target = Path(shutil.copy(home / "input.jsonl", tmp_path / "in")), tmp_path / "out"
+    (tmp_path / "link").symlink_to(source)
+    before = source.read_bytes()
+    for stats, other in (("in", "--input"), ("link", "--input"), ("out", "--output")):
+        settings = dataclasses.replace(config(), stats=str(tmp_path / "x" / ".." / stats))
+        with pytest.raises(ValueError, match=rf"stats is .*{stats}, the {other}: set another"):
+            generate("no model", source, target, settings, lambda _: None)
+    assert source.read_bytes() == before and not target.exists()
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**32 - 1])
+def test_seeds_of_lines_and_runs_do_not_meet(home, tmp_path, monkeypatch, seed):
+    """The next line of this run is not this line of the next; and every seed that a key takes."""
+    asked = []
+    monkeypatch.setattr(module, "load", lambda *args, **kwargs: tiny())
+    monkeypatch.setattr(module, "compile_all", lambda *args: None)
+    monkeypatch.setattr(Engine, "submit", lambda self, prompts, sampling: asked.append(sampling))
+    with pytest.raises(TypeError):  # there are no ids
+        generate("m", home / "input.jsonl", tmp_path / "out", config(seed=seed), lambda _: None)
+    assert asked[0].seed == tuple(seed_of(seed, k) for k in (1, len(BAD) + 3, len(BAD) + 4))
 
 
 def test_two_do_not_write_one_output(home, tmp_path):

@@ -19,6 +19,7 @@ from npr_jax.base.compile_cache import DEFAULT_CACHE, use_cache
 from npr_jax.base.fields import Checked, Dtype
 from npr_jax.base.files import alone, cut_half_line, reading, writing
 from npr_jax.base.progress import Progress
+from npr_jax.base.seeds import seed_of
 from npr_jax.data.prompts import INSTRUCTION, prompt_ids
 from npr_jax.data.sources import BadRow, parse_json, read_rows, short
 from npr_jax.decode import Engine, EngineConfig, SamplingParams, Trajectory
@@ -36,9 +37,10 @@ class GenerateConfig(Checked):
       dtype: of weights and cache.
       instruction: what is asked of a model with a chat template, after the problem.
       engine: what decodes the answers.
-      sampling: how they are sampled; line k gets seed `sampling.seed` + k.
+      sampling: how they are sampled; line k has its own seed, a digest of `sampling.seed` and k.
       compilation_cache: where compiled programs are kept for the next run; null keeps none.
-      stats: a file to which the engine's statistics are added every ten seconds, as JSONL.
+      stats: a file of its own, to which the engine's statistics are added every ten seconds, as
+        JSONL.
     """
 
     command: ClassVar[str] = "generate"
@@ -85,6 +87,9 @@ def generate(
     these lines (it is left as it is), or if another process writes it; OSError where a file cannot
     be read or written.
     """
+    for name, path in (("--input", source), ("--output", target)):
+        if config.stats and Path(config.stats).resolve() == path.resolve():
+            raise ValueError(f"stats is {config.stats}, the {name}: set another file for stats")
     rows, faults = read_lines(source)
     if not rows:
         raise _nothing(source, faults, warn)
@@ -135,7 +140,7 @@ def _answer(
     first = config.sampling.seed
     assert isinstance(first, int)  # or there would be no such config
     sampling = dataclasses.replace(
-        config.sampling, seed=tuple(first + request.line for request in todo)
+        config.sampling, seed=tuple(seed_of(first, request.line) for request in todo)
     )
     written, told = 0, time.monotonic()
     with Progress("generate", len(asked), "answer", before) as progress:
@@ -242,8 +247,8 @@ def resume(target: Path, rows: dict[int, dict]) -> set[tuple[int, int]]:
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
-            answered = (record["line"], record["sample"])
             same = rows.get(record["line"]) == record["input"]
+            done.add((record["line"], record["sample"]))
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise _foreign(target, number) from error
         if not same:
@@ -251,7 +256,6 @@ def resume(target: Path, rows: dict[int, dict]) -> set[tuple[int, int]]:
                 f"{target}:{number} answers another line {record['line']} than the input has: "
                 "give another output file"
             )
-        done.add(answered)
     if half[: len(_BEGINNING)] != _BEGINNING[: len(half)]:
         raise _foreign(target, len(lines) + 1)
     cut_half_line(target)
