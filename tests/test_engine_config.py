@@ -1,12 +1,16 @@
 """Numbers of sampling and of the engine's sizes: taken as what they are, or refused by name."""
 
 import dataclasses
+from unittest import mock
 
+import bigram
+import jax
 import numpy as np
 import pytest
+from engine_checks import CONFIG
 from fake_device import engine_on_fake_device
 
-from npr_jax.decode import EngineConfig, SamplingParams
+from npr_jax.decode import Engine, EngineConfig, SamplingParams, runner
 
 
 @pytest.mark.parametrize(
@@ -101,3 +105,29 @@ def test_numbers_that_float32_cannot_use_are_refused(field, value):
 def test_bad_sizes_are_refused_by_name(field, value, need):
     with pytest.raises(ValueError, match=rf"{field} is {value!r}, needed is {need}"):
         EngineConfig(**{field: value})
+
+
+@pytest.mark.parametrize("field", ["pages", "lanes", "steps"])
+@pytest.mark.parametrize(
+    "part, error",
+    [
+        ("Lanes", MemoryError("Unable to allocate 128. GiB")),
+        (
+            "pool_shape",
+            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: needed are 128. GiB"),
+        ),
+    ],
+)
+def test_sizes_that_memory_is_too_small_for_are_named(field, part, error, monkeypatch):
+    """The host's for the lanes' tables, the device's for the pool."""
+    monkeypatch.setattr(runner, part, mock.Mock(side_effect=error))
+    with pytest.raises(ValueError, match=rf"engine\.{field}=99, .*128\. GiB.*: make some smaller"):
+        Engine(bigram.model(), dataclasses.replace(CONFIG, **{field: 99}))
+
+
+def test_ids_that_stop_count_once():
+    engine = Engine(bigram.model(), CONFIG)
+    sampling = SamplingParams(max_tokens=2, stop_token_ids=(9,) * 20)
+    assert len(engine.generate([[12, 20]], sampling)) == 1
+    with pytest.raises(ValueError, match=r"10 ids end .*engine\.max_stops is 8"):
+        engine.generate([[12]], SamplingParams(stop_token_ids=tuple(range(9, 16)) * 2))

@@ -427,3 +427,14 @@ def test_a_chat_template_that_breaks_is_told(template):
     tokenizer.chat_template = template
     with pytest.raises(ValueError, match="chat template cannot be used with a user's turn: "):
         prompt_ids(tokenizer, "1+1")
+
+
+def test_a_text_or_a_tokenizer_that_cannot_be_encoded_is_named(saved, tmp_path):
+    engine = npr_jax.Engine(npr_jax.load("tiny"))
+    with pytest.raises(ValueError, match=r"prompt 0: the tokenizer cannot encode '.ud800A'"):
+        engine.generate(["\ud800A"])
+    directory, change = saved
+    words = {"type": "WordLevel", "vocab": {"a": 0, "<eos>": 1}, "unk_token": "<none>"}
+    change("tokenizer.json", lambda values: values.update(model=words, added_tokens=[]))
+    (directory / "tokenizer_config.json").write_text('{"tokenizer_class": "TokenizersBackend"}')
+    refused(directory, str(directory), "the tokenizer cannot encode '<guideline>'")

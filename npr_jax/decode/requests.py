@@ -64,7 +64,10 @@ class RequestMaker:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise ValueError(f"{name} is text, but the model has no tokenizer")
-            prompt = text_ids(self.tokenizer, prompt)
+            try:
+                prompt = text_ids(self.tokenizer, prompt)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
         ids = self.ids(prompt, name, "text or token ids")
         if not ids:
             raise ValueError(f"{name} is empty, needed is at least one token")
@@ -76,7 +79,7 @@ class RequestMaker:
         if len(stops) > self.config.max_stops:
             raise ValueError(
                 f"{len(stops)} ids end or stop a sequence (stop_token_ids, ends of text, tags), "
-                f"max_stops is {self.config.max_stops}"
+                f"engine.max_stops is {self.config.max_stops}: raise it, or stop at fewer"
             )
         self.refuse_too_long(len(ids), sampling, name)
         return ids
@@ -135,7 +138,7 @@ class RequestMaker:
         eos = (*self.model_config.eos_token_ids, *sampling.stop_token_ids)
         if sampling.parallel and self.tags is not None:
             eos += self.tags.guideline_close, self.tags.step_close
-        return eos
+        return tuple(dict.fromkeys(eos))
 
     def _max_position(self, sampling: SamplingParams) -> int:
         limit = self.model_config.max_position_embeddings

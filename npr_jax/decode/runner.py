@@ -5,6 +5,7 @@ does everything in the order in which it was asked, so a page may be given to an
 a call that still writes to it is on its way.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -84,8 +85,9 @@ class Runner:
         self._dtype = dtype
         self._like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
         self.set_params(params)
-        self.reset()
-        self._pool = self._make_pool()
+        with _fitting(config):
+            self.reset()
+            self._pool = self._make_pool()
         self._shapes = tuple(
             dict.fromkeys(
                 (
@@ -127,8 +129,9 @@ class Runner:
             calls.append(lambda: self._decode_call([], True))
         calls.append(lambda: self.fold(np.zeros(2, np.uint32), 1))
         for done, call in enumerate(calls, 1):
-            call()
-            jax.block_until_ready(self._pool)
+            with _fitting(self.config):
+                call()
+                jax.block_until_ready(self._pool)
             if progress:
                 progress(done, len(calls))
         return len(calls)
@@ -262,6 +265,20 @@ class Runner:
 
 
 _unstack = jax.jit(unstack)
+
+
+@contextlib.contextmanager
+def _fitting(config: EngineConfig) -> abc.Iterator[None]:
+    """Where memory, of the host or the device, is too small for an engine, its sizes are named."""
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        names = ("lanes", "pages", "page_size", "table_pages", "steps")
+        names += ("header_rows", "header_chunk", "prefill_rows", "prefill_chunk")
+        sizes = ", ".join(f"engine.{name}={getattr(config, name)}" for name in names)
+        raise ValueError(f"memory is too small for {sizes} ({error}): make some smaller") from error
 
 
 def _refuse_unlike(params, like) -> None:

@@ -124,7 +124,9 @@ def _read_tokenizer(directory: Path):
         from transformers import AutoTokenizer
 
         try:
-            return AutoTokenizer.from_pretrained(directory)
+            tokenizer = AutoTokenizer.from_pretrained(directory)
+            has_tags(tokenizer)  # or what it cannot encode would be told without its file
+            return tokenizer
         except Exception as error:  # for a broken file tokenizers raises just that
             raise ValueError(f"the tokenizer in {directory} cannot be read: {error}") from error
     return None
