@@ -174,7 +174,7 @@ def generate(
 
     Example: --set sampling.temperature=0.6 --set sampling.max_tokens=4096
 
-    Exit code 4: answered, but for lines that are no requests, which are named.
+    Exit code 4: answered, but for lines that failed or are no requests, which are named.
     """
     from npr_jax.base.config import load_config
     from npr_jax.evaluate.generate import GenerateConfig

@@ -127,3 +127,12 @@ def test_without_tags_nothing_keeps_the_format():
     (answer,) = judge(engine, made, ["0"])
     assert [v.reason for v in answer.violations] == ["the tokenizer has no tags"]
     assert not answer.figures.formed and not answer.figures.parallel
+
+
+def test_an_answer_that_ended_with_an_error_is_not_judged():
+    model = dataclasses.replace(tiny(), tags=None)
+    engine = Engine(model, EngineConfig(lanes=4, pages=64))
+    (made,) = engine.replay([([3, 4], 1)])
+    failed = dataclasses.replace(made, finish_reason="error", detail="what it was")
+    with pytest.raises(FloatingPointError, match="ended with an error: what it was"):
+        judge(engine, [made, failed], ["0", "0"])

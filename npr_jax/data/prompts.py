@@ -1,5 +1,7 @@
 """From a problem to prompt token ids: one way for training, evaluation and batch inference."""
 
+from npr_jax.model.tokenizer import encode
+
 INSTRUCTION = """\
 Solve the problem by splitting the work into steps that can run at the same time.
 
@@ -32,7 +34,8 @@ def prompt_ids(tokenizer, problem: str, instruction: str = INSTRUCTION) -> list[
     assistant's turn. A tokenizer without one belongs to a model that was trained on bare problems:
     the problem's text alone, after the tokenizer's bos token if it has one.
 
-    Raises ValueError for an empty problem, and for a template that cannot be used with this turn.
+    Raises ValueError for an empty problem, for one that the tokenizer cannot encode, and for a
+    template that cannot be used with this turn.
     """
     if not problem.strip():
         raise ValueError("the problem is empty, needed is some text")
@@ -44,7 +47,7 @@ def prompt_ids(tokenizer, problem: str, instruction: str = INSTRUCTION) -> list[
             raise ValueError(
                 f"the tokenizer's chat template cannot be used with a user's turn: {error}"
             ) from error
-        return list(tokenizer.encode(text, add_special_tokens=False))
-    ids = list(tokenizer.encode(problem, add_special_tokens=False))
+        return encode(tokenizer, text)
+    ids = encode(tokenizer, problem)
     bos = tokenizer.bos_token_id
     return ids if bos is None or ids[:1] == [bos] else [bos, *ids]

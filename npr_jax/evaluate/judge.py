@@ -85,8 +85,13 @@ def judge(
 ) -> list[Answer]:
     """Answers that `engine` decoded, judged against a reference each.
 
-    What has no text makes no prediction; without tags nothing keeps the format.
+    What has no text makes no prediction; without tags nothing keeps the format. Raises
+    FloatingPointError for an answer that ended with an error, which says nothing about its model's
+    reasoning: neither a benchmark nor a reward may count it.
     """
+    for trajectory in trajectories:
+        if trajectory.finish_reason == "error":
+            raise FloatingPointError(f"an answer ended with an error: {trajectory.detail}")
     predictions = [extract(trajectory.text or "") for trajectory in trajectories]
     correct = equal_many(zip(predictions, references, strict=True))
     return [

@@ -12,14 +12,14 @@ from npr_jax.tree import TAG_NAMES
 def text_ids(tokenizer, text: str) -> list[int]:
     """The ids of a text that a model is to go on with: begun as the tokenizer begins texts, but
     never with two beginning-of-text tokens, where the text brings one; and without an end."""
-    ids = _encode(tokenizer, text)
+    ids = encode(tokenizer, text)
     begin = list(tokenizer.encode(""))[:1]
     if begin and begin[0] == tokenizer.bos_token_id and ids[:1] != begin:
         return begin + ids
     return ids
 
 
-def _encode(tokenizer, text: str) -> list[int]:
+def encode(tokenizer, text: str) -> list[int]:
     """The ids of a text alone; raises ValueError for one that the tokenizer has none for."""
     try:
         return list(tokenizer.encode(text, add_special_tokens=False))
@@ -40,7 +40,7 @@ def _missing_tags(tokenizer, vocab_size: int | None) -> list[str]:
     """The tags that are no single token, or one to which the model has no row."""
     missing = []
     for tag in TAG_NAMES:
-        ids = _encode(tokenizer, tag)
+        ids = encode(tokenizer, tag)
         known = len(ids) == 1 and ids[0] != tokenizer.unk_token_id
         if not known or (vocab_size is not None and ids[0] >= vocab_size):
             missing.append(tag)
@@ -61,7 +61,7 @@ def add_tags(config: ModelConfig, params: dict, tokenizer) -> tuple[ModelConfig,
     missing = _missing_tags(tokenizer, config.vocab_size)
     if not missing:
         return config, params
-    words = {tag: _encode(tokenizer, tag[1:-1]) for tag in missing}
+    words = {tag: encode(tokenizer, tag[1:-1]) for tag in missing}
     for tag, ids in words.items():
         if not [i for i in ids if i < config.vocab_size]:
             raise ValueError(

@@ -93,7 +93,8 @@ class Body(ABC, Generic[State, Result]):
         """Goes to where `position` says."""
 
     def value(self, metrics: Mapping[str, Scalar]) -> float | None:
-        """How good the state after a step is, the larger, the better; None if none can tell."""
+        """How good the state before a step's update is, the larger, the better, as far as the step
+        has measured it; None if it has not. It is kept with the state after it."""
         return None
 
     def check(self, number: int, metrics: Mapping[str, Scalar]) -> None:

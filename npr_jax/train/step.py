@@ -49,7 +49,8 @@ class TrainConfig(Checked):
       checkpoint_every (steps): between checkpoints: rollout batches, or optimizer steps of a fit.
       keep_checkpoints (checkpoints): how many of the last ones stay.
       keep_best (checkpoints): 1 keeps the best too: that with the largest `score` (mean reward, for
-        which answers that are left out count as malformed), or lowest loss.
+        which answers that are left out count as malformed), or lowest loss, both of the weights
+        before the last update.
       max_nonfinite (steps): in a row without a finite update, after which the run stops.
     """
 
