@@ -22,9 +22,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # long say OPTIMISED = True. `make nightly` has the compiler's usual level everywhere.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # With XLA's older emitters, which later versions lack, a train step compiles in half the time.
-OLDER_EMITTERS = " --xla_cpu_use_fusion_emitters=false"
 if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1" and version("jaxlib") < "0.11":
-    os.environ["XLA_FLAGS"] += OLDER_EMITTERS
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 # Most of the time goes into compiling, and many tests, their subprocesses and pytest's own workers
 # compile the same: whoever is first does it for all. Nothing is kept from run to run.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -166,7 +165,8 @@ def tpu_compiler(monkeypatch):
         required = os.environ.get("NPR_REQUIRE_LIBTPU") == "1"
         pytest.fail(message) if required else pytest.skip(message)
     # It reads the flags too, and ends a process with one that it does not know.
-    monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"].replace(OLDER_EMITTERS, ""))
+    flags = os.environ["XLA_FLAGS"].replace("--xla_cpu_use_fusion_emitters=false", "")
+    monkeypatch.setenv("XLA_FLAGS", flags)
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
