@@ -132,7 +132,7 @@ def test_without_tags_nothing_keeps_the_format():
 def test_an_answer_that_ended_with_an_error_is_not_judged():
     model = dataclasses.replace(tiny(), tags=None)
     engine = Engine(model, EngineConfig(lanes=4, pages=64))
-    (made,) = engine.replay([([3, 4], 1)])
+    (made,) = engine.generate([[3, 4]], SamplingParams(max_tokens=2, parallel=False))
     failed = dataclasses.replace(made, finish_reason="error", detail="what it was")
     with pytest.raises(FloatingPointError, match="ended with an error: what it was"):
         judge(engine, [made, failed], ["0", "0"])
