@@ -74,13 +74,16 @@ def run(test: str, mutant: dict | None = None) -> dict:
     return {"failed": name, "seconds": round(time.perf_counter() - begun, 1)}
 
 
-def table(results: list[dict]) -> str:
-    """docs/mutants.md."""
+def table(results: list[dict], known: int) -> str:
+    """docs/mutants.md, of the faults that were tried, of those that are `known`."""
+    unnoticed = sum(not x["failed"] for x in results)
     lines = [
         "# Faults that the tests must notice",
         "",
         "Made by `make mutants`. Each line was replaced in a copy of the repository, and the test",
         "named last failed. Where such a line changes, tests/mutants.yaml changes with it.",
+        "",
+        f"{len(results)} of {known} faults were tried, {unnoticed} of them not noticed.",
         "",
         "| file | line | broken | noticed by |",
         "| --- | --- | --- | --- |",
@@ -100,7 +103,7 @@ def write(result: dict) -> None:
     faults = [tuple(map(x.get, KEYS)) for x in read_mutants()]
     results = [outcomes[fault] for fault in faults if fault in outcomes]
     RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    PAGE.write_text(table(results), encoding="utf-8")
+    PAGE.write_text(table(results, len(faults)), encoding="utf-8")
 
 
 def main() -> int:
