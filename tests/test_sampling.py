@@ -72,6 +72,7 @@ def logps(logits, knobs):
         ([0.5, 0.25, 0.15, 0.1], {"top_p": 1e-9}, [0]),
         ([0.5, 0.25, 0.15, 0.1], {"top_k": 99}, range(4)),
         ([0.5, 0.25, 0.15, 0.1], {"min_p": 1e-9}, range(4)),
+        ([1 - 1e-8, 1e-8], {"top_k": 9}, range(2)),
     ],
 )
 def test_what_the_filters_keep(probabilities, knobs, kept):

@@ -59,6 +59,7 @@ def test_order_covers_each_epoch_and_is_shuffled_anew():
     assert first != second
     assert [int(shuffled(50, 3)[i]) for i in range(50, 100)] == second  # any index, any time
     assert [int(shuffled(50, 4)[i]) for i in range(50)] != first
+    assert [int(shuffled(50, 3, 1)[i]) for i in range(50)] != first  # the next stage's
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 20])

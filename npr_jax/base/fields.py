@@ -12,7 +12,6 @@ Rules that concern several fields are the `__post_init__` of a class, after that
 import dataclasses
 import functools
 import inspect
-import math
 import re
 import types
 from collections.abc import Callable
@@ -80,8 +79,7 @@ class Range:
 
     def _holds(self, value: float) -> bool:
         return (
-            abs(value) < math.inf
-            and (self.ge is None or self.ge <= value)
+            (self.ge is None or self.ge <= value)
             and (self.gt is None or self.gt < value)
             and (self.le is None or value <= self.le)
             and (self.lt is None or value < self.lt)
