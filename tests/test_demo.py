@@ -38,6 +38,10 @@ def tasks(num=300, seed=0):
     return make_tasks(num, np.random.default_rng(seed))
 
 
+def test_a_fact_is_its_sum_or_product_modulo_ten():
+    assert [true_value(*fact) for fact in (("+", 7, 8), ("*", 7, 8), ("*", 9, 0))] == [5, 6, 0]
+
+
 def test_the_ideal_answer_is_right_well_formed_and_short():
     for one in tasks():
         text = ideal(one)
