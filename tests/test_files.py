@@ -219,7 +219,7 @@ def test_a_seed_of_the_demo_is_in_its_range(seed, tmp_path):
 )
 def test_a_bad_line_of_a_file_that_grows_is_named(tmp_path, line, why):
     path = tmp_path / "accepted.jsonl"
-    record = dict.fromkeys(beta.RECORD)
+    record = dict.fromkeys(beta.Record.__annotations__)
     path.write_bytes(json.dumps(record).encode() + b"\n" + line + b"\n{half of a li")
     with pytest.raises(ValueError, match=f"{re.escape(str(path))}:2: .*{why}.*accepted.jsonl of"):
         beta.read_records(path)

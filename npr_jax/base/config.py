@@ -228,17 +228,6 @@ def _parse(text: str, source: str) -> Any:
         raise ValueError(f"{source}: {at}: not valid YAML: {reason}") from error
 
 
-def without_twins(pairs: list[tuple[str, Any]]) -> dict:
-    """An object of JSON from its pairs (`object_pairs_hook`); ValueError for a key that is given
-    twice, of which other readers take one or the other."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twin = next(key for i, key in enumerate(keys) if key in keys[:i])
-        raise ValueError(f"the key {twin!r:.80} is there twice")
-    return found
-
-
 def _check_text(value: Any, where: str) -> None:
     """Raises ValueError where a value has no form in JSON, in which it is checked."""
     try:

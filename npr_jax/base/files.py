@@ -12,7 +12,7 @@ import shutil
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from etils import epath
 from safetensors import SafetensorError
@@ -164,6 +164,17 @@ def _with_null(value):
     if isinstance(value, list | tuple):
         return [_with_null(item) for item in value]
     return value
+
+
+def without_twins(pairs: list[tuple[str, Any]]) -> dict:
+    """An object of JSON from its pairs (`object_pairs_hook`); ValueError for a key that is given
+    twice, of which other readers take one or the other."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twin = next(key for i, key in enumerate(keys) if key in keys[:i])
+        raise ValueError(f"the key {twin!r:.80} is there twice")
+    return found
 
 
 T = TypeVar("T")

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Generic, NamedTuple, TypeVar, cast
 
 from npr_jax.answers import find_boxed
-from npr_jax.base.config import without_twins
-from npr_jax.base.files import reading
+from npr_jax.base.files import reading, without_twins
 
 MAX_DEPTH = 100  # of lists and objects in a row; what is deeper is no problem of anybody
 

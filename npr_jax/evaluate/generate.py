@@ -113,8 +113,7 @@ def generate(
             raise _nothing(source, faults, warn)
         for line in sorted(faults):
             warn(f"{source}:{line}: {faults[line]}")
-        failed: dict[int, str] = {}
-        written = _answer(engine, requests, done, config, file, target, tell, failed)
+        written, failed = _answer(engine, requests, done, config, file, target, tell)
         for line in sorted(failed):
             warn(f"{source}:{line}: {failed[line]}")
         return written, len(faults) + len(failed)
@@ -128,10 +127,9 @@ def _answer(
     file: FileIO,
     target: Path,
     tell: Callable[[str], None],
-    failed: dict[int, str],
-) -> int:
-    """Answers what is not done, line by line into `file`; the number of answers written. Lines of
-    which one failed go to `failed`, with why."""
+) -> tuple[int, dict[int, str]]:
+    """Answers what is not done, line by line into `file`; the number of answers written, and the
+    lines of which one failed, with why."""
     asked = [(request, i) for request in requests for i in range(config.sampling.n)]
     before = sum((request.line, i) in done for request, i in asked)
     todo = [r for r in requests if any((r.line, i) not in done for i in range(config.sampling.n))]
@@ -142,7 +140,7 @@ def _answer(
     sampling = dataclasses.replace(
         config.sampling, seed=tuple(seed_of(first, request.line) for request in todo)
     )
-    written, told = 0, time.monotonic()
+    written, told, failed = 0, time.monotonic(), {}
     with Progress("generate", len(asked), "answer", before) as progress:
         ids = engine.submit([request.prompt for request in todo], sampling)
         samples = [(request, i) for request in todo for i in range(config.sampling.n)]
@@ -168,7 +166,7 @@ def _answer(
                 told = time.monotonic()
     if config.stats:
         engine.write_stats(config.stats)
-    return written
+    return written, failed
 
 
 def check_model(

@@ -18,8 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from npr_jax.base.config import without_twins
-from npr_jax.base.files import json_text
+from npr_jax.base.files import json_text, without_twins
 from npr_jax.model.config import ModelConfig, eos_ids, unknown_keys
 from npr_jax.model.params import Weight, weight_table
 

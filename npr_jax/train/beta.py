@@ -11,7 +11,7 @@ import itertools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, TypedDict
 
 from jax.sharding import Mesh
 
@@ -39,7 +39,18 @@ from npr_jax.tree.canonical import canonical
 from npr_jax.tree.parse import reference_depth
 
 MAX_DEPTH = 1  # what the format check accepts
-RECORD = ("problem", "answer", "tries", "prompt_len", "accepted", "texts")
+
+
+class Record(TypedDict):
+    """What rejection sampling knows of a problem: its tries, and of the answers that it accepted
+    the token ids, with those of the prompt, and the texts."""
+
+    problem: str
+    answer: str
+    tries: int
+    prompt_len: int
+    accepted: list[list[int]]
+    texts: list[str | None]  # as `Trajectory.text`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,13 +172,12 @@ def _train(config: BetaConfig, output: Path, report: Report | None) -> Model:
     return loop.run(body, report)
 
 
-class Sampling(Body[list[dict], list[dict]]):
+class Sampling(Body[list[Record], list[Record]]):
     """The body of rejection sampling: in each round a batch of problems is answered by the Zero
     model. The state is the records so far, one for every problem that was tried.
 
-    A record has the keys `RECORD`; accepted are lists of token ids. Of several processes each
-    samples its share, all know all records, and the first writes them to the JSONL file `path`. A
-    round that SIGTERM or a crash cuts off is sampled again.
+    Of several processes each samples its share, all know all records, and the first writes them to
+    the JSONL file `path`. A round that SIGTERM or a crash cuts off is sampled again.
     """
 
     name, unit, shown = "beta sampling", "round", ("accepted_rate", "covered_rate")
@@ -176,7 +186,7 @@ class Sampling(Body[list[dict], list[dict]]):
         self.config, self.path, self.mesh = config, path, mesh
         self.directory = path.parent / "sampling"
 
-    def begin(self) -> tuple[list[dict], "Records"]:
+    def begin(self) -> tuple[list[Record], "Records"]:
         config, sizes = self.config, self.config.sample
         with sigterm.interruptible():
             model = load(config.sampler_model, seed=config.seed, tags=True, mesh=self.mesh)
@@ -196,7 +206,7 @@ class Sampling(Body[list[dict], list[dict]]):
         self.total = len(self.batches)
         return [], Records(self.path, [len(batch) for batch in self.batches])
 
-    def step(self, state: list[dict], number: int) -> tuple[list[dict], dict[str, Scalar]]:
+    def step(self, state: list[Record], number: int) -> tuple[list[Record], dict[str, Scalar]]:
         """The records of one round more."""
         config = self.config
         with sigterm.interruptible():
@@ -211,7 +221,7 @@ class Sampling(Body[list[dict], list[dict]]):
             )
         return [*state, *found], metrics
 
-    def finish(self, state: list[dict]) -> list[dict]:
+    def finish(self, state: list[Record]) -> list[Record]:
         return state
 
     def _engine(self) -> Engine:
@@ -231,7 +241,7 @@ class Records:
         self.path, self._ends = path, list(itertools.accumulate(sizes, initial=0))
         self.last = 0
 
-    def restore(self, state: list[dict]) -> tuple[int, list[dict], dict]:
+    def restore(self, state: list[Record]) -> tuple[int, list[Record], dict]:
         """The whole rounds that the file holds; what is left of another is cut off."""
         records = gather(read_records(self.path) if is_main() else [])[0]
         self.last = bisect.bisect(self._ends, len(records)) - 1
@@ -242,7 +252,7 @@ class Records:
         return self.last, records, {}
 
     def save(
-        self, step: int, state: list[dict], position: Mapping, value: float | None = None
+        self, step: int, state: list[Record], position: Mapping, value: float | None = None
     ) -> None:
         """Appends the records of round `step`, on disk when this returns."""
         if step == self.last:
@@ -261,13 +271,13 @@ class Records:
         """Nothing is left to write."""
 
 
-def _lines(records: Iterable[dict]) -> bytes:
+def _lines(records: Iterable[Record]) -> bytes:
     return "".join(json_text(record) + "\n" for record in records).encode()
 
 
 def _sample_batch(
     engine: Engine, batch, sizes: SampleConfig, row_len: int, seeds
-) -> tuple[list[dict], dict]:
+) -> tuple[list[Record], dict]:
     """Records of a batch of (problem, prompt): an answer to each at a time, until it has enough."""
     sampling = SamplingParams(
         temperature=sizes.temperature,
@@ -275,10 +285,17 @@ def _sample_batch(
         max_tokens=sizes.max_tokens,
         parallel=False,
     )
-    records: list[dict[str, Any]] = []
-    for problem, prompt in batch:
-        begun: tuple[Any, ...] = (problem.problem, problem.answer, 0, len(prompt), [], [])
-        records.append(dict(zip(RECORD, begun, strict=True)))
+    records = [
+        Record(
+            problem=problem.problem,
+            answer=problem.answer,
+            tries=0,
+            prompt_len=len(prompt),
+            accepted=[],
+            texts=[],
+        )
+        for problem, prompt in batch
+    ]
     for attempt in range(sizes.tries):
         lacking = [i for i, r in enumerate(records) if len(r["accepted"]) < sizes.keep]
         if not lacking:
@@ -319,7 +336,7 @@ def accepts(answer: Answer, tags: TagIds, row_len: int) -> bool:
 
 
 def make_examples(
-    records: Iterable[dict], tags: TagIds, rule: str = "strict", train_forced: bool = False
+    records: Iterable[Record], tags: TagIds, rule: str = "strict", train_forced: bool = False
 ) -> list[Example]:
     """Accepted answers with canonical framing, as trees; what the engine will force is masked."""
     examples = []
@@ -335,7 +352,7 @@ def make_examples(
     return examples
 
 
-def read_records(path: Path) -> list[dict]:
+def read_records(path: Path) -> list[Record]:
     """The whole lines of `path`; none if there is no file. Raises ValueError with file and line for
     one that is no record."""
     if not path.exists():
@@ -343,5 +360,5 @@ def read_records(path: Path) -> list[dict]:
     return [record for _, record in whole_lines(path, "accepted.jsonl of Beta", _record)]
 
 
-def _record(record: dict) -> dict:
-    return {key: record[key] for key in RECORD}
+def _record(record: dict) -> Record:
+    return Record(**{key: record[key] for key in Record.__annotations__})
