@@ -13,6 +13,7 @@ from conftest import EXAMPLES, spread
 from engine_checks import recount, same
 
 from npr_jax.decode import Engine, SamplingParams, fork_join
+from npr_jax.decode.steps import LaneState
 from npr_jax.model import token_logp
 from npr_jax.tree import layout, parse
 
@@ -345,3 +346,12 @@ def test_sequential_mode_is_plain_text():
         np.testing.assert_array_equal(answer.layout.positions, plain.positions)
         assert gap(answer) < 1e-4
         assert answer.finish_reason in ("stop", "length")
+
+
+def test_a_lane_that_rests_stays_where_it_is():
+    """A lane that waits at the end of its table goes on from there without a restart."""
+    here, on = np.array([3, 3], np.int32), np.array([True, False])
+    state = LaneState(here, here + 1, here + 2, here + 3, np.array([False, False]))
+    moved = state.moved(on, stop=on, tokens=here * 0)
+    found = [np.asarray(getattr(moved, field.name)).tolist() for field in dataclasses.fields(moved)]
+    assert found == [[0, 3], [5, 4], [6, 5], [5, 6], [True, False]]

@@ -1,16 +1,24 @@
 """Random programs of submit, visit, abort, preempt and forget on a device in plain Python."""
 
+import dataclasses
 from collections import Counter
 
 import bigram
 import numpy as np
 import pytest
 from conftest import examples
-from fake_device import CONFIGS, OPERATIONS, Device, run_program
+from fake_device import (
+    CONFIGS,
+    OPERATIONS,
+    PROMPTS,
+    Device,
+    engine_on_fake_device,
+    run_program,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from npr_jax.decode import fork_join
+from npr_jax.decode import SamplingParams, fork_join
 from npr_jax.decode.pages import PagePool
 from npr_jax.decode.scheduler import Scheduler
 
@@ -41,6 +49,15 @@ def test_random_programs_keep_every_page_right(report):
     if PROGRAMS >= 2000:  # a few programs have most evictions, so fewer say nothing
         for name in ("forks", "joins", "preemptions", "evictions", "cached_tokens", "ends_aborted"):
             assert seen[name] > PROGRAMS / 20, name
+
+
+@pytest.mark.parametrize("most", [1, 2])
+def test_no_block_lies_deeper_than_max_depth(most):
+    engine = engine_on_fake_device(dataclasses.replace(CONFIGS[0], pages=600, max_depth=most))
+    prompts = [[*PROMPTS[n % len(PROMPTS)], 9 + n // 5 % 14] for n in range(60)]
+    answers = engine.generate(prompts, SamplingParams(max_tokens=90))
+    assert max(answer.layout.depth for answer in answers) == most
+    assert any(f"nested {most + 1} deep, at most {most}" in answer.detail for answer in answers)
 
 
 def faults():
