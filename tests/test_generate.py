@@ -247,7 +247,12 @@ def test_the_instruction_is_asked(home, tmp_path, monkeypatch):
     loaded.tokenizer.chat_template = "{{ messages[0]['content'] }}"
     monkeypatch.setattr(module, "load", lambda *args, **kwargs: loaded)
     asked = []
-    monkeypatch.setattr(module, "_answer", lambda engine, requests, *rest: (asked.extend(requests), {}))
+
+    def keep(engine, requests, *rest):
+        asked.extend(requests)
+        return 0, {}
+
+    monkeypatch.setattr(module, "_answer", keep)
     settings = dataclasses.replace(config(), instruction="B:9+9?")
     generate("chat", home / "input.jsonl", tmp_path / "out", settings, lambda _: None)
     texts = {request.line: loaded.tokenizer.decode(request.prompt) for request in asked}
