@@ -58,13 +58,12 @@ class Engine:
             raise ValueError(f"max_branches is {config.max_branches}, at most {known} have headers")
         self.runner = Runner(model.config, model.params, config, mesh)
         self.schedulers = [Scheduler(config, r * config.lanes) for r in range(self.runner.replicas)]
-        self._maker = RequestMaker(model, config, self.runner.fold, self.runner.replicas)
+        self._maker = RequestMaker(model, config, self.runner.replicas)
         self._counts = {"sampled_tokens": 0, "forks": 0, "joins": 0}
         self._requests: dict[int, Request] = {}  # whose finish was not told yet
         self._outputs = Outputs(self.tokenizer, self._end, self._requests)
-        parts = (config, self.tags, self.schedulers, self.runner.fold)
-        self._fork_join = ForkJoin(*parts, self._end, self._outputs.note, self._counts)
-        self._replay = Replay(*parts, self._end, self._outputs.note, self._counts)
+        parts = (config, self.tags, self.schedulers, self._end, self._outputs.note, self._counts)
+        self._fork_join, self._replay = ForkJoin(*parts), Replay(*parts)
         self._pending: PendingStep | None = None
         self._consumed = False  # by a stream, `generate` or `replay`
         self._clock = Clock()

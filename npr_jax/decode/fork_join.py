@@ -7,6 +7,7 @@ when all are done, the sequence above ends with the first such reason in the ord
 from collections import abc
 
 from npr_jax.decode.config import EngineConfig
+from npr_jax.decode.keys import branch_keys
 from npr_jax.decode.scheduler import Scheduler
 from npr_jax.decode.sequence import Fork, Request, Segment, Sequence
 from npr_jax.tree import STEPS, Automaton, TagIds, TraceError
@@ -18,8 +19,8 @@ NO_DEPTH_LIMIT = 1 << 20  # the automaton's; the engine's own is asked when a gu
 class ForkJoin:
     """Advances sequences by what was drawn for them.
 
-    `fold(key, n)` gives the keys of n branches; `finish(request, reason, detail)` is called once
-    for every answer, when its trunk has ended; `note(sequence, kind, **what)` hears what happens.
+    `finish(request, reason, detail)` is called once for every answer, when its trunk has ended;
+    `note(sequence, kind, **what)` hears what happens.
     """
 
     def __init__(
@@ -27,13 +28,12 @@ class ForkJoin:
         config: EngineConfig,
         tags: TagIds | None,
         schedulers: abc.Sequence[Scheduler],
-        fold: abc.Callable,
         finish: abc.Callable[[Request, str, str], None],
         note: abc.Callable[..., None],
         stats: dict[str, int],
     ):
         self.config, self.tags, self.schedulers = config, tags, schedulers
-        self._fold_keys, self._finish, self._note, self._stats = fold, finish, note, stats
+        self._finish, self._note, self._stats = finish, note, stats
 
     def advance(self, sequence: Sequence, tokens: list[int], *figures: list) -> None:
         """Takes the tokens drawn for a sequence, with log-probs, margins and steps, and acts on the
@@ -107,9 +107,8 @@ class ForkJoin:
         sequence.budget = spare - num * share
         self._note(sequence, "fork", branches=num)
         branches = []
-        for number, (key, head) in enumerate(
-            zip(self._fold_keys(sequence.key, num), heads, strict=True)
-        ):
+        keys = branch_keys(sequence.key, num)
+        for number, (key, head) in enumerate(zip(keys, heads, strict=True)):
             branch = Sequence(sequence.request, sequence, number, key)
             branch.budget = share
             branch.automaton = Automaton(

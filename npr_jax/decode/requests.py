@@ -4,11 +4,11 @@ import math
 from collections import abc
 from numbers import Integral
 
-import jax
 import numpy as np
 
 from npr_jax.decode.config import EngineConfig
 from npr_jax.decode.fork_join import NO_DEPTH_LIMIT
+from npr_jax.decode.keys import branch_keys, seed_key
 from npr_jax.decode.sampling import SamplingParams
 from npr_jax.decode.sequence import Request, Segment, Sequence
 from npr_jax.model.tokenizer import text_ids
@@ -18,14 +18,14 @@ from npr_jax.tree import Automaton
 class RequestMaker:
     """Checks prompts and sampling, and makes requests, which it numbers.
 
-    `fold(key, n)` gives the keys of n samples; `replicas`: among which the samples of one prompt
-    are split where there are more of them than prompts.
+    `replicas`: among which the samples of one prompt are split where there are more of them than
+    prompts.
     """
 
-    def __init__(self, model, config: EngineConfig, fold: abc.Callable, replicas: int):
+    def __init__(self, model, config: EngineConfig, replicas: int):
         self.config, self.model_config = config, model.config
         self.tokenizer, self.tags = model.tokenizer, model.tags
-        self._fold, self._replicas = fold, replicas
+        self._replicas = replicas
         self._count = 0
 
     def groups(self, prompts: abc.Sequence, sampling: SamplingParams) -> list[list[Request]]:
@@ -46,7 +46,7 @@ class RequestMaker:
         size = math.ceil(sampling.n / split)
         groups = []
         for prompt, seed in zip(ids, seeds, strict=True):
-            keys = self._fold(np.asarray(jax.random.key_data(jax.random.key(seed))), sampling.n)
+            keys = branch_keys(seed_key(seed), sampling.n)
             for first in range(0, sampling.n, size):
                 shared = Segment(0, ())
                 shared.append_known(prompt[:-1], forced=False)

@@ -18,7 +18,6 @@ from jax.sharding import PartitionSpec as P
 
 from npr_jax.decode.config import EngineConfig
 from npr_jax.decode.lanes import Lanes, write_row
-from npr_jax.decode.sampling import fold_branches
 from npr_jax.decode.scheduler import Scheduler
 from npr_jax.decode.sequence import Segment, Sequence
 from npr_jax.decode.steps import (
@@ -127,7 +126,6 @@ class Runner:
         calls.append(lambda: self._decode_call([], False))
         if penalised:
             calls.append(lambda: self._decode_call([], True))
-        calls.append(lambda: self.fold(np.zeros(2, np.uint32), 1))
         for done, call in enumerate(calls, 1):
             with _fitting(self.config):
                 call()
@@ -135,14 +133,6 @@ class Runner:
             if progress:
                 progress(done, len(calls))
         return len(calls)
-
-    def fold(self, key: np.ndarray, count: int) -> list[np.ndarray]:
-        """The keys of branches 0..count-1 of `key`, in calls of one fixed shape."""
-        size, keys = self.config.max_branches, []
-        for first in range(0, count, size):
-            numbers = np.arange(first, first + size, dtype=np.int32)
-            keys += list(np.asarray(fold_branches(key, numbers)))
-        return keys[:count]
 
     def prefill(self, schedulers: abc.Sequence[Scheduler]) -> None:
         """Computes what the sequences with lanes must have before they decode, but at most one long

@@ -1,7 +1,8 @@
 """How the next token is chosen: the caller's knobs, and the pure function that applies them.
 
-Every lane has its own knobs and key, so a token depends on nothing else in the batch: the token at
-`position` of a line is drawn with fold(fold(line key, TOKEN), position) by the Gumbel maximum.
+Every lane has its own knobs and key (keys.py), so a token depends on nothing else in the batch: the
+token at `position` of a line is drawn with fold(fold(line key, TOKEN), position) by the Gumbel
+maximum.
 """
 
 import dataclasses
@@ -13,8 +14,8 @@ import jax.numpy as jnp
 from flax import struct
 
 from npr_jax.base.fields import Checked, Count, CountOrZero, Positive, PositiveOrZero, Range
+from npr_jax.decode.keys import PRNG, TOKEN
 
-BRANCH, TOKEN = 0, 1  # the two streams of a line's key
 Array = Any  # of JAX on the device, of NumPy on the host, or a shape alone
 SLACK = 1e-6  # by which a float32 probability or sum may miss what was asked for
 
@@ -168,7 +169,7 @@ def sample(
     shaped = jax.lax.cond(jnp.any(wanted), lambda x: _filter(x, lanes, wanted), lambda x: x, shaped)
 
     def noise(key, position):
-        key = jax.random.fold_in(jax.random.wrap_key_data(key), TOKEN)
+        key = jax.random.fold_in(jax.random.wrap_key_data(key, impl=PRNG), TOKEN)
         key = jax.random.fold_in(key, position)
         return jax.random.gumbel(key, shaped.shape[-1:], jnp.float32)
 
@@ -188,10 +189,3 @@ def sample(
         return chosen - jax.nn.logsumexp(x, axis=-1)
 
     return tokens, logp(logits), jnp.where(greedy, 0.0, logp(shaped)), margin
-
-
-@jax.jit
-def fold_branches(key: jax.Array, numbers: jax.Array) -> jax.Array:
-    """Keys uint32[N, 2] of the branches `numbers` i32[N] of the line whose key is uint32[2]."""
-    parent = jax.random.fold_in(jax.random.wrap_key_data(key), BRANCH)
-    return jax.vmap(lambda i: jax.random.key_data(jax.random.fold_in(parent, i)))(numbers)
