@@ -108,10 +108,7 @@ def _pool(config, sharding):
 
 
 def _rows(rows, sharding):
-    return Rows(
-        table=_array((rows, TABLE), "int32", sharding),
-        base=_array((rows, TABLE + 1), "int32", sharding),
-    )
+    return _shapes(Rows.empty(rows, TABLE), sharding)
 
 
 def _decode(config, sharding):
@@ -141,6 +138,8 @@ def _decode(config, sharding):
         ints(STEPS),
         lanes,
         None,
+        None,
+        _array((1,), "int32", sharding),
         _array((), "int32", sharding),
     )
 

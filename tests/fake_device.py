@@ -12,8 +12,7 @@ import numpy as np
 from engine_checks import recount
 
 from npr_jax.decode import Engine, EngineConfig, SamplingParams
-from npr_jax.decode.lanes import Lanes
-from npr_jax.decode.steps import LaneState, SamplerOutput, Steps
+from npr_jax.decode.steps import LaneState, Rows, SamplerOutput, Steps
 
 _TABLE = np.cumsum(bigram.table(eos=0.01, nested=0.12), axis=1)
 PROMPTS = [[12, 13, 20], [22], list(range(9, 23)), [*range(9, 23), 20, 21, 22], [12] * 9]
@@ -51,6 +50,8 @@ class Device:
         column = int((rows.base[r, 1:] <= rank).sum())
         page, slot = rows.table[r, column], rank - rows.base[r, column]
         assert page > 0 and 0 <= slot < self.cells.shape[1], "a write outside the table"
+        number, size = rank - rows.entry[r], self.cells.shape[1]
+        assert (column, slot) == (rows.column[r] + number // size, number % size)
         self.cells[page, slot] = token, position, self.weights
 
     def prefill(self, params, pool, rows, tokens, positions, ranks):
@@ -62,9 +63,35 @@ class Device:
             assert seen.max() == positions[r, c] and (seen < positions[r, c]).sum() == len(seen) - 1
         return pool
 
-    def decode(self, params, pool, rows, state, restart, restarted, given, lanes, seen, limit):
+    @staticmethod
+    def write(rows, cells, ends):
+        table, base = rows.table.copy(), rows.base.copy()
+        for row, column, page, entries in cells:
+            if row < len(table):
+                table[row, column], base[row, column] = page, entries
+        return Rows(table, base, *ends.T)
+
+    def decode(
+        self,
+        params,
+        pool,
+        rows,
+        state,
+        restart,
+        restarted,
+        given,
+        lanes,
+        seen,
+        pick,
+        least,
+        limit,
+    ):
         self.weights = int(params["final_norm"][0])
-        new = jax.tree.map(lambda a, b: np.where(restart, a, b), restarted, state)
+        everywhere = jax.tree.map(lambda a, b: np.where(restart, a, b), restarted, state)
+        if pick is None:
+            pick = np.arange(len(restart))
+        number = np.flatnonzero(pick < len(restart))  # the rows that are lanes
+        rows, new, lanes = jax.tree.map(lambda x: x[pick[number]], (rows, everywhere, lanes))
         tokens, positions, ranks, left, frozen = (
             np.array(x) for x in (new.tokens, new.positions, new.ranks, new.left, new.frozen)
         )
@@ -72,8 +99,8 @@ class Device:
         count = np.zeros(len(tokens), np.int32)
         stopped = np.zeros(len(tokens), bool)
         for step in range(min(limit, self.steps)):
-            live = ~frozen & (left > 0) & (ranks < rows.base[:, -1])
-            if not live.any():
+            live = ~frozen & (left > 0) & (ranks < rows.room)
+            if live.sum() < max(1, least[0]):
                 break
             for r in np.flatnonzero(live):
                 self._write(rows, r, ranks[r], tokens[r], positions[r])
@@ -83,14 +110,17 @@ class Device:
                 stopped[r] = frozen[r] = token in lanes.stops[r]
             count += live
             positions, ranks, left = positions + live, ranks + live, left - live
+        moved = LaneState(tokens, positions, ranks, left, frozen)
+        for name in ("tokens", "positions", "ranks", "left", "frozen"):
+            getattr(everywhere, name)[pick[number]] = getattr(moved, name)
+        out = [np.zeros((len(pick), *x.shape[1:]), x.dtype) for x in (drawn, count, stopped)]
+        for all_rows, some in zip(out, (drawn, count, stopped), strict=True):
+            all_rows[number] = some
+        drawn, count, stopped = out
         figures = np.full(drawn.shape, -0.5, np.float32)
-        return (
-            pool,
-            LaneState(tokens, positions, ranks, left, frozen),
-            SamplerOutput(
-                drawn, figures, figures, figures, count, stopped, count * 0 + count.max()
-            ),
-        )
+        steps = np.full(len(pick), count.max(initial=0), np.int32)
+        output = SamplerOutput(drawn, figures, figures, figures, count, stopped, steps)
+        return pool, everywhere, output
 
 
 @functools.cache
@@ -114,9 +144,9 @@ def engine_on_fake_device(config: EngineConfig, **changes) -> Engine:
         pool, state, drawn = device.decode(*args)
         return pool, state, dataclasses.replace(drawn, count=drawn.count.view(Landed))
 
-    runner._steps = runner._prompt_steps = Steps(device.prefill, decode)
-    runner._put = lambda tree: tree
-    runner._lanes = Lanes(config, config.lanes, runner._put)
+    runner._steps = runner._prompt_steps = Steps(device.prefill, decode, device.write)
+    runner._put = lambda tree, spec=None: tree
+    runner.reset()
     return engine
 
 

@@ -205,6 +205,7 @@ def test_pages_add_up_after_every_operation(monkeypatch, pages):
 @pytest.mark.slow
 def test_nothing_compiles_after_warmup():
     config = dataclasses.replace(CONFIG, table_pages=24)
+    jax.clear_caches()  # of other tests
     engine = Engine(model(), config)
     engine.warmup()
     compiled = []
@@ -355,3 +356,27 @@ def test_a_lane_that_rests_stays_where_it_is():
     moved = state.moved(on, stop=on, tokens=here * 0)
     found = [np.asarray(getattr(moved, field.name)).tolist() for field in dataclasses.fields(moved)]
     assert found == [[0, 3], [5, 4], [6, 5], [5, 6], [True, False]]
+
+
+def test_a_step_computes_the_lanes_at_work_and_no_more():
+    engine = Engine(model(eos=0.0, illegal=0.0), dataclasses.replace(CONFIG, steps=16))
+    assert engine.config.widths == (1, 4, 6)
+    sampling = SamplingParams(max_tokens=12, parallel=False)
+    names = "decode_rows", "decode_steps", "decode_tokens"
+    for requests, width in ((1, 1), (3, 4), (4, 4), (6, 6)):
+        before = engine.stats()
+        engine.generate([[12, 20]] * requests, sampling)
+        after = engine.stats()
+        rows, steps, drawn = (after[name] - before[name] for name in names)
+        assert (rows, steps, drawn) == (width * 12, 12, requests * 12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [1, 16, 64])
+def test_lanes_do_not_rest_while_others_wait(steps):
+    """Short lines, one after the other on few lanes, whatever the most steps of a visit."""
+    engine = Engine(model(eos=0.0, illegal=0.0), dataclasses.replace(CONFIG, steps=steps))
+    for tokens in np.random.default_rng(0).integers(3, 25, 60).tolist():
+        engine.submit([[12, 20]], SamplingParams(max_tokens=tokens, parallel=False))
+    list(engine.stream(tokens=False))
+    assert engine.stats()["occupancy"] > 0.6

@@ -131,3 +131,14 @@ def test_ids_that_stop_count_once():
     assert len(engine.generate([[12, 20]], sampling)) == 1
     with pytest.raises(ValueError, match=r"10 ids end .*engine\.max_stops is 8"):
         engine.generate([[12]], SamplingParams(stop_token_ids=tuple(range(9, 16)) * 2))
+
+
+def test_widths_are_few_and_hold_a_line_a_block_and_all():
+    for lanes in range(1, 300):
+        for branches in (1, 2, 5, 16):
+            widths = EngineConfig(lanes=lanes, max_branches=branches).widths
+            assert widths == tuple(sorted(set(widths))) and len(widths) <= 8
+            assert widths[0] == 1 and widths[-1] == lanes
+    assert EngineConfig(lanes=64).widths == (1, 5, 20, 64)
+    assert EngineConfig(lanes=16).widths == (1, 5, 16)
+    assert len(EngineConfig(lanes=100_000, max_branches=1).widths) == 8

@@ -232,7 +232,7 @@ def test_the_decode_step_that_is_planned_is_the_one_of_the_run(monkeypatch):
     steps = engine.runner._steps._replace(decode=recorded, prefill=lambda _, pool, *__: pool)
     engine.runner._steps = engine.runner._prompt_steps = steps
     with pytest.raises(Reached):
-        engine.generate([[1, 5, 6]])
+        engine.generate([[1, 5, 6]] * len(engine.runner._lanes))  # the widest step
     (arguments,) = asked
     attention = engine.config.attention or "blockwise"  # on this machine's device
     assert step is compiled_steps(model.config, attention, engine.config.steps, decoding).decode

@@ -7,7 +7,8 @@ All implementations have one face:
     layer  i32[]
     table  i32[R, M]         pages in order
     base   i32[R, M + 1]     entries before each page: entry z of page m has the rank base[m] + z if
-                             that is below base[m + 1]; a page may be filled in part
+                             that is below base[m + 1]; a page may be filled in part. After the
+                             last page come FAR or the row's number of entries
     ranks  i32[R, C]         a query sees the ranks up to its own; -1 is padding
     out    [R, C, H, K]
 
@@ -27,6 +28,7 @@ from npr_jax.kernels.blocks import EMPTY
 
 Implementation = Literal["gather", "blockwise", "pallas"]
 IMPLEMENTATIONS = get_args(Implementation)
+FAR = 1 << 30  # more than any rank
 # What `blockwise` takes at a time: entries of a row, and bytes of several rows' entries.
 _BLOCK = 256
 _CACHE_BYTES = 1 << 20
@@ -51,15 +53,6 @@ def paged_attention(implementation: str):
     else:  # a TPU, or its compiler on another machine
         from npr_jax.kernels.paged_tpu import paged_attention as kernel
     return kernel
-
-
-def table_width(longest: int, page_size: int) -> int:
-    """Columns of a table of `longest` pages, so that `blockwise` need not pad it."""
-    return -(-longest // _pages_per_block(page_size)) * _pages_per_block(page_size)
-
-
-def _pages_per_block(page_size: int) -> int:
-    return max(1, _BLOCK // page_size)
 
 
 def gather(q, pool, layer, table, base, ranks) -> jax.Array:
@@ -89,13 +82,13 @@ def blockwise(q, pool, layer, table, base, ranks) -> jax.Array:
     num_rows, chunk, heads, dim = q.shape
     size, kv_heads = pool.shape[2], pool.shape[3] // 2
     group = heads // kv_heads
-    pages = min(_pages_per_block(size), table.shape[1])
+    pages = min(max(1, _BLOCK // size), table.shape[1])
     entry_bytes = 2 * kv_heads * dim * pool.dtype.itemsize
     rows = min(max(1, _CACHE_BYTES // (pages * size * entry_bytes)), num_rows)
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
     def some_rows(inputs):
-        q, table, slots, used, ranks = inputs
+        q, row, blocks, ranks = inputs
         # [r, KV, C * G, K]: one matrix per row and key head
         q = q.reshape(rows, chunk, kv_heads, group, dim).swapaxes(1, 2)
         q = q.reshape(rows, kv_heads, -1, dim)
@@ -103,8 +96,11 @@ def blockwise(q, pool, layer, table, base, ranks) -> jax.Array:
 
         def block(j, carry):
             top, total, acc = carry
-            here = jax.lax.dynamic_slice_in_dim(table, j * pages, pages, axis=1)
-            entry = jax.lax.dynamic_slice_in_dim(slots, j * pages * size, pages * size, axis=1)
+            column = j * pages + jnp.arange(pages + 1)
+            here = table.at[row[:, None], column[:-1]].get(mode="clip")
+            edges = base.at[row[:, None], column].get(mode="clip")
+            entry = edges[:, :-1, None] + jnp.arange(size)
+            entry = jnp.where(entry < edges[:, 1:, None], entry, FAR).reshape(rows, -1)
             seen = entry[:, None, None] <= limit
             kv = pool[layer, here].reshape(rows, -1, kv_heads, 2, dim).astype(q.dtype)
             # What no query of a row sees weighs 0, but may be anything, and 0 * NaN is NaN.
@@ -124,26 +120,17 @@ def blockwise(q, pool, layer, table, base, ranks) -> jax.Array:
             jnp.zeros(q.shape[:-1], jnp.float32),
             jnp.zeros(q.shape, jnp.float32),
         )
-        blocks = -(-jnp.max(used) // pages)
-        _, total, acc = jax.lax.fori_loop(0, blocks, block, start)
+        _, total, acc = jax.lax.fori_loop(0, jnp.max(blocks), block, start)
         out = acc / jnp.maximum(total, 1e-30)[..., None]
         out = out.reshape(rows, kv_heads, chunk, group, dim).swapaxes(1, 2)
         return out.reshape(rows, chunk, heads, dim).astype(q.dtype)
 
-    def cut(x):
+    def cut(x, fill=0):
         pad = [(0, -num_rows % rows)] + [(0, 0)] * (x.ndim - 1)
-        return jnp.pad(x, pad).reshape(-1, rows, *x.shape[1:])
+        return jnp.pad(x, pad, constant_values=fill).reshape(-1, rows, *x.shape[1:])
 
-    pad = -table.shape[1] % pages
-    table = jnp.pad(table, ((0, 0), (0, pad)))
-    base = jnp.pad(base, ((0, 0), (0, pad)), mode="edge")
-    ranks = jnp.pad(ranks, ((0, -num_rows % rows), (0, 0)), constant_values=-1)
-    # The same in every layer: the rank of each slot (none: beyond all), and the pages in which a
-    # row still sees something.
-    entry = base[:, :-1, None] + jnp.arange(size)
-    slots = jnp.where(entry < base[:, 1:, None], entry, jnp.iinfo(jnp.int32).max)
-    slots = slots.reshape(num_rows, -1)
-    used = jnp.sum(base[:, :-1] <= jnp.max(ranks[:num_rows], axis=1, keepdims=True), axis=1)
-    inputs = (cut(q), cut(table), cut(slots), cut(used), ranks.reshape(-1, rows, chunk))
+    # In which a row still sees something. Nothing here takes time for the rest of a table.
+    blocks = jnp.sum(base[:, :-1:pages] <= jnp.max(ranks, axis=1, keepdims=True), axis=1)
+    inputs = cut(q), cut(jnp.arange(num_rows)), cut(blocks), cut(ranks, -1)
     out = jax.lax.map(some_rows, inputs)
     return out.reshape(-1, chunk, heads, dim)[:num_rows]

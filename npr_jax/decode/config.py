@@ -49,6 +49,16 @@ class EngineConfig(Checked):
     attention: Implementation | None = None
 
     @property
+    def widths(self) -> tuple[int, ...]:
+        """Numbers of lanes for which decoding is compiled: a line alone, the branches of a block,
+        four times as many, and so on up to all. A step is as wide as what is at work needs."""
+        found, width = [1], max(2, self.max_branches)
+        while 3 * width <= 2 * self.lanes and len(found) < 7:
+            found.append(width)
+            width *= 4
+        return tuple(dict.fromkeys((*found, self.lanes)))
+
+    @property
     def longest_table(self) -> int:
         """Pages that the table of one sequence may list."""
         return self.table_pages or self.pages - 1

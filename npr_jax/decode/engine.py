@@ -72,16 +72,17 @@ class Engine:
         """Figures since the start, but for the first line, which is of now.
 
         lanes_busy, lanes, pages_free, pages_cached, pages_held, unfinished;
-        visits, decode_steps, sampled_tokens, prefill_calls, prefill_tokens, cached_tokens (of
-        prompts, not computed again), evictions, forks, joins, preemptions, compilations (of the
-        process, since the engine was made);
+        visits, decode_steps, decode_rows (of all steps), decode_tokens, sampled_tokens (of those,
+        what answers kept), occupancy (decode_tokens / decode_rows), prefill_calls, prefill_tokens,
+        cached_tokens (of prompts, not computed again), evictions, forks, joins, preemptions,
+        compilations (of the process, since the engine was made);
         seconds (of visits), tokens_per_s, host_us_per_visit, host_share (of the time in which the
         host does not wait), and device_wait_share: the part of the time in which the device may
         have had nothing to do (an upper bound).
         """
         counts = self.runner.stats | self._counts
         figures = {"unfinished": len(self._requests)} | counts | of_schedulers(self.schedulers)
-        return figures | self._clock.figures(counts["sampled_tokens"])
+        return figures | self._clock.figures(counts)
 
     def write_stats(self, path: str | Path) -> None:
         """Appends `stats()` to a file as one line of JSON."""

@@ -27,7 +27,7 @@ def branch_keys(key: np.ndarray, count: int) -> list[np.ndarray]:
 
 
 def fold_in(key: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-    """`jax.random.fold_in` of a key uint32[2] with each of N numbers: uint32[N, 2].
+    """A key uint32[2] folded with each of N numbers, as jax.random does it: uint32[N, 2].
 
     Threefry-2x32 with 20 rounds (Salmon et al., 2011) of the block (0, number).
     """

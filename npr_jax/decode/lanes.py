@@ -1,8 +1,8 @@
 """What the lanes hold, on the host and as the device was last told: tables, knobs, where they are.
 
-A lane is a slot of the batch. Its table grows as its sequence gets pages; the rest is written when
-a sequence is bound to it, or begins a new epoch on it (`Sequence.epoch`). Only here are these
-arrays written; each is sent again where it has changed.
+A lane is a slot of the batch. Its table (tables.py) grows as its sequence gets pages; the rest is
+written when a sequence is bound to it, or begins a new epoch on it (`Sequence.epoch`). Only here
+are these arrays written; each is sent again where it has changed.
 """
 
 from collections import abc
@@ -10,26 +10,22 @@ from collections import abc
 import jax
 import numpy as np
 
-from npr_jax.decode.attention import table_width
 from npr_jax.decode.config import EngineConfig
 from npr_jax.decode.sampling import LaneSampling
-from npr_jax.decode.sequence import Segment, Sequence
-from npr_jax.decode.steps import LaneState, Rows
+from npr_jax.decode.sequence import Sequence
+from npr_jax.decode.steps import LaneState
+from npr_jax.decode.tables import Tables
 
 
 class Lanes:
-    """The arrays of `num_lanes` lanes; `put` sends host arrays to the device.
+    """The arrays of `num_lanes` lanes, with their tables; `put` sends host arrays to the device.
 
-    Attributes, all on the device: `rows`, `knobs`; `state`, which the compiled step gives back
-    and the runner stores; `_no_tokens` i32[lanes, N] for "draw all".
+    Attributes, on the device: `knobs`; `state`, which the compiled step gives back and the runner
+    stores; `_no_tokens` i32[lanes, N] for "draw all".
     """
 
-    def __init__(self, config: EngineConfig, num_lanes: int, put: abc.Callable):
-        self.config, self.put = config, put
-        width = table_width(config.longest_table, config.page_size)
-        self._table = np.zeros((num_lanes, width), np.int32)
-        self._base = np.zeros((num_lanes, width + 1), np.int32)
-        self._pages = [0] * num_lanes  # of `_table` that count
+    def __init__(self, config: EngineConfig, num_lanes: int, tables: Tables, put: abc.Callable):
+        self.config, self.tables, self.put = config, tables, put
         self._bound: list[tuple[Sequence, int] | None] = [None] * num_lanes  # with its epoch
         self._knobs = LaneSampling(
             key=np.zeros((num_lanes, 2), np.uint32),
@@ -44,7 +40,6 @@ class Lanes:
         self._resting = put(np.zeros(num_lanes, bool)), put(_state(none, none))
         self._no_tokens = put(np.full((num_lanes, config.steps), -1, np.int32))
         self.state = put(_state(none, none, frozen=True))
-        self.rows = put(Rows(self._table.copy(), self._base.copy()))
         self.knobs = put(jax.tree.map(np.copy, self._knobs))
 
     def __len__(self) -> int:
@@ -55,7 +50,7 @@ class Lanes:
         state, which lanes restart and where, given tokens, knobs."""
         restart, state = self._update(sequences)
         given = self._given(sequences, counts)
-        return self.rows, self.state, restart, state, given, self.knobs
+        return self.tables.send(), self.state, restart, state, given, self.knobs
 
     def _update(self, sequences: abc.Sequence[Sequence]):
         """Brings the arrays up to date; returns which lanes restart bool[lanes], and where."""
@@ -63,7 +58,7 @@ class Lanes:
         for sequence in sequences:
             assert sequence.lane is not None
             here[sequence.lane] = sequence
-        restarted, changed = [], False
+        restarted = []
         for lane, sequence in enumerate(here):
             bound = sequence and (sequence, sequence.epoch)
             if bound != self._bound[lane]:
@@ -71,11 +66,8 @@ class Lanes:
                 restarted.append(lane)
                 if sequence:
                     self._bind(lane, sequence)
-            elif sequence and len(sequence.tail.pages) != self._pages[lane]:
-                self._grow_row(lane, sequence)
-                changed = True
-        if restarted or changed:
-            self.rows = self.put(Rows(self._table.copy(), self._base.copy()))
+            elif sequence:
+                self.tables.grow(lane, sequence.tail)
         if not restarted:
             return self._resting
         self.knobs = self.put(jax.tree.map(np.copy, self._knobs))
@@ -112,8 +104,7 @@ class Lanes:
 
     def _bind(self, lane: int, sequence: Sequence) -> None:
         """Writes a sequence's table and knobs into its lane."""
-        write_row(self._table[lane], self._base[lane], sequence.table, self.config.page_size)
-        self._pages[lane] = len(sequence.tail.pages)
+        self.tables.set(lane, sequence.table)
         knobs, sampling = self._knobs, sequence.request.sampling
         knobs.key[lane] = sequence.key
         knobs.temperature[lane] = sampling.temperature
@@ -125,33 +116,6 @@ class Lanes:
             knobs.penalty[lane] = sampling.step_repetition_penalty
         knobs.stops[lane] = -1
         knobs.stops[lane, : len(sequence.request.stops)] = sequence.request.stops
-
-    def _grow_row(self, lane: int, sequence: Sequence) -> None:
-        """Appends the pages that the sequence's last segment got since."""
-        pages, size = sequence.tail.pages, self.config.page_size
-        new = pages[self._pages[lane] :]
-        used = sum(len(segment.pages) for segment in sequence.tail.before) + self._pages[lane]
-        self._table[lane, used : used + len(new)] = new
-        start = self._base[lane, used]
-        self._base[lane, used:] = start + size * len(new)
-        self._base[lane, used : used + len(new)] = start + size * np.arange(len(new))
-        self._pages[lane] = len(pages)
-
-
-def write_row(
-    table: np.ndarray, base: np.ndarray, segments: abc.Sequence[Segment], size: int
-) -> None:
-    """Pages of the segments in order, and the entries before each; the last segment's are open."""
-    used = entries = 0
-    for segment in segments:
-        count = len(segment.pages)
-        if segment.row is None:
-            segment.row = np.array(segment.pages, np.int32)
-        table[used : used + count] = segment.row
-        base[used : used + count] = entries + size * np.arange(count)
-        used += count
-        entries += size * count if segment is segments[-1] else len(segment.tokens)
-    base[used:] = entries
 
 
 def _state(tokens, left, frozen: bool = False) -> LaneState:

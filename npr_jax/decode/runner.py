@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from npr_jax.decode.config import EngineConfig
-from npr_jax.decode.lanes import Lanes, write_row
+from npr_jax.decode.lanes import Lanes
 from npr_jax.decode.scheduler import Scheduler
 from npr_jax.decode.sequence import Segment, Sequence
 from npr_jax.decode.steps import (
@@ -28,6 +28,7 @@ from npr_jax.decode.steps import (
     pool_shape,
     pool_spec,
 )
+from npr_jax.decode.tables import Tables
 from npr_jax.kernels import choose_attention
 from npr_jax.model.params import unstack
 from npr_jax.model.sharding import decode_shardings, place_params
@@ -36,9 +37,9 @@ from npr_jax.model.sharding import decode_shardings, place_params
 @dataclasses.dataclass(frozen=True)
 class PendingStep:
     """N decode steps that were asked for, and not read yet: (sequence, its epoch, most tokens it
-    may draw) in each lane."""
+    may draw, its row of the output)."""
 
-    sequences: list[tuple[Sequence, int, int]]
+    sequences: list[tuple[Sequence, int, int, int]]
     output: SamplerOutput
 
     def is_ready(self) -> bool:
@@ -52,19 +53,20 @@ class PendingStep:
         output = jax.device_get(self.output)
         first = stats["decode_steps"]
         stats["decode_steps"] += int(output.steps.max())
+        stats["decode_rows"] += int(output.steps.sum())
+        stats["decode_tokens"] += int(output.count.sum())
         figures = (output.tokens, output.logp, output.logp_sampled, output.margin)
         columns = [figure.tolist() for figure in figures]
         return self._each(output, columns, first)
 
     def _each(self, output: SamplerOutput, columns: list, first: int) -> abc.Iterator[tuple]:
-        for sequence, epoch, most in self.sequences:
-            lane = sequence.lane
-            if lane is None or sequence.epoch != epoch:
+        for sequence, epoch, most, row in self.sequences:
+            if sequence.lane is None or sequence.epoch != epoch:
                 continue  # it has ended, or will draw the same again
-            count = int(output.count[lane])
-            drawn = [column[lane][:count] for column in columns]
+            count = int(output.count[row])
+            drawn = [column[row][:count] for column in columns]
             drawn.append(list(range(first, first + count)))
-            yield sequence, most, bool(output.frozen[lane]), drawn if count else None
+            yield sequence, most, bool(output.frozen[row]), drawn if count else None
 
 
 class Runner:
@@ -83,10 +85,6 @@ class Runner:
         self._prompt_steps = compiled_steps(model_config, prompts, config.steps, mesh)
         self._dtype = dtype
         self._like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-        self.set_params(params)
-        with _fitting(config):
-            self.reset()
-            self._pool = self._make_pool()
         self._shapes = tuple(
             dict.fromkeys(
                 (
@@ -95,7 +93,13 @@ class Runner:
                 )
             )
         )
-        self.stats = {"decode_steps": 0, "prefill_calls": 0, "prefill_tokens": 0}
+        self.set_params(params)
+        with _fitting(config):
+            self.reset()
+            self._pool = self._make_pool()
+        decode, prefill = ("steps", "rows", "tokens"), ("calls", "tokens")
+        names = [f"decode_{name}" for name in decode] + [f"prefill_{name}" for name in prefill]
+        self.stats = dict.fromkeys(names, 0)
 
     def set_params(self, params) -> None:
         """Takes these weights from the next call on.
@@ -112,7 +116,15 @@ class Runner:
     def reset(self) -> None:
         """Forgets what lanes and pages hold; the next call makes another pool."""
         self._pool = None
-        self._lanes = Lanes(self.config, self.replicas * self.config.lanes, self._put)
+        lanes = self.replicas * self.config.lanes
+        self._lanes = Lanes(self.config, lanes, self._tables(lanes), self._put)
+        self._prefill_rows = max(rows for rows, _ in self._shapes)
+        self._prefill_tables = self._tables(self.replicas * self._prefill_rows)
+
+    def _tables(self, num_rows: int) -> Tables:
+        rows = self._put(Rows.empty(num_rows, self.config.longest_table), P("data"))
+        write = self._steps.write
+        return Tables(rows, self.config.page_size, lambda old, *new: write(old, *self._put(new)))
 
     def warmup(
         self, penalised: bool, progress: abc.Callable[[int, int], None] | None = None
@@ -123,9 +135,11 @@ class Runner:
             for steps in dict.fromkeys((self._prompt_steps, self._steps))
             for shape in self._shapes
         ]
-        calls.append(lambda: self._decode_call([], False))
-        if penalised:
-            calls.append(lambda: self._decode_call([], True))
+        for tables in self._lanes.tables, self._prefill_tables:
+            calls.append(functools.partial(tables.send, anyway=True))
+        for penalty in (False, True)[: 1 + penalised]:
+            for width in self.config.widths:
+                calls.append(functools.partial(self._decode_call, [], penalty, width=width))
         for done, call in enumerate(calls, 1):
             with _fitting(self.config):
                 call()
@@ -148,7 +162,7 @@ class Runner:
                 return
             self._prefill_call(work, rows, chunk)
             self.stats["prefill_calls"] += 1
-            for _, scheduler, segment, count in work:
+            for _, scheduler, segment, _, count in work:
                 scheduler.computed(segment, count)
                 self.stats["prefill_tokens"] += count
             if (rows, chunk) == self._shapes[-1]:
@@ -167,14 +181,17 @@ class Runner:
         if not any(counts):
             return None
         penalised = any(sequence.request.penalised for sequence in ready)
-        output = self._decode_call(ready, penalised, counts, limit)
-        for sequence, count in zip(ready, counts, strict=True):
-            sequence.pending += count
-        asked = [(sequence, sequence.epoch, n) for sequence, n in zip(ready, counts, strict=True)]
+        rows, output = self._decode_call(ready, penalised, counts, limit)
+        asked = []
+        for sequence, count, row in zip(ready, counts, rows, strict=True):
+            most = count if sequence.given else limit
+            sequence.pending += most
+            asked.append((sequence, sequence.epoch, most, row))
         return PendingStep(asked, output)
 
     def _most(self, sequence: Sequence) -> int:
-        """The most tokens a lane draws in its next visit; for given tokens this is exact."""
+        """The most tokens a lane draws in its next visit, if it has drawn all that was asked for;
+        for given tokens this is exact."""
         tail, pending = sequence.tail, sequence.pending
         room = len(tail.pages) * self.config.page_size - len(tail.tokens) + 1
         return max(0, min(self.config.steps, sequence.left - pending, room - pending))
@@ -192,44 +209,64 @@ class Runner:
 
         def cost(shape):  # tokens computed, padding included, and a call's reading of the weights
             rows, chunk = shape
-            calls = max(
-                math.ceil(len(c) / rows) * math.ceil(max(c, default=0) / chunk) for c in counts
-            )
+            calls = max(math.ceil(sum(math.ceil(n / chunk) for n in c) / rows) for c in counts)
             return calls * (rows * chunk + 64)
 
         return min(self._shapes, key=cost)
 
     def _prefill_call(self, work, rows: int, chunk: int, steps: Steps | None = None) -> None:
-        rows *= self.replicas
-        width = self._lanes.rows.table.shape[1]
-        tokens = np.zeros((rows, chunk), np.int32)
-        positions = np.zeros((rows, chunk), np.int32)
-        ranks = np.full((rows, chunk), -1, np.int32)
-        table = np.zeros((rows, width), np.int32)
-        base = np.zeros((rows, width + 1), np.int32)
-        for r, _, segment, count in work:
-            first, number = segment.computed, np.arange(count)
-            write_row(table[r], base[r], segment.table, self.config.page_size)
+        shape = self.replicas * rows, chunk
+        tokens, positions = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+        ranks = np.full(shape, -1, np.int32)
+        for r, _, segment, first, count in work:
+            number = np.arange(count)
+            self._prefill_tables.set(r // rows * self._prefill_rows + r % rows, segment.table)
             tokens[r, :count] = segment.tokens[first : first + count]
             positions[r, :count] = segment.start + first + number
             ranks[r, :count] = segment.offset + first + number
-        arrays = self._put((Rows(table, base), tokens, positions, ranks))
+        arrays = self._put((tokens, positions, ranks))
         if steps is None:
-            branches = any(segment.before for _, _, segment, _ in work)
+            branches = any(segment.before for _, _, segment, *_ in work)
             steps = self._steps if branches else self._prompt_steps
-        self._pool = steps.prefill(self.params, self._take_pool(), *arrays)
+        tables = self._prefill_tables.send()
+        self._pool = steps.prefill(self.params, self._take_pool(), tables, *arrays)
 
     def _decode_call(
-        self, sequences: abc.Sequence[Sequence], penalised: bool, counts=(), limit=0
-    ) -> SamplerOutput:
+        self, sequences: abc.Sequence[Sequence], penalised: bool, counts=(), limit=0, width=None
+    ) -> tuple[list[int], SamplerOutput]:
+        """Returns the row of the output that each sequence has, and the output."""
         lanes = self._lanes
         arguments, seen = lanes.arguments(sequences, counts), None
         if penalised:  # the caller has read all that was drawn
             seen = lanes.seen(sequences, self.model_config.padded_vocab_size)
+        rows, pick, least = self._pick(sequences, width)
         self._pool, lanes.state, output = self._steps.decode(
-            self.params, self._take_pool(), *arguments, seen, np.int32(limit)
+            self.params, self._take_pool(), *arguments, seen, pick, least, np.int32(limit)
         )
-        return output
+        return rows, output
+
+    def _pick(self, sequences: abc.Sequence[Sequence], width: int | None):
+        """The row of each sequence in a step of the least width that has room for all of them; the
+        lanes i32[replicas * width] in these rows, or None for all; and i32[replicas], how many must
+        be at work lest a visit ends: three of four, so that others can take their place soon."""
+        num = int(self.config.lanes)
+        lanes = [sequence.lane for sequence in sequences if sequence.lane is not None]
+        places = [divmod(lane, num) for lane in lanes]
+        found = [sorted(lane for r, lane in places if r == s) for s in range(self.replicas)]
+        given = any(sequence.given for sequence in sequences)  # which come in fixed portions
+        least = [0 if given else math.ceil(_AT_WORK * len(some)) for some in found]
+        most = max(map(len, found))
+        width = width or next(width for width in self.config.widths if width >= most)
+        if width == num:
+            rows, pick = lanes, None
+        else:
+            pick = np.full((self.replicas, width), num, np.int32)
+            row = {}
+            for replica, some in enumerate(found):
+                pick[replica, : len(some)] = some
+                row |= {(replica, lane): replica * width + i for i, lane in enumerate(some)}
+            rows, pick = [row[place] for place in places], self._put(pick.reshape(-1))
+        return rows, pick, self._put(np.array(least, np.int32))
 
     def _take_pool(self) -> jax.Array:
         """The pool, to be donated: until the call has given it back, there is none."""
@@ -244,17 +281,18 @@ class Runner:
         sharding = NamedSharding(self.mesh, pool_spec(self.model_config, self.mesh))
         return jax.jit(lambda: jax.numpy.zeros(shape, dtype), out_shardings=sharding)()
 
-    def _put(self, tree):
-        """Host arrays to the device; on a mesh every process gives every device the same."""
+    def _put(self, tree, spec: P | None = None):
+        """Host arrays to the device; every process has the same ones of a mesh."""
         if self.mesh is None:
             return jax.device_put(tree)
-        whole = NamedSharding(self.mesh, P())
+        sharding = NamedSharding(self.mesh, spec or P())
         return jax.tree.map(
-            lambda x: jax.make_array_from_callback(x.shape, whole, lambda i: x[i]), tree
+            lambda x: jax.make_array_from_callback(x.shape, sharding, lambda i: x[i]), tree
         )
 
 
 _unstack = jax.jit(unstack)
+_AT_WORK = 0.75  # of a visit's lanes: it ends when fewer are
 
 
 @contextlib.contextmanager
@@ -293,8 +331,9 @@ def _refuse_unlike(params, like) -> None:
 
 
 def _prefill_work(scheduler: Scheduler, rows: int, chunk: int):
-    """Up to `rows` pieces (scheduler, segment, count) that one call can compute together."""
-    work: list[tuple[Scheduler, Segment, int]] = []
+    """Up to `rows` pieces (scheduler, segment, its token at which they begin, how many) that one
+    call can compute together; a long segment takes a row for every `chunk` of its tokens."""
+    work: list[tuple[Scheduler, Segment, int, int]] = []
     planned: dict[int, int] = {}  # segment: its computed tokens after this call
     pages = set()  # prompt pages that this call begins: an equal prompt waits, then adopts them
     for sequence in scheduler.bound:
@@ -304,18 +343,22 @@ def _prefill_work(scheduler: Scheduler, rows: int, chunk: int):
             begin = max(segment.computed, planned.get(id(segment), 0))
             if begin == end:
                 continue
-            if id(segment) in planned or len(work) == rows:
+            if len(work) == rows:
+                return work
+            if id(segment) in planned:
                 break  # the next call goes on here
             page = scheduler.next_page(segment)
             if page in pages:
                 break
             pages.add(page)
             pages.discard(None)
-            count = min(chunk, end - begin)
-            work.append((scheduler, segment, count))
-            planned[id(segment)] = begin + count
-            if begin + count < end:
-                break
+            while begin < end and len(work) < rows:
+                count = min(chunk, end - begin)
+                work.append((scheduler, segment, begin, count))
+                begin += count
+            planned[id(segment)] = begin
+            if begin < end:
+                return work
     return work
 
 

@@ -53,14 +53,15 @@ class Clock:
         self.visits += 1
         self.seconds += time.perf_counter() - self._begun
 
-    def figures(self, tokens: int) -> dict[str, float]:
-        """The part of `Engine.stats` that is about time."""
+    def figures(self, counts: dict[str, int]) -> dict[str, float]:
+        """The part of `Engine.stats` that says how well time and rows were used."""
         seconds = self.seconds or 1.0
         return {
             "visits": self.visits,
             "compilations": compilations().compiled - self._compiled,
             "seconds": self.seconds,
-            "tokens_per_s": tokens / seconds,
+            "tokens_per_s": counts["sampled_tokens"] / seconds,
+            "occupancy": counts["decode_tokens"] / max(1, counts["decode_rows"]),
             "host_us_per_visit": 1e6 * (self.seconds - self.waited) / max(1, self.visits),
             "host_share": (self.seconds - self.waited) / seconds,
             "device_wait_share": self.idle / seconds,

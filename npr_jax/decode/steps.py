@@ -1,9 +1,10 @@
-"""The compiled steps of the engine: `prefill` computes known tokens, `decode` draws new ones.
+"""The compiled steps of the engine: `prefill` computes known tokens, `decode` draws new ones, and
+`write` keeps the tables of their rows.
 
-Both run the model over rows of tokens; each layer writes the rows' keys and values into pages of
-one pool, then every row attends over the pages of its own table (decode/attention.py). Visibility
-is what is listed: a sequence's table holds its ancestors, its joined branches and itself, but no
-sibling.
+The first two run the model over rows of tokens; each layer writes the rows' keys and values into
+pages of one pool, then every row attends over the pages of its own table (decode/attention.py).
+Visibility is what is listed: a sequence's table holds its ancestors, its joined branches and
+itself, but no sibling.
 
 Rows may depend on each other within one call (a branch's header on its parent's last token),
 because in every layer all keys are written before any row attends.
@@ -12,17 +13,19 @@ What a lane does next stays on the device between two calls of `decode`, so that
 for the next steps before it has read the last.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from npr_jax.decode.attention import paged_attention
+from npr_jax.decode.attention import FAR, paged_attention
 from npr_jax.decode.sampling import Array, LaneSampling, sample
 from npr_jax.model import ModelConfig, forward, head, unembed
 
@@ -34,10 +37,25 @@ def pool_shape(config: ModelConfig, num_pages: int, page_size: int) -> tuple[int
 
 @struct.dataclass
 class Rows:
-    """R rows' tables: pages i32[R, M] in order and base i32[R, M + 1], entries before each page."""
+    """The tables of R rows: pages i32[R, M] in order, and base i32[R, M + 1], the entries before
+    each, or FAR after the last.
+
+    A row's last segment, which grows, begins in `column` i32[R] with the rank `entry` i32[R]; its
+    pages have places for ranks up to `room` i32[R], not included.
+    """
 
     table: Array
     base: Array
+    column: Array
+    entry: Array
+    room: Array
+
+    @staticmethod
+    def empty(rows: int, width: int) -> "Rows":
+        """Tables that list nothing, on the host."""
+        ends = np.zeros((3, rows), np.int32)
+        table = np.zeros((rows, width), np.int32)
+        return Rows(table, np.full((rows, width + 1), FAR, np.int32), *ends)
 
 
 @struct.dataclass
@@ -116,12 +134,13 @@ class SamplerOutput:
         )
 
 
-def _attend(rows: Rows, ranks: jax.Array, attention: Callable):
-    """The model's `attend` over the pages: writes k and v at `ranks` i32[R, C] (-1: nowhere)."""
-    column = jnp.sum(rows.base[:, None, 1:] <= ranks[:, :, None], axis=-1)  # [R, C]
-    column = jnp.minimum(column, rows.table.shape[1] - 1)
+def _attend(rows: Rows, ranks: jax.Array, size: int, attention: Callable):
+    """The model's `attend` over the pages of Z=`size` entries: writes k and v at `ranks` i32[R, C]
+    (-1: nowhere), which are of each row's last segment."""
+    number = jnp.maximum(ranks - rows.entry[:, None], 0)
+    column = jnp.minimum(rows.column[:, None] + number // size, rows.table.shape[1] - 1)
     page = jnp.where(ranks < 0, 0, jnp.take_along_axis(rows.table, column, axis=1))
-    offset = jnp.where(ranks < 0, 0, ranks - jnp.take_along_axis(rows.base, column, axis=1))
+    offset = jnp.where(ranks < 0, 0, number % size)
 
     def attend(q, k, v, layer, pool):
         new = jnp.stack([k, v], axis=3).reshape(*k.shape[:2], -1, k.shape[3])
@@ -136,8 +155,10 @@ def _attend(rows: Rows, ranks: jax.Array, attention: Callable):
 def _prefill(
     config: ModelConfig, attention: Callable, params, pool, rows: Rows, tokens, positions, ranks
 ):
-    """Writes the keys and values of tokens i32[R, C] at `positions` and `ranks` (-1: padding)."""
-    attend = _attend(rows, ranks, attention)
+    """Writes the keys and values of tokens i32[R, C] at `positions` and `ranks` (-1: padding), of
+    the first R rows of `rows`."""
+    rows = jax.tree.map(lambda x: x[: len(tokens)], rows)
+    attend = _attend(rows, ranks, pool.shape[2], attention)
     _, pool = forward(config, params, tokens, positions, attend, pool)
     return pool
 
@@ -155,9 +176,12 @@ def _decode(
     given,
     lanes: LaneSampling,
     seen,
+    pick,
+    least,
     limit,
 ):
-    """Up to `limit` i32 of N=`steps` steps of R lanes in one call.
+    """Up to `limit` i32[] of N=`steps` steps of W of the R lanes in one call; it ends when fewer
+    than `least` i32[1] of them are at work.
 
     Args:
       attention: of decode/attention.py.
@@ -166,25 +190,34 @@ def _decode(
       given: i32[R, N], tokens to take instead of drawing, or -1.
       lanes: sampling knobs; a lane freezes after one of its `stops`.
       seen: bool[R, V] or None, for repetition penalties.
+      pick: i32[W], lanes in rising order, and R for what is left over; None is all of them.
 
     Returns:
-      (pool, LaneState, SamplerOutput).
+      (pool, LaneState of all, SamplerOutput of the W).
     """
-    num_rows = given.shape[0]
-    room = rows.base[:, -1]
-    state = jax.tree.map(lambda new, old: jnp.where(restart, new, old), restarted, state)
+    everywhere = jax.tree.map(lambda new, old: jnp.where(restart, new, old), restarted, state)
+    state = everywhere
+    if pick is not None:
+        picked = rows, state, given, lanes, seen
+        rows, state, given, lanes, seen = jax.tree.map(
+            lambda x: x.at[pick].get(mode="clip"), picked
+        )
+        state = dataclasses.replace(state, frozen=state.frozen | (pick == len(restart)))
+    num_rows = len(given)
 
     def live(state):
-        return ~state.frozen & (state.left > 0) & (state.ranks < room)
+        return ~state.frozen & (state.left > 0) & (state.ranks < rows.room)
 
     def more(carry):
         step, _, state, _, _ = carry
-        return (step < jnp.minimum(limit, steps)) & jnp.any(live(state))
+        at_work = jnp.sum(live(state)) >= jnp.maximum(least[0], 1)
+        return (step < jnp.minimum(limit, steps)) & at_work
 
     def body(carry):
         step, pool, state, drawn, seen = carry
         on = live(state)
-        attend = _attend(rows, jnp.where(on, state.ranks, -1)[:, None], attention)
+        ranks = jnp.where(on, state.ranks, -1)[:, None]
+        attend = _attend(rows, ranks, pool.shape[2], attention)
         x, pool = forward(
             config, params, state.tokens[:, None], state.positions[:, None], attend, pool
         )
@@ -205,16 +238,31 @@ def _decode(
 
     start = jnp.int32(0), pool, state, SamplerOutput.empty(num_rows, steps), seen
     _, pool, state, drawn, _ = jax.lax.while_loop(more, body, start)
+    if pick is not None:
+        put = lambda every, some: every.at[pick].set(some, mode="drop")  # noqa: E731
+        state = jax.tree.map(put, everywhere, state)
     return pool, state, drawn
 
 
+def _write(rows: Rows, cells, ends, first: Array = 0) -> Rows:
+    """With other pages in some places: cells i32[K, 4] are (row, column, page, entries before it),
+    rows being counted from `first`; ends i32[R, 3] are `column`, `entry` and `room` of all rows."""
+    row, column, page, base = cells.T
+    row = jnp.where(row < first, len(rows.table), row - first)  # past the end: not here
+    table = rows.table.at[row, column].set(page, mode="drop")
+    base = rows.base.at[row, column].set(base, mode="drop")
+    return Rows(table, base, *ends.T)
+
+
 class Steps(NamedTuple):
-    """The compiled steps: prefill(params, pool, rows, tokens, positions, ranks) -> pool and
-    decode(params, pool, rows, state, restart, restarted, given, lanes, seen, limit)
-    -> (pool, state, SamplerOutput); the pool is donated."""
+    """The compiled steps: prefill(params, pool, rows, tokens, positions, ranks) -> pool,
+    decode(params, pool, rows, state, restart, restarted, given, lanes, seen, pick, least, limit)
+    -> (pool, state, SamplerOutput), and write(rows, cells, ends) -> rows; pool and `write`'s rows
+    are donated."""
 
     prefill: Callable
     decode: Callable
+    write: Callable
 
 
 @functools.cache
@@ -233,17 +281,28 @@ def compiled_steps(
     prefill = functools.partial(_prefill, config, attend)
     decode = functools.partial(_decode, config, attend, steps)
     if mesh is None:
-        return Steps(jax.jit(prefill, donate_argnums=1), jax.jit(decode, donate_argnums=1))
+        return Steps(
+            jax.jit(prefill, donate_argnums=1),
+            jax.jit(decode, donate_argnums=1),
+            jax.jit(_write, donate_argnums=0),
+        )
+
+    def write(rows, cells, ends):
+        return _write(rows, cells, ends, jax.lax.axis_index("data") * len(ends))
+
     pool, rows = P(None, "data"), P("data")
     shard = functools.partial(jax.shard_map, mesh=mesh, axis_names={"data"}, check_vma=False)
     prefill = shard(prefill, in_specs=(P(), pool, rows, rows, rows, rows), out_specs=pool)
-    decode = shard(decode, in_specs=(P(), pool, *[rows] * 7, P()), out_specs=(pool, rows, rows))
+    in_specs = P(), pool, *[rows] * 9, P()
+    decode = shard(decode, in_specs=in_specs, out_specs=(pool, rows, rows))
+    write = shard(write, in_specs=(rows, P(), rows), out_specs=rows)
     laid_out = NamedSharding(mesh, pool_spec(config, mesh))
     everywhere = NamedSharding(mesh, P())  # every process reads what was drawn
     split = NamedSharding(mesh, rows)
     return Steps(
         jax.jit(prefill, donate_argnums=1, out_shardings=laid_out),
         jax.jit(decode, donate_argnums=1, out_shardings=(laid_out, split, everywhere)),
+        jax.jit(write, donate_argnums=0, out_shardings=split),
     )
 
 

@@ -26,7 +26,8 @@ from jax.sharding import PartitionSpec as P
 from npr_jax.base.config import load_config
 from npr_jax.base.mesh import BATCH, MeshConfig, batch_shards, local_decode_mesh, make_mesh
 from npr_jax.decode.lanes import Lanes
-from npr_jax.decode.steps import compiled_steps, pool_shape, pool_spec
+from npr_jax.decode.steps import Rows, compiled_steps, pool_shape, pool_spec
+from npr_jax.decode.tables import Tables
 from npr_jax.kernels import choose_attention
 from npr_jax.model import PRESETS, ModelConfig, abstract_params, num_params
 from npr_jax.model.sharding import decode_shardings
@@ -295,14 +296,20 @@ def decode_step(arch: ModelConfig, config: RLConfig | BetaConfig, mesh: Mesh) ->
         engine.cache_dtype or dtype,
         NamedSharding(mesh, pool_spec(arch, mesh)),
     )
-    lanes = Lanes(
-        engine,
-        mesh.shape["data"] * engine.lanes,
-        put=lambda tree: jax.tree.map(lambda x: array(x.shape, x.dtype), tree),
-    )
+
+    def put(tree, spec=None):
+        return jax.tree.map(
+            lambda x: array(x.shape, x.dtype, NamedSharding(mesh, spec or P())), tree
+        )
+
     attention = choose_attention(engine.attention, arch.head_dim, "tpu")
-    step = compiled_steps(arch, attention, engine.steps, mesh).decode
-    return step, (params, pool, *lanes.arguments([], []), None, array((), jnp.int32))
+    steps = compiled_steps(arch, attention, engine.steps, mesh)
+    num_lanes = mesh.shape["data"] * engine.lanes
+    rows = put(Rows.empty(num_lanes, engine.longest_table), P("data"))
+    tables = Tables(rows, engine.page_size, steps.write)
+    lanes = Lanes(engine, num_lanes, tables, put)
+    least, limit = array((mesh.shape["data"],), jnp.int32), array((), jnp.int32)
+    return steps.decode, (params, pool, *lanes.arguments([], []), None, None, least, limit)
 
 
 def _decode_figures(

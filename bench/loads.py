@@ -1,0 +1,162 @@
+"""Times the engine where it has less to do than it was made for, by turns with one made to measure.
+
+    python bench/loads.py --case narrow table prompt occupancy host
+
+narrow: one request on an engine of 64 lanes, against an engine of 1.
+table: the default `table_pages` with a pool of 8,000 pages, against a table as long as needed.
+prompt: a lone prompt of 2,049 tokens at the default shape of prefill, against several others.
+occupancy: the part of the computed rows that drew a token, on a load of short branches.
+host: the host's time a visit with 16 and 64 lanes.
+
+Prints one JSON line per case and writes bench/results/loads.json; ratios are of medians.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from models import SHAPES, make_model
+
+from npr_jax import Engine, EngineConfig, SamplingParams
+
+MODEL = "tiny"
+PAGE = 16
+GREEDY = dict(temperature=0, parallel=False)
+
+
+def prompts_of(count: int, length: int) -> list[list[int]]:
+    """Random ids, no tags."""
+    rng = np.random.default_rng(0)
+    return rng.integers(20, SHAPES[MODEL]["vocab"], (count, length)).tolist()
+
+
+def engine_of(**sizes) -> Engine:
+    engine = Engine(make_model(MODEL), EngineConfig(page_size=PAGE, **sizes))
+    engine.warmup()
+    return engine
+
+
+def seconds_of(engine: Engine, prompts, tokens: int) -> float:
+    engine.drop_prefix_cache()
+    begun = time.perf_counter()
+    engine.generate(prompts, SamplingParams(max_tokens=tokens, **GREEDY))
+    return time.perf_counter() - begun
+
+
+def by_turns(engines: dict[str, Engine], prompts, tokens: int, rounds: int) -> dict[str, float]:
+    """Median seconds of each engine."""
+    found = {name: [] for name in engines}
+    for number in range(rounds + 1):
+        for name, engine in engines.items():
+            seconds = seconds_of(engine, prompts, tokens)
+            if number:
+                found[name].append(seconds)
+    return {name: round(statistics.median(seconds), 4) for name, seconds in found.items()}
+
+
+def narrow(rounds: int) -> dict:
+    sizes = dict(pages=64 * 20, table_pages=20)
+    engines = {"64 lanes": engine_of(lanes=64, **sizes), "1 lane": engine_of(lanes=1, **sizes)}
+    found = by_turns(engines, prompts_of(1, 32), 200, rounds)
+    return found | {"ratio": round(found["64 lanes"] / found["1 lane"], 3)}
+
+
+def table(rounds: int) -> dict:
+    engines = {
+        "default": engine_of(lanes=64, pages=8000),
+        "as needed": engine_of(lanes=64, pages=8000, table_pages=12),
+    }
+    found = by_turns(engines, prompts_of(64, 32), 128, rounds)
+    return found | {"ratio": round(found["default"] / found["as needed"], 3)}
+
+
+def prompt(rounds: int) -> dict:
+    sizes = dict(lanes=16, pages=512)
+    shapes = [(4, 128), (1, 512), (2, 256), (1, 256), (1, 1024)]
+    engines = {
+        f"{rows} x {chunk}": engine_of(**sizes, prefill_rows=rows, prefill_chunk=chunk)
+        for rows, chunk in shapes
+    }
+    found = by_turns(engines, prompts_of(1, 2049), 1, rounds)
+    return found | {"ratio": round(found["4 x 128"] / min(found.values()), 3)}
+
+
+def occupancy(rounds: int) -> dict:
+    """48 traces of three blocks with five branches of 3 to 24 tokens, sampled lengths: their ids
+    are drawn where the model, whose tags are equally likely, would write them; so the lengths are
+    those of `stop_token_ids` and not of a replay, whose portions are fixed."""
+    found = {}
+    for steps in (1, 16, 64):
+        engine = engine_of(lanes=16, pages=4000, table_pages=64, steps=steps)
+        rng = np.random.default_rng(0)
+        sampling = SamplingParams(
+            temperature=1.0,
+            max_tokens=200,
+            parallel=False,
+            stop_token_ids=tuple(range(20, 24)),
+            top_k=64,
+            n=1,
+        )
+        prompts = [rng.integers(20, 500, 12).tolist() for _ in range(256)]
+        before = engine.stats()
+        engine.generate(prompts, sampling)
+        after = engine.stats()
+        rows = after["decode_rows"] - before["decode_rows"]
+        drawn = after["decode_tokens"] - before["decode_tokens"]
+        found[f"{steps} steps"] = round(drawn / rows, 3)
+        found[f"{steps} steps, tokens an answer"] = round(drawn / 256, 1)
+    return found
+
+
+def host(rounds: int) -> dict:
+    found = {}
+    for lanes in (16, 64):
+        engine = engine_of(lanes=lanes, pages=lanes * 20, table_pages=20)
+        prompts = prompts_of(lanes, 32)
+        seconds_of(engine, prompts, 128)
+        times = []
+        for _ in range(rounds):
+            before = engine.stats()
+            seconds_of(engine, prompts, 128)
+            after = engine.stats()
+            totals = [s["host_us_per_visit"] * s["visits"] for s in (before, after)]
+            times.append((totals[1] - totals[0]) / (after["visits"] - before["visits"]))
+        found[f"{lanes} lanes, us a visit"] = round(statistics.median(times))
+    return found
+
+
+CASES = {f.__name__: f for f in (narrow, table, prompt, occupancy, host)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--output", default="loads.json", help="in bench/results")
+    args = parser.parse_args()
+    path = Path(__file__).parent / "results" / args.output
+    record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    for case in args.case:
+        found = {"case": case, "rounds": args.rounds} | CASES[case](args.rounds)
+        found |= {
+            "model": MODEL,
+            "device": jax.devices()[0].device_kind,
+            "machine": platform.machine(),
+            "cores": len(os.sched_getaffinity(0)),
+            "jax": jax.__version__,
+            "date": datetime.date.today().isoformat(),
+        }
+        print(json.dumps(found), flush=True)
+        record[case] = found
+        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""Tables on the device are those of the host, and only what has changed is sent."""
+
+import jax
+import numpy as np
+import pytest
+from conftest import examples
+from fake_device import Device
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from npr_jax.decode import tables as module
+from npr_jax.decode.attention import FAR
+from npr_jax.decode.sequence import Segment
+from npr_jax.decode.steps import Rows, _write
+from npr_jax.decode.tables import Tables
+
+SIZE, WIDTH, ROWS = 4, 24, 3
+
+
+def expected(segments):
+    """Pages and bases of one row, its column, entry and room: entry by entry."""
+    pages, base, entries = [], [], 0
+    for segment in segments:
+        column, entry = len(pages), entries
+        for number, page in enumerate(segment.pages):
+            pages.append(page)
+            base.append(entry + SIZE * number)
+        entries += len(segment.tokens)
+    pad = WIDTH - len(pages)
+    room = entry + SIZE * len(segments[-1].pages)
+    return pages + [0] * pad, base + [FAR] * (pad + 1), column, entry, room
+
+
+def segment_of(before, tokens: int, pages) -> Segment:
+    segment = Segment(0, tuple(before))
+    segment.append_known([0] * tokens, forced=False)
+    segment.pages = list(pages)
+    return segment
+
+
+# A row, and the tokens of each segment that it lists; or a row whose last segment grows.
+CHANGES = st.lists(
+    st.tuples(
+        st.integers(0, ROWS - 1),
+        st.one_of(st.lists(st.integers(1, 20), min_size=1, max_size=4), st.integers(0, 3)),
+    ),
+    max_size=12,
+)
+
+
+@pytest.mark.parametrize("cells", [4, 512])
+@given(changes=CHANGES, sends=st.integers(1, 4))
+@settings(max_examples=examples(60), deadline=None)
+def test_the_device_has_the_tables_of_the_host(cells, changes, sends):
+    numbers = iter(range(1, 1000))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "CELLS", cells)
+        tables, rows = Tables(Rows.empty(ROWS, WIDTH), SIZE, Device.write), {}
+        for number, (row, change) in enumerate(changes):
+            if isinstance(change, list):
+                segments = []
+                for count in change:
+                    pages = [next(numbers) for _ in range(-(-count // SIZE))]
+                    segments.append(segment_of(segments, count, pages))
+                rows[row] = segments
+                tables.set(row, segments)
+            elif row in rows and sum(len(s.pages) for s in rows[row]) + change <= WIDTH:
+                rows[row][-1].pages += [next(numbers) for _ in range(change)]
+                tables.grow(row, rows[row][-1])
+            if number % sends == 0:
+                tables.send()
+        sent = tables.send()
+    for row, segments in rows.items():
+        found = sent.table[row], sent.base[row], sent.column[row], sent.entry[row], sent.room[row]
+        for ours, theirs in zip(found, expected(segments), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+def test_only_what_has_changed_is_sent():
+    sent = []
+
+    def write(rows, cells, ends):
+        sent.append(int((cells[:, 0] < ROWS).sum()))
+        return rows
+
+    tables = Tables(Rows.empty(ROWS, WIDTH), SIZE, write)
+    prompt = segment_of((), 40, range(1, 11))
+    branches = [segment_of((prompt,), 3, [page]) for page in (11, 12)]
+    asked = [
+        lambda: tables.set(0, (prompt, branches[0])),
+        lambda: tables.set(0, (prompt, branches[1])),  # its sibling, on the same lane
+        lambda: tables.grow(0, branches[1]),
+        lambda: (branches[1].pages.append(13), tables.grow(0, branches[1])),
+    ]
+    for ask in asked:
+        ask()
+        tables.send()
+    assert sent == [11, 1, 1]
+
+
+def test_replicas_take_their_own_cells():
+    cells = np.array([(0, 1, 7, 4), (2, 0, 8, 0), (3, 5, 9, 12), (4, 0, 0, 0)], np.int32)
+    ends = np.arange(12, dtype=np.int32).reshape(4, 3)
+    whole = Device.write(Rows.empty(4, WIDTH), cells, ends)
+    for first in (0, 2):
+        half = jax.jit(_write)(Rows.empty(2, WIDTH), cells, ends[first : first + 2], first)
+        for name in ("table", "base", "column", "entry", "room"):
+            expected = getattr(whole, name)[first : first + 2]
+            np.testing.assert_array_equal(getattr(half, name), expected)
