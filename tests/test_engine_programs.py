@@ -4,6 +4,7 @@ import dataclasses
 from collections import Counter
 
 import bigram
+import fake_device
 import numpy as np
 import pytest
 from conftest import examples
@@ -114,3 +115,24 @@ def test_the_programs_notice_a_wrong_fill(monkeypatch):
     with pytest.raises(AssertionError):
         for value in range(20):
             run_program(CONFIGS[0], [("submit", 77 + value)])
+
+
+def test_lanes_that_wait_for_pages_stop_no_other(monkeypatch):
+    """A visit ends when too few lanes are at work: those that cannot be do not count."""
+    engine = engine_on_fake_device(dataclasses.replace(CONFIGS[0], pages=600))
+    scheduler = engine.schedulers[0]
+    sampling = SamplingParams(max_tokens=60, parallel=False)
+    oldest, *others = engine.submit([[12, 13, 20]] * 4, sampling)
+    grow = scheduler._grow
+
+    def only_the_oldest(sequence, steps):
+        known = len(sequence.tail.tokens) == 1
+        return grow(sequence, steps if sequence.request.id == oldest else known and 1)
+
+    monkeypatch.setattr(scheduler, "_grow", only_the_oldest)
+    monkeypatch.setattr(fake_device, "draw", lambda tokens, positions: 20)
+    for _ in range(60):
+        if oldest not in engine._requests:
+            break
+        engine._visit()
+    assert oldest not in engine._requests and set(engine._requests) == set(others)

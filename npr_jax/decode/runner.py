@@ -184,7 +184,7 @@ class Runner:
         rows, output = self._decode_call(ready, penalised, counts, limit)
         asked = []
         for sequence, count, row in zip(ready, counts, rows, strict=True):
-            most = count if sequence.given else limit
+            most = count if sequence.given or not count else limit
             sequence.pending += most
             asked.append((sequence, sequence.epoch, most, row))
         return PendingStep(asked, output)
@@ -239,22 +239,24 @@ class Runner:
         arguments, seen = lanes.arguments(sequences, counts), None
         if penalised:  # the caller has read all that was drawn
             seen = lanes.seen(sequences, self.model_config.padded_vocab_size)
-        rows, pick, least = self._pick(sequences, width)
+        rows, pick, least = self._pick(sequences, counts, width)
         self._pool, lanes.state, output = self._steps.decode(
             self.params, self._take_pool(), *arguments, seen, pick, least, np.int32(limit)
         )
         return rows, output
 
-    def _pick(self, sequences: abc.Sequence[Sequence], width: int | None):
+    def _pick(self, sequences: abc.Sequence[Sequence], counts, width: int | None):
         """The row of each sequence in a step of the least width that has room for all of them; the
         lanes i32[replicas * width] in these rows, or None for all; and i32[replicas], how many must
-        be at work lest a visit ends: three of four, so that others can take their place soon."""
+        be at work lest the visit ends: three of four that can be, so that others can take their
+        place soon."""
         num = int(self.config.lanes)
         lanes = [sequence.lane for sequence in sequences if sequence.lane is not None]
         places = [divmod(lane, num) for lane in lanes]
         found = [sorted(lane for r, lane in places if r == s) for s in range(self.replicas)]
         given = any(sequence.given for sequence in sequences)  # which come in fixed portions
-        least = [0 if given else math.ceil(_AT_WORK * len(some)) for some in found]
+        able = [r for (r, _), count in zip(places, counts, strict=True) if count and not given]
+        least = [math.ceil(_AT_WORK * able.count(replica)) for replica in range(self.replicas)]
         most = max(map(len, found))
         width = width or next(width for width in self.config.widths if width >= most)
         if width == num:
