@@ -124,7 +124,7 @@ class Runner:
     def _tables(self, num_rows: int) -> Tables:
         rows = self._put(Rows.empty(num_rows, self.config.longest_table), P("data"))
         write = self._steps.write
-        return Tables(rows, self.config.page_size, lambda old, *new: write(old, *self._put(new)))
+        return Tables(rows, self.config.page_size, lambda old, *new: write(old, *self._once(new)))
 
     def warmup(
         self, penalised: bool, progress: abc.Callable[[int, int], None] | None = None
@@ -224,7 +224,7 @@ class Runner:
             tokens[r, :count] = segment.tokens[first : first + count]
             positions[r, :count] = segment.start + first + number
             ranks[r, :count] = segment.offset + first + number
-        arrays = self._put((tokens, positions, ranks))
+        arrays = self._once((tokens, positions, ranks))
         if steps is None:
             branches = any(segment.before for _, _, segment, *_ in work)
             steps = self._steps if branches else self._prompt_steps
@@ -267,8 +267,8 @@ class Runner:
             for replica, some in enumerate(found):
                 pick[replica, : len(some)] = some
                 row |= {(replica, lane): replica * width + i for i, lane in enumerate(some)}
-            rows, pick = [row[place] for place in places], self._put(pick.reshape(-1))
-        return rows, pick, self._put(np.array(least, np.int32))
+            rows, pick = [row[place] for place in places], self._once(pick.reshape(-1))
+        return rows, pick, self._once(np.array(least, np.int32))
 
     def _take_pool(self) -> jax.Array:
         """The pool, to be donated: until the call has given it back, there is none."""
@@ -282,6 +282,10 @@ class Runner:
             return jax.numpy.zeros(shape, dtype)
         sharding = NamedSharding(self.mesh, pool_spec(self.model_config, self.mesh))
         return jax.jit(lambda: jax.numpy.zeros(shape, dtype), out_shardings=sharding)()
+
+    def _once(self, tree):
+        """Host arrays for one call, which a device alone takes as they are."""
+        return tree if self.mesh is None else self._put(tree)
 
     def _put(self, tree, spec: P | None = None):
         """Host arrays to the device; every process has the same ones of a mesh."""

@@ -69,15 +69,11 @@ class Tables:
     def send(self, anyway: bool = False) -> Rows:
         """The tables on the device, after what has changed was sent, if anything or `anyway`."""
         if self._changed or anyway:
-            cells = np.concatenate(
-                [
-                    np.column_stack(
-                        [np.full(len(columns), row), columns, self._cells[row, columns]]
-                    )
-                    for row, columns in self._changed
-                ]
-                or [np.zeros((0, 4), np.int32)]
-            )
+            at = [(row, len(columns)) for row, columns in self._changed]
+            rows = np.repeat(*np.array(at, np.int32).reshape(-1, 2).T)
+            columns = [columns.astype(np.int32) for _, columns in self._changed]
+            columns = np.concatenate([np.zeros(0, np.int32), *columns])
+            cells = np.column_stack([rows, columns, self._cells[rows, columns]])
             self._changed = []
             for first in range(0, max(1, len(cells)), CELLS):
                 some = np.full((CELLS, 4), len(self._used), np.int32)  # a row that is not there
