@@ -16,10 +16,12 @@ from conftest import spread
 from jax.sharding import PartitionSpec as P
 from train_toy import example, problem, tiny
 
+from npr_jax.base.config import load_config
 from npr_jax.base.distributed import gather, initialize, mine
 from npr_jax.base.mesh import MeshConfig, batch_shards, decode_mesh, local_decode_mesh, make_mesh
 from npr_jax.model import token_logp
 from npr_jax.model.sharding import place_params, to_decode, train_shardings
+from npr_jax.train import beta
 from npr_jax.train.optimizer import OptimizerConfig, new_state, state_shardings
 from npr_jax.train.packing import empty_row, make_rows
 from npr_jax.train.step import Objective, TrainConfig, optimize
@@ -190,6 +192,14 @@ def test_sizes_that_do_not_divide_are_refused():
         train_shardings(model().config, make_mesh(MeshConfig(tensor=4)))
     with pytest.raises(ValueError, match=r"row_len is 250.*mesh.sequence=4"):
         TrainConfig(OptimizerConfig(1e-3), row_len=250).check(make_mesh(MeshConfig(sequence=4)))
+
+
+def test_beta_refuses_rows_before_it_samples(tmp_path, monkeypatch):
+    changes = "fit.train.row_len=254", "mesh.sequence=4", "mesh.data=2"
+    config = load_config(beta.BetaConfig, "tiny_beta", changes)
+    monkeypatch.setattr(beta.loop, "run", lambda *_: pytest.fail("it has sampled"))
+    with pytest.raises(ValueError, match=r"fit\.train\.row_len is 254, .* mesh\.sequence=4"):
+        beta._train(config, tmp_path, None)
 
 
 def test_one_device_needs_no_mesh():

@@ -151,7 +151,7 @@ def run(config: BetaConfig, report: Report | None = None) -> Path:
 
 def _train(config: BetaConfig, output: Path, report: Report | None) -> Model:
     mesh = make_mesh(config.mesh)
-    config.fit.train.check(mesh)
+    config.fit.train.check(mesh, "fit.train")
     records = loop.run(Sampling(config, output / "accepted.jsonl", mesh), report)
     tags = TagIds.from_tokenizer(load_tokenizer(config.model))
     examples = make_examples(records, tags, config.layout, config.train_forced)

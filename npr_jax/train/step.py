@@ -66,12 +66,12 @@ class TrainConfig(Checked):
     keep_best: Annotated[int, Range(ge=0, le=1)] = 0
     max_nonfinite: Count = 3
 
-    def check(self, mesh: Mesh | None) -> None:
-        """Raises ValueError where rows cannot be split over the mesh."""
+    def check(self, mesh: Mesh | None, name: str = "train") -> None:
+        """Raises ValueError where rows cannot be split over the mesh; `name`: of these settings."""
         parts = mesh.shape["sequence"] if mesh else 1
         if self.row_len % parts:
             raise ValueError(
-                f"train.row_len is {self.row_len}, needed is a multiple of mesh.sequence={parts}"
+                f"{name}.row_len is {self.row_len}, needed is a multiple of mesh.sequence={parts}"
             )
 
 
