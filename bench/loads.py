@@ -5,10 +5,11 @@
 narrow: one request on an engine of 64 lanes, against an engine of 1.
 table: the default `table_pages` with a pool of 8,000 pages, against a table as long as needed.
 prompt: a lone prompt of 2,049 tokens at the default shape of prefill, against several others.
-occupancy: the part of the computed rows that drew a token, on a load of short branches.
-host: the host's time a visit with 16 and 64 lanes.
+occupancy: the part of the computed rows that drew a token, on a load of short lines.
+host: the host's microseconds a visit with 16 and 64 lanes.
 
-Prints one JSON line per case and writes bench/results/loads.json; ratios are of medians.
+Every engine is warmed up, and one round goes uncounted. Prints one JSON line per case, with seconds
+where nothing else is said, and writes bench/results/loads.json; ratios are of medians.
 """
 
 import argparse
@@ -38,30 +39,35 @@ def prompts_of(count: int, length: int) -> list[list[int]]:
 
 
 def engine_of(**sizes) -> Engine:
+    """An engine whose programs are compiled."""
     engine = Engine(make_model(MODEL), EngineConfig(page_size=PAGE, **sizes))
     engine.warmup()
     return engine
 
 
 def seconds_of(engine: Engine, prompts, tokens: int) -> float:
+    """Of one greedy answer of `tokens` tokens to each prompt, with nothing cached."""
     engine.drop_prefix_cache()
     begun = time.perf_counter()
     engine.generate(prompts, SamplingParams(max_tokens=tokens, **GREEDY))
     return time.perf_counter() - begun
 
 
-def by_turns(engines: dict[str, Engine], prompts, tokens: int, rounds: int) -> dict[str, float]:
-    """Median seconds of each engine."""
+def by_turns(engines: dict[str, Engine], prompts, tokens: int, rounds: int) -> dict:
+    """Median seconds of each engine, and best and worst as `spread`."""
     found = {name: [] for name in engines}
     for number in range(rounds + 1):
         for name, engine in engines.items():
             seconds = seconds_of(engine, prompts, tokens)
             if number:
                 found[name].append(seconds)
-    return {name: round(statistics.median(seconds), 4) for name, seconds in found.items()}
+    spread = {name: [round(min(s), 4), round(max(s), 4)] for name, s in found.items()}
+    medians = {name: round(statistics.median(seconds), 4) for name, seconds in found.items()}
+    return medians | {"spread": spread}
 
 
 def narrow(rounds: int) -> dict:
+    """One prompt of 32 tokens, 200 new ones."""
     sizes = dict(pages=64 * 20, table_pages=20)
     engines = {"64 lanes": engine_of(lanes=64, **sizes), "1 lane": engine_of(lanes=1, **sizes)}
     found = by_turns(engines, prompts_of(1, 32), 200, rounds)
@@ -69,6 +75,7 @@ def narrow(rounds: int) -> dict:
 
 
 def table(rounds: int) -> dict:
+    """64 prompts of 32 tokens, 128 new ones each."""
     engines = {
         "default": engine_of(lanes=64, pages=8000),
         "as needed": engine_of(lanes=64, pages=8000, table_pages=12),
@@ -78,6 +85,7 @@ def table(rounds: int) -> dict:
 
 
 def prompt(rounds: int) -> dict:
+    """Prefill alone: one new token."""
     sizes = dict(lanes=16, pages=512)
     shapes = [(4, 128), (1, 512), (2, 256), (1, 256), (1, 1024)]
     engines = {
@@ -85,7 +93,7 @@ def prompt(rounds: int) -> dict:
         for rows, chunk in shapes
     }
     found = by_turns(engines, prompts_of(1, 2049), 1, rounds)
-    return found | {"ratio": round(found["4 x 128"] / min(found.values()), 3)}
+    return found | {"ratio": round(found["4 x 128"] / min(found[name] for name in engines), 3)}
 
 
 def occupancy(rounds: int) -> dict:
@@ -102,6 +110,7 @@ def occupancy(rounds: int) -> dict:
 
 
 def host(rounds: int) -> dict:
+    """As many prompts of 32 tokens as lanes, 128 new ones each."""
     found = {}
     for lanes in (16, 64):
         engine = engine_of(lanes=lanes, pages=lanes * 20, table_pages=20)

@@ -129,7 +129,7 @@ def blockwise(q, pool, layer, table, base, ranks) -> jax.Array:
         pad = [(0, -num_rows % rows)] + [(0, 0)] * (x.ndim - 1)
         return jnp.pad(x, pad, constant_values=fill).reshape(-1, rows, *x.shape[1:])
 
-    # In which a row still sees something. Nothing here takes time for the rest of a table.
+    # In which a row still sees something: of the rest of a table one number a block is looked at.
     blocks = jnp.sum(base[:, :-1:pages] <= jnp.max(ranks, axis=1, keepdims=True), axis=1)
     inputs = cut(q), cut(jnp.arange(num_rows)), cut(blocks), cut(ranks, -1)
     out = jax.lax.map(some_rows, inputs)

@@ -15,7 +15,7 @@ Then it tells what happened: callbacks and consumers hear of a visit when it is 
 is being changed, so whatever they do or raise, lanes and pages are in order.
 
 Invariants: a page's count is the number of live segments that list it; only a sequence's last
-segment grows, and no other table lists it; nothing depends on what else is in the batch.
+segment grows, and no other table lists it; what else is in the batch changes roundings alone.
 
 docs/architecture.md says who writes which field.
 """

@@ -239,8 +239,9 @@ def _decode(
     start = jnp.int32(0), pool, state, SamplerOutput.empty(num_rows, steps), seen
     _, pool, state, drawn, _ = jax.lax.while_loop(more, body, start)
     if pick is not None:
-        put = lambda every, some: every.at[pick].set(some, mode="drop")  # noqa: E731
-        state = jax.tree.map(put, everywhere, state)
+        state = jax.tree.map(
+            lambda every, some: every.at[pick].set(some, mode="drop"), everywhere, state
+        )
     return pool, state, drawn
 
 
