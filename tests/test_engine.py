@@ -371,6 +371,16 @@ def test_a_step_computes_the_lanes_at_work_and_no_more():
         assert (rows, steps, drawn) == (width * 12, 12, requests * 12)
 
 
+def test_rows_without_a_lane_draw_nothing():
+    """The last lane is at work, of which such rows are copies."""
+    engine = Engine(model(eos=0.0, illegal=0.0), dataclasses.replace(CONFIG, steps=4))
+    lengths = [3, 3, 3, 12, 12, 12]
+    for tokens in lengths:
+        engine.submit([[12, 20]], SamplingParams(max_tokens=tokens, parallel=False))
+    list(engine.stream(tokens=False))
+    assert engine.stats()["decode_tokens"] == sum(lengths)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, 16, 64])
 def test_lanes_do_not_rest_while_others_wait(steps):
