@@ -7,10 +7,13 @@ import importlib.util
 import logging
 import os
 import resource
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from checkpoint_checks import (
     OPTIMIZER,
@@ -211,6 +214,30 @@ def test_a_full_disk_is_named_and_the_last_good_checkpoint_stays(saved, tmp_path
         for step in range(1, 11):
             log.write({"step": step, "loss": 1.0})
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_what_a_failed_save_still_writes_does_not_stop_the_next(saved):
+    """The array store's threads go on for a while after its error has been told."""
+    half = saved / f"3{ocp.utils.TMP_DIR_SUFFIX}" / "state" / "d"
+    half.mkdir(parents=True)
+    end = time.monotonic() + 0.5
+
+    def straggle():
+        number = 0
+        while time.monotonic() < end:
+            half.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(OSError):
+                (half / str(number)).write_bytes(b"late")
+            number += 1
+
+    thread = threading.Thread(target=straggle)
+    thread.start()
+    with Checkpoints(saved, TEXT, keep=1) as checkpoints:
+        checkpoints.restore(make_state(0))
+        checkpoints.save(3, make_state(3), {"problem": 30})
+    thread.join()
+    assert steps_in(saved) == [3]
+    assert not half.exists()
 
 
 def test_a_directory_that_cannot_be_written_is_named(tmp_path):

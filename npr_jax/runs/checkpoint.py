@@ -8,8 +8,10 @@ drawn next.
 """
 
 import contextlib
+import errno
 import logging
 import math
+import time
 from collections.abc import Iterator, Mapping
 from typing import TypeVar
 
@@ -63,6 +65,7 @@ class Checkpoints:
                     for path in self.directory.iterdir():
                         if ocp.utils.TMP_DIR_SUFFIX in path.name:
                             _log.warning("%s is half-written: it is not used, and removed", path)
+                            _remove(path)
                 self._manager = ocp.CheckpointManager(self.directory, options=options)
         except ImportError as error:  # each kind of object store has a package of its own
             raise ValueError(f"checkpoints are to go to {self.directory}: {error}") from error
@@ -223,6 +226,21 @@ def _place(directory: epath.PathLike) -> epath.Path:
     """Orbax takes no path that is relative."""
     path = epath.Path(directory)
     return path if is_url(path) else path.absolute()
+
+
+def _remove(path: epath.Path) -> None:
+    """Removes a half-written checkpoint. After a save that failed in this process the array store
+    may go on to write for a while, so it is gone when it stays away."""
+    for _ in range(100):
+        try:
+            path.rmtree(missing_ok=True)
+        except OSError as error:
+            if error.errno != errno.ENOTEMPTY:
+                raise
+        time.sleep(0.05)
+        if not path.exists():
+            return
+    raise OSError(errno.ENOTEMPTY, "something goes on to write into it", str(path))
 
 
 def _value(metrics: Mapping[str, float]) -> float:
