@@ -18,6 +18,7 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh, SingleDeviceSharding, use_abstract_mesh
 
+from npr_jax.decode.attention import Shared
 from npr_jax.kernels.paged_tpu import paged_attention, plain_attention
 from npr_jax.kernels.tree_tpu import flash
 from npr_jax.model import PRESETS
@@ -95,7 +96,8 @@ def _arguments(device, rows, chunk, size):
         array((), "int32"),
         array((rows, width), "int32"),
         array((rows, width + 1), "int32"),
-        array((rows, chunk), "int32"),
+        *[array((rows, chunk), "int32")] * 2,
+        jax.tree.map(lambda x: array(x.shape, x.dtype), Shared.nothing(rows)),
     )
 
 

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
+from npr_jax.decode.attention import Shared
 from npr_jax.decode.sampling import LaneSampling
 from npr_jax.decode.steps import LaneState, Rows, compiled_steps, pool_shape
 from npr_jax.model import PRESETS, abstract_params
@@ -104,7 +105,7 @@ def _train(config, sharding):
 
 
 def _pool(config, sharding):
-    return _array(pool_shape(config, PAGES, PAGE_SIZE), "bfloat16", sharding)
+    return _array(pool_shape(config, "pallas", PAGES, PAGE_SIZE), "bfloat16", sharding)
 
 
 def _rows(rows, sharding):
@@ -139,6 +140,7 @@ def _decode(config, sharding):
         lanes,
         None,
         None,
+        _shapes(Shared.nothing(LANES), sharding),
         _array((1,), "int32", sharding),
         _array((), "int32", sharding),
     )
@@ -150,6 +152,7 @@ def _prefill(config, sharding):
         _shapes(abstract_params(config, "bfloat16"), sharding),
         _pool(config, sharding),
         _rows(PREFILL_ROWS, sharding),
+        _shapes(Shared.nothing(PREFILL_ROWS), sharding),
         *chunk,
     )
 

@@ -118,7 +118,8 @@ def _check(rows, chunk, context, size, heads, kv_heads, dim, dtype, layers) -> d
     pages = int(table.max()) + 1
     pool = _numbers((layers, pages, size, 2 * kv_heads, dim), dtype)
     q = 3 * _numbers((rows, chunk, heads, dim), dtype)
-    args = (pool, jnp.int32(layers - 1), *map(jnp.asarray, (table, base, ranks)))
+    used = np.sum(base[:, None, :-1] <= ranks[:, :, None], axis=2, dtype=np.int32)
+    args = (pool, jnp.int32(layers - 1), *map(jnp.asarray, (table, base, ranks, used)))
     out = jax.jit(paged_attention)(q, *args)
     with jax.default_matmul_precision("highest"):
         expected = jax.jit(gather)(q.astype(jnp.float32), *args)
@@ -149,7 +150,8 @@ def _time(batch, context, size, copy) -> dict:
         pool = _numbers((layers, int(table.max()) + 1, size, *kv), "bfloat16")
         q = _numbers((batch, 1, config.num_heads, config.head_dim), "bfloat16")
         ranks = jnp.asarray(base[:, -1:] - 1)
-        args = (q, pool, jnp.asarray(table), jnp.asarray(base), ranks)
+        used = jnp.full_like(ranks, table.shape[1])
+        args = (q, pool, jnp.asarray(table), jnp.asarray(base), ranks, used)
         for name, attend in (("kernel", paged_attention), ("gather", gather)):
             seconds = _seconds(functools.partial(_steps, attend, layers), *args) / STEPS
             result[f"{name}_us"] = round(seconds * 1e6, 1)
@@ -236,11 +238,11 @@ def _shifted(shape, dtype, n) -> jax.Array:
     return _numbers((n + 1, *shape), dtype)[n]
 
 
-def _steps(attend, layers, q, pool, table, base, ranks):
+def _steps(attend, layers, q, pool, *tables):
     """STEPS times attention, as in the layers of a model: each step waits for the last."""
 
     def step(i, q):
-        return attend(q, pool, i % layers, table, base, ranks)
+        return attend(q, pool, i % layers, *tables)
 
     return jax.lax.fori_loop(0, STEPS, step, q)
 

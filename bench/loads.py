@@ -1,10 +1,12 @@
 """Times the engine where it has less to do than it was made for, by turns with one made to measure.
 
-    python bench/loads.py --case narrow table prompt occupancy host
+    python bench/loads.py --case narrow table prompt shared occupancy host
 
 narrow: one request on an engine of 64 lanes, against an engine of 1.
 table: the default `table_pages` with a pool of 8,000 pages, against a table as long as needed.
 prompt: a lone prompt of 2,049 tokens at the default shape of prefill, against several others.
+shared: n answers to one long prompt, which is cached: 65 tokens each, the prompt's pages read once
+for up to eight of them, against each answer reading all of its own.
 occupancy: the part of the computed rows that drew a token, on a load of short lines.
 host: the host's microseconds a visit with 16 and 64 lanes.
 
@@ -26,6 +28,7 @@ import numpy as np
 from models import SHAPES, make_model
 
 from npr_jax import Engine, EngineConfig, SamplingParams
+from npr_jax.decode import tables
 
 MODEL = "tiny"
 PAGE = 16
@@ -96,6 +99,32 @@ def prompt(rounds: int) -> dict:
     return found | {"ratio": round(found["4 x 128"] / min(found[name] for name in engines), 3)}
 
 
+def shared(rounds: int) -> dict:
+    """Five answers behind 8,192 tokens, 16 behind 4,096."""
+    found = {}
+    for count, length in ((5, 8192), (16, 4096)):
+        prompt, sampling = prompts_of(1, length), SamplingParams(n=count, max_tokens=65, **GREEDY)
+        pages = length // PAGE + 8 * count
+        engines = {
+            name: engine_of(lanes=count, pages=pages, table_pages=pages - 1)
+            for name in ("together", "alone")
+        }
+        times = {name: [] for name in engines}
+        for number in range(rounds + 1):
+            for name, engine in engines.items():
+                worth, tables._WORTH = tables._WORTH, 1 << 30 if name == "alone" else tables._WORTH
+                begun = time.perf_counter()
+                engine.generate(prompt, sampling)
+                tables._WORTH = worth
+                if number:
+                    times[name].append(time.perf_counter() - begun)
+        medians = {name: statistics.median(some) for name, some in times.items()}
+        found[f"{count} behind {length}"] = {n: round(s, 4) for n, s in medians.items()} | {
+            "ratio": round(medians["alone"] / medians["together"], 2)
+        }
+    return found
+
+
 def occupancy(rounds: int) -> dict:
     """240 lines of 3 to 24 tokens on 16 lanes, which says the same in every round."""
     found = {}
@@ -127,7 +156,7 @@ def host(rounds: int) -> dict:
     return found
 
 
-CASES = {f.__name__: f for f in (narrow, table, prompt, occupancy, host)}
+CASES = {f.__name__: f for f in (narrow, table, prompt, shared, occupancy, host)}
 
 
 def main() -> None:

@@ -148,6 +148,13 @@ def programs(request):
     jax.clear_caches()
 
 
+@pytest.fixture(autouse=True)
+def short_runs(request, monkeypatch):
+    """Engines that are tested read together what their small models share, as it were long."""
+    if request.module.__name__.startswith("test_engine"):
+        monkeypatch.setattr("npr_jax.decode.tables._WORTH", 1)
+
+
 @pytest.fixture
 def patience():
     """By how much this machine, as busy as it is now, is slower than a usual one; 1 at least. Time

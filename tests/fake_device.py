@@ -12,6 +12,7 @@ import numpy as np
 from engine_checks import recount
 
 from npr_jax.decode import Engine, EngineConfig, SamplingParams
+from npr_jax.decode.attention import TOGETHER
 from npr_jax.decode.steps import LaneState, Rows, SamplerOutput, Steps
 
 _TABLE = np.cumsum(bigram.table(eos=0.01, nested=0.12), axis=1)
@@ -54,8 +55,24 @@ class Device:
         assert (column, slot) == (rows.column[r] + number // size, number % size)
         self.cells[page, slot] = token, position, self.weights
 
-    def prefill(self, params, pool, rows, tokens, positions, ranks):
+    def _check(self, rows, shared, ranks) -> None:
+        """What is read together is what each of the rows would read alone; no row is left out."""
+        np.testing.assert_array_equal(np.sort(shared.order), np.arange(len(ranks)))
+        reached = np.zeros(len(ranks), int)
+        for begin, end, first, last in shared.runs.tolist():
+            members = shared.order[begin:end]
+            assert (reached[members] == first).all() and len(members) <= TOGETHER
+            reached[members] = last
+            for r in members[ranks[members].max(axis=1) >= 0]:
+                leader = members[0]
+                assert (rows.table[r, first:last] == rows.table[leader, first:last]).all()
+                edges = slice(first, last + 1)
+                assert (rows.base[r, edges] == rows.base[leader, edges]).all()
+        np.testing.assert_array_equal(reached, shared.own)
+
+    def prefill(self, params, pool, rows, shared, tokens, positions, ranks):
         self.weights = int(params["final_norm"][0])
+        self._check(rows, shared, ranks)
         for r, c in np.argwhere(ranks >= 0):
             self._write(rows, r, ranks[r, c], tokens[r, c], positions[r, c])
         for r, c in np.argwhere(ranks >= 0):
@@ -83,6 +100,7 @@ class Device:
         lanes,
         seen,
         pick,
+        shared,
         least,
         limit,
     ):
@@ -92,6 +110,11 @@ class Device:
             pick = np.arange(len(restart))
         number = np.flatnonzero(pick < len(restart))  # the rows that are lanes
         rows, new, lanes = jax.tree.map(lambda x: x[pick[number]], (rows, everywhere, lanes))
+        first = np.full((len(pick), 1), -1)
+        first[number, 0] = np.where(new.frozen | (new.left < 1), -1, new.ranks)
+        listed = jax.tree.map(lambda x: np.zeros((len(pick), *x.shape[1:]), x.dtype), rows)
+        jax.tree.map(lambda every, some: every.__setitem__(number, some), listed, rows)
+        self._check(listed, shared, first)
         tokens, positions, ranks, left, frozen = (
             np.array(x) for x in (new.tokens, new.positions, new.ranks, new.left, new.frozen)
         )

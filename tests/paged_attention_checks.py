@@ -18,7 +18,7 @@ FILLS = [
 ENTRIES = [49, 22, REST, 52, 1]
 
 
-def reference(q, pool, layer, table, base, ranks):
+def reference(q, pool, layer, table, base, ranks, used=None):
     """Entry after entry, only of those that a query sees: f64[R, C, H, K], 0 for padding."""
     q, pool = np.asarray(q, np.float64), np.asarray(pool, np.float64)
     table, base, ranks = (np.asarray(x) for x in (table, base, ranks))
@@ -36,9 +36,11 @@ def reference(q, pool, layer, table, base, ranks):
     return out
 
 
-def problem(entries, fills, chunk=1, size=4, kv_heads=2, group=2, dim=16, dtype="float32"):
+def problem(entries, fills, chunk=1, size=4, kv_heads=2, group=2, dim=16, dtype="float32", same=()):
     """Random arguments. Row r attends over its first `entries[r]` entries or is at REST, and has
-    pages of `fills[r]` entries. All rows start with the same page; what nobody sees is NaN."""
+    pages of `fills[r]` entries. All rows start with the same page; what nobody sees is NaN. For
+    every (r, other, n) of `same` row r lists the first n pages of the other."""
+    fills = [list(fill) for fill in fills]
     rng = np.random.default_rng(chunk)
     num_rows, width = len(fills), max(len(fill) for fill in fills) + 2
     layers, pages = 3, 1 + num_rows * width
@@ -48,6 +50,8 @@ def problem(entries, fills, chunk=1, size=4, kv_heads=2, group=2, dim=16, dtype=
     ranks = np.full((num_rows, chunk), -1, np.int32)
     pool = np.full((layers, pages, size, 2 * kv_heads, dim), np.nan)
     names[:, 0] = names[0, 0]
+    for r, other, count in same:
+        names[r, :count], fills[r][:count] = names[other, :count], fills[other][:count]
     for r, fill in enumerate(fills):
         table[r, : len(fill)] = names[r, : len(fill)]
         base[r, 1:] = np.cumsum(np.pad(fill, (0, width - len(fill))))
@@ -59,14 +63,15 @@ def problem(entries, fills, chunk=1, size=4, kv_heads=2, group=2, dim=16, dtype=
             seen = np.clip(entries[r] - start, 0, stop - start)
             pool[:, page, :seen] = rng.normal(size=(layers, seen, 2 * kv_heads, dim))
     q = rng.normal(size=(num_rows, chunk, kv_heads * group, dim))
+    used = np.sum(base[:, None, :-1] <= ranks[:, :, None], axis=2, dtype=np.int32)
     arrays = jnp.asarray(q, dtype), jnp.asarray(pool, dtype), jnp.int32(2)
-    return *arrays, *(jnp.asarray(x) for x in (table, base, ranks))
+    return *arrays, *(jnp.asarray(x) for x in (table, base, ranks, used))
 
 
-def check(attend, arguments):
+def check(attend, arguments, shared=None):
     """Numbers of an implementation against the reference; what nobody sees (NaN) shows nowhere."""
-    q, ranks = arguments[0], np.asarray(arguments[-1])
-    out = jax.jit(attend)(*arguments)
+    q, ranks = arguments[0], np.asarray(arguments[5])
+    out = jax.jit(attend)(*arguments, shared)
     assert out.shape == q.shape
     assert out.dtype == q.dtype
     out, real = np.asarray(out, np.float64), ranks >= 0

@@ -8,6 +8,7 @@ import pytest
 from conftest import lowered_for_cuda
 from paged_attention_checks import ENTRIES, FILLS, REST, check, problem
 
+from npr_jax.decode.attention import Shared
 from npr_jax.kernels import paged_gpu as attention_gpu
 from npr_jax.kernels.paged_gpu import paged_attention
 
@@ -57,12 +58,14 @@ def test_lowering_for_cuda_at_qwen3_4b_and_16k(num_rows, chunk, size):
         jax.ShapeDtypeStruct((), jnp.int32),
         jax.ShapeDtypeStruct((num_rows, width), jnp.int32),
         jax.ShapeDtypeStruct((num_rows, width + 1), jnp.int32),
-        jax.ShapeDtypeStruct((num_rows, chunk), jnp.int32),
+        *[jax.ShapeDtypeStruct((num_rows, chunk), jnp.int32)] * 2,
+        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), Shared.nothing(num_rows)),
     )
     text = lowered_for_cuda(paged_attention, *arguments)
-    (call,) = [line for line in text.splitlines() if "__gpu$xla.gpu.triton" in line]
-    assert "npr_paged_attention" in call
-    # The pool is an argument of the function and of the kernel, and of nothing else.
+    calls = [line for line in text.splitlines() if "__gpu$xla.gpu.triton" in line]
+    assert len(calls) == (2 if chunk == 1 < num_rows else 1)  # of runs, and of each row's own
+    assert all("npr_paged_attention" in call for call in calls)
+    # The pool is an argument of the function and of the kernels, and of nothing else.
     name = "x".join(map(str, pool.shape)) + "xbf16"
-    assert name in call
-    assert text.count(name) == 2
+    assert all(name in call for call in calls)
+    assert text.count(name) == 1 + len(calls)

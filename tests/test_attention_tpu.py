@@ -17,6 +17,7 @@ from jax.experimental.pallas.ops.tpu.ragged_paged_attention import kernel as sto
 from jax.sharding import Mesh, SingleDeviceSharding, use_abstract_mesh
 from paged_attention_checks import ENTRIES, FILLS, REST, check, problem
 
+from npr_jax.decode.attention import Shared
 from npr_jax.kernels import paged_tpu as attention_tpu
 from npr_jax.kernels.paged_tpu import paged_attention, plain_attention
 
@@ -86,10 +87,12 @@ def test_tpu_compiler_takes_qwen3_4b_at_16k(tpu_compiler, kernel, case, num_rows
         array((), jnp.int32),
         array((num_rows, width), jnp.int32),
         array((num_rows, width + 1), jnp.int32),
-        array((num_rows, chunk), jnp.int32),
+        *[array((num_rows, chunk), jnp.int32)] * 2,
+        jax.tree.map(lambda x: array(x.shape, x.dtype), Shared.nothing(num_rows)),
     )
     # The stock kernel asks which chip it is for.
     with use_abstract_mesh(Mesh([device], "x").abstract_mesh):
         compiled = jax.jit(kernel).lower(*arguments).compile()
-    assert "tpu_custom_call" in compiled.as_text()
+    calls = sum("tpu_custom_call" in line for line in compiled.as_text().splitlines())
+    assert calls == (2 if kernel is paged_attention and chunk == 1 else 1)  # runs, and the rest
     assert compiled.memory_analysis().temp_size_in_bytes < 2**25  # the pool is not copied

@@ -8,11 +8,12 @@ from conftest import spread
 from paged_attention_checks import ENTRIES, FILLS, REST, check, problem
 
 from npr_jax.decode import attention
+from npr_jax.decode.tables import shared_runs
 from npr_jax.kernels import paged_gpu, paged_tpu
 
 IMPLEMENTATIONS = {
     "gather": attention.gather,
-    "blockwise": attention.blockwise,
+    "blockwise": lambda q, pool, *rest: attention.blockwise(q, pool.swapaxes(2, 3), *rest),
     "tpu": functools.partial(paged_tpu.paged_attention, interpret=True),
     "gpu": functools.partial(paged_gpu.paged_attention, interpret=True),
 }
@@ -23,6 +24,7 @@ each = pytest.mark.parametrize("attend", IMPLEMENTATIONS.values(), ids=IMPLEMENT
 def small(monkeypatch):
     """Blocks of 16 slots, tiles of 8 or 16 queries, one row at a time: so there are several."""
     monkeypatch.setattr(attention, "_BLOCK", 16)
+    monkeypatch.setattr(attention, "_RUN", 12)
     monkeypatch.setattr(attention, "_CACHE_BYTES", 1)
     monkeypatch.setattr(paged_tpu, "_SLOTS", 16)
     monkeypatch.setattr(paged_tpu, "_QUERIES", 8)
@@ -46,6 +48,49 @@ def test_other_numbers_of_heads_and_an_even_number_of_rows(small, attend, kv_hea
 @each
 def test_rows_that_are_all_at_rest(small, attend):
     check(attend, problem([REST] * 4, FILLS[:4]))
+
+
+# Two answers to a prompt, each with a block of branches, one of which has a block of its own.
+TREE = [(1, 0, 9), (2, 1, 6), (3, 2, 9), (4, 3, 9), (5, 0, 6), (6, 5, 8), (7, 0, 2)]
+
+
+@each
+@pytest.mark.parametrize("chunk", [1, 3])
+@pytest.mark.parametrize("heads", [(2, 2), (1, 4)])
+def test_rows_that_list_the_same_pages(small, attend, chunk, heads):
+    rng = np.random.default_rng(chunk)
+    fills = [[int(n) for n in rng.integers(1, 5, 12)] for _ in range(10)]
+    entries = [sum(fill) - 1 for fill in fills]
+    kv_heads, group = heads
+    arguments = problem(entries, fills, chunk, kv_heads=kv_heads, group=group, same=TREE)
+    base = np.asarray(arguments[4])
+    entries = [int(row[12]) - number % 2 for number, row in enumerate(base)]
+    entries[4] = REST
+    arguments = problem(entries, fills, chunk, kv_heads=kv_heads, group=group, same=TREE)
+    shared = found(arguments)
+    assert len(set(shared.own.tolist())) > 3, "there are runs in runs"
+    check(attend, arguments, shared)
+
+
+def test_more_rows_than_read_together(small):
+    same = [(r, 0, 9) for r in range(1, 19)]
+    arguments = problem([36] * 20, [[4] * 10 for _ in range(20)], same=same)
+    shared = found(arguments)
+    assert (shared.runs[:, 1] > 0).sum() > 2
+    for name in ("blockwise", "tpu", "gpu"):
+        check(IMPLEMENTATIONS[name], arguments, shared)
+
+
+def found(arguments):
+    """What `shared_runs` finds in the tables of a problem."""
+    _, _, _, table, base, _, _ = (np.asarray(x) for x in arguments)
+    used = (np.diff(base) > 0).sum(axis=1)
+    tables = [
+        np.stack([pages[:n], start[:n]], axis=1)
+        for pages, start, n in zip(table, base, used, strict=True)
+    ]
+    names = [rows[:, 0].astype(">i4").tobytes() for rows in tables]
+    return shared_runs(names, tables, worth=1)
 
 
 @pytest.mark.slow

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from npr_jax.decode import tables as module
-from npr_jax.decode.attention import FAR
+from npr_jax.decode.attention import FAR, TOGETHER
 from npr_jax.decode.sequence import Segment
 from npr_jax.decode.steps import Rows, _write
-from npr_jax.decode.tables import Tables
+from npr_jax.decode.tables import Tables, pages_read
 
 SIZE, WIDTH, ROWS = 4, 24, 3
 
@@ -96,6 +96,71 @@ def test_only_what_has_changed_is_sent():
         ask()
         tables.send()
     assert sent == [11, 1, 1]
+
+
+# Of each segment: the one before it (or none), its pages, and how full its last page is.
+TREES = st.lists(st.tuples(st.integers(-1, 8), st.integers(1, 4), st.integers(1, SIZE)), max_size=9)
+
+
+@given(tree=TREES, picked=st.lists(st.integers(0, 8), max_size=12), worth=st.integers(1, 3))
+@settings(max_examples=examples(200), deadline=None)
+def test_rows_that_begin_alike_are_found_and_read_once(tree, picked, worth):
+    numbers, segments = iter(range(1, 100)), []
+    for before, pages, last in tree:
+        above = segments[before].table if 0 <= before < len(segments) else ()
+        tokens = SIZE * (pages - 1) + last
+        segments.append(segment_of(above, tokens, [next(numbers) for _ in range(pages)]))
+    tails = [segments[i] for i in dict.fromkeys(picked) if i < len(segments)]
+    tables = Tables(Rows.empty(12, 40), SIZE, Device.write)
+    for row, tail in enumerate(tails):
+        tables.set(row, tail.table)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_WORTH", SIZE * worth)
+        shared = tables.shared((*range(len(tails)), *[-1] * (12 - len(tails))))
+    cells = [tables._cells[row, : tables._used[row]].tolist() for row in range(len(tails))]
+    ends = [[entries for _, entries in row[1:]] + [FAR] for row in cells]
+    known = [
+        [(*cell, end) for cell, end in zip(*row, strict=True)]
+        for row in zip(cells, ends, strict=True)
+    ]
+    assert sorted(shared.order.tolist()) == list(range(12))
+    reached = [0] * 12
+    for begin, end, first, last in shared.runs.tolist():
+        rows = shared.order[begin:end].tolist()
+        assert len(rows) <= TOGETHER and last - first >= worth * (end > begin)
+        assert all(known[row][:last] == known[rows[0]][:last] for row in rows)
+        assert all(reached[row] == first for row in rows)
+        for row in rows:
+            reached[row] = last
+    assert reached == shared.own.tolist()
+    if worth == 1 and (shared.runs[:, 1] == 0).any():  # there was room: nothing is read twice
+        used = [len(row) for row in cells] + [0] * (12 - len(cells))
+        pages = {tuple(row[: n + 1]) for row in known for n in range(len(row))}
+        rows = [sum(row[: len(page)] == list(page) for row in known) for page in pages]
+        twice = sum((count - 1) // TOGETHER for count in rows)
+        assert pages_read(shared, used) == len(pages) + twice
+
+
+@pytest.mark.parametrize(("branches", "most"), [(5, 1.1), (1, 1.0), (8, 1.1)])
+def test_branches_read_what_is_before_them_once(branches, most):
+    """Five branches of up to 32 tokens behind 16,384: what a step reads, against one of them."""
+    tables = Tables(Rows.empty(8, 1100), 16, Device.write)
+    prompt = segment_of((), 16_384, range(1, 1025))
+    for row in range(branches):
+        tables.set(row, (prompt, segment_of((prompt,), 20, [1100 + 2 * row, 1101 + 2 * row])))
+    rows = (*range(branches), *[-1] * (8 - branches))
+    used = [1026] * branches + [0] * (8 - branches)
+    assert pages_read(tables.shared(rows), used) <= most * 1026
+
+
+def test_rows_that_change_are_looked_at_again():
+    tables = Tables(Rows.empty(2, WIDTH), SIZE, Device.write)
+    prompt = segment_of((), 80, range(1, 21))
+    for row in range(2):
+        tables.set(row, (prompt, segment_of((prompt,), 1, [30 + row])))
+    assert tables.shared((0, 1)).own.tolist() == [20, 20]
+    tables.set(1, (segment_of((), 80, range(41, 61)),))
+    assert tables.shared((0, 1)).own.tolist() == [0, 0]
 
 
 def test_replicas_take_their_own_cells():

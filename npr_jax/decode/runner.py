@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from npr_jax.decode.attention import Shared
 from npr_jax.decode.config import EngineConfig
 from npr_jax.decode.lanes import Lanes
 from npr_jax.decode.scheduler import Scheduler
@@ -76,6 +77,7 @@ class Runner:
         self.model_config, self.config, self.mesh = model_config, config, mesh
         self.replicas = mesh.shape["data"] if mesh else 1
         attention = choose_attention(config.attention, model_config.head_dim)
+        self._attention = attention
         dtype = jax.numpy.dtype(config.cache_dtype or params["embed"].dtype)
         self._steps = compiled_steps(model_config, attention, config.steps, mesh)
         # Prompts, whose pages are full but the last, are what the stock kernel of a TPU can do.
@@ -229,7 +231,11 @@ class Runner:
             branches = any(segment.before for _, _, segment, *_ in work)
             steps = self._steps if branches else self._prompt_steps
         tables = self._prefill_tables.send()
-        self._pool = steps.prefill(self.params, self._take_pool(), tables, *arrays)
+        listed = {r // rows * self._prefill_rows + r % rows for r, *_ in work}
+        places = np.arange(rows) + self._prefill_rows * np.arange(self.replicas)[:, None]
+        places = [[r if r in listed else -1 for r in some] for some in places.tolist()]
+        shared = self._shared(self._prefill_tables, places)
+        self._pool = steps.prefill(self.params, self._take_pool(), tables, shared, *arrays)
 
     def _decode_call(
         self, sequences: abc.Sequence[Sequence], penalised: bool, counts=(), limit=0, width=None
@@ -239,17 +245,17 @@ class Runner:
         arguments, seen = lanes.arguments(sequences, counts), None
         if penalised:  # the caller has read all that was drawn
             seen = lanes.seen(sequences, self.model_config.padded_vocab_size)
-        rows, pick, least = self._pick(sequences, counts, width)
+        rows, pick, least, shared = self._pick(sequences, counts, width)
         self._pool, lanes.state, output = self._steps.decode(
-            self.params, self._take_pool(), *arguments, seen, pick, least, np.int32(limit)
+            self.params, self._take_pool(), *arguments, seen, pick, shared, least, np.int32(limit)
         )
         return rows, output
 
     def _pick(self, sequences: abc.Sequence[Sequence], counts, width: int | None):
         """The row of each sequence in a step of the least width that has room for all of them; the
-        lanes i32[replicas * width] in these rows, or None for all; and i32[replicas], how many must
-        be at work lest the visit ends: three of four that can be, so that others can take their
-        place soon."""
+        lanes i32[replicas * width] in these rows, or None for all; i32[replicas], how many must be
+        at work lest the visit ends: three of four that can be, so that others can take their place
+        soon; and what the rows have in common."""
         num = int(self.config.lanes)
         lanes = [sequence.lane for sequence in sequences if sequence.lane is not None]
         places = [divmod(lane, num) for lane in lanes]
@@ -261,14 +267,26 @@ class Runner:
         width = width or next(width for width in self.config.widths if width >= most)
         if width == num:
             rows, pick = lanes, None
+            at_work = [[lane if lane in some else -1 for lane in range(num)] for some in found]
         else:
+            at_work = [some + [-1] * (width - len(some)) for some in found]
             pick = np.full((self.replicas, width), num, np.int32)
             row = {}
             for replica, some in enumerate(found):
                 pick[replica, : len(some)] = some
                 row |= {(replica, lane): replica * width + i for i, lane in enumerate(some)}
             rows, pick = [row[place] for place in places], self._once(pick.reshape(-1))
-        return rows, pick, self._once(np.array(least, np.int32))
+        places = [
+            [lane if lane < 0 else replica * num + lane for lane in some]
+            for replica, some in enumerate(at_work)
+        ]
+        shared = self._shared(self._lanes.tables, places)
+        return rows, pick, self._once(np.array(least, np.int32)), shared
+
+    def _shared(self, tables: Tables, rows: list[list[int]]) -> Shared:
+        """What the rows of each replica have in common."""
+        found = [tables.shared(tuple(some)) for some in rows]
+        return self._once(jax.tree.map(lambda *x: np.concatenate(x), *found))
 
     def _take_pool(self) -> jax.Array:
         """The pool, to be donated: until the call has given it back, there is none."""
@@ -277,10 +295,11 @@ class Runner:
 
     def _make_pool(self) -> jax.Array:
         config, dtype = self.config, self._dtype
-        shape = pool_shape(self.model_config, self.replicas * config.pages, config.page_size)
+        pages, name = self.replicas * config.pages, self._attention
+        shape = pool_shape(self.model_config, name, pages, config.page_size)
         if self.mesh is None:
             return jax.numpy.zeros(shape, dtype)
-        sharding = NamedSharding(self.mesh, pool_spec(self.model_config, self.mesh))
+        sharding = NamedSharding(self.mesh, pool_spec(self.model_config, name, self.mesh))
         return jax.jit(lambda: jax.numpy.zeros(shape, dtype), out_shardings=sharding)()
 
     def _once(self, tree):

@@ -25,14 +25,20 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from npr_jax.decode.attention import FAR, paged_attention
+from npr_jax.decode.attention import FAR, PagedAttention, Shared, paged_attention
 from npr_jax.decode.sampling import Array, LaneSampling, sample
 from npr_jax.model import ModelConfig, forward, head, unembed
 
 
-def pool_shape(config: ModelConfig, num_pages: int, page_size: int) -> tuple[int, ...]:
-    """The KV pool [L, P, Z, 2KV, K]: layers, pages, entries; k and v of a head side by side."""
-    return (config.num_layers, num_pages, page_size, 2 * config.num_kv_heads, config.head_dim)
+def pool_shape(
+    config: ModelConfig, attention: str, num_pages: int, page_size: int
+) -> tuple[int, ...]:
+    """The KV pool of an implementation (decode/attention.py): layers, pages, then entries and the
+    keys and values of heads in its order, head_dim."""
+    page = [page_size, 2 * config.num_kv_heads]
+    if paged_attention(attention).heads == 2:
+        page.reverse()
+    return (config.num_layers, num_pages, *page, config.head_dim)
 
 
 @struct.dataclass
@@ -134,38 +140,55 @@ class SamplerOutput:
         )
 
 
-def _attend(rows: Rows, ranks: jax.Array, size: int, attention: Callable):
-    """The model's `attend` over the pages of Z=`size` entries: writes k and v at `ranks` i32[R, C]
-    (-1: nowhere), which are of each row's last segment."""
+def _attend(
+    attention: PagedAttention, rows: Rows, ranks: jax.Array, pool: jax.Array, shared: Shared
+):
+    """The model's `attend` over the pages of `pool`: writes k and v at `ranks` i32[R, C] (-1:
+    nowhere), which are of each row's last segment."""
+    size = pool.shape[5 - attention.heads]
     number = jnp.maximum(ranks - rows.entry[:, None], 0)
     column = jnp.minimum(rows.column[:, None] + number // size, rows.table.shape[1] - 1)
     page = jnp.where(ranks < 0, 0, jnp.take_along_axis(rows.table, column, axis=1))
     offset = jnp.where(ranks < 0, 0, number % size)
+    used = jnp.where(ranks < 0, 0, column + 1)
 
     def attend(q, k, v, layer, pool):
         new = jnp.stack([k, v], axis=3).reshape(*k.shape[:2], -1, k.shape[3])
-        pool = pool.at[layer, page, offset].set(new.astype(pool.dtype), mode="drop")
+        new = new.astype(pool.dtype)
+        if attention.heads == 2:
+            pool = pool.at[layer, page, :, offset].set(new, mode="drop")
+        else:
+            pool = pool.at[layer, page, offset].set(new, mode="drop")
         # Else XLA may fuse the write into the reading, and do it twice.
         pool = jax.lax.optimization_barrier(pool)
-        return attention(q, pool, layer, rows.table, rows.base, ranks), pool
+        out = attention.attend(q, pool, layer, rows.table, rows.base, ranks, used, shared)
+        return out, pool
 
     return attend
 
 
 def _prefill(
-    config: ModelConfig, attention: Callable, params, pool, rows: Rows, tokens, positions, ranks
+    config: ModelConfig,
+    attention: PagedAttention,
+    params,
+    pool,
+    rows: Rows,
+    shared: Shared,
+    tokens,
+    positions,
+    ranks,
 ):
     """Writes the keys and values of tokens i32[R, C] at `positions` and `ranks` (-1: padding), of
     the first R rows of `rows`."""
     rows = jax.tree.map(lambda x: x[: len(tokens)], rows)
-    attend = _attend(rows, ranks, pool.shape[2], attention)
+    attend = _attend(attention, rows, ranks, pool, shared)
     _, pool = forward(config, params, tokens, positions, attend, pool)
     return pool
 
 
 def _decode(
     config: ModelConfig,
-    attention: Callable,
+    attention: PagedAttention,
     steps: int,
     params,
     pool,
@@ -177,6 +200,7 @@ def _decode(
     lanes: LaneSampling,
     seen,
     pick,
+    shared: Shared,
     least,
     limit,
 ):
@@ -191,6 +215,7 @@ def _decode(
       lanes: sampling knobs; a lane freezes after one of its `stops`.
       seen: bool[R, V] or None, for repetition penalties.
       pick: i32[W], lanes in rising order, and R for what is left over; None is all of them.
+      shared: what the W have in common.
 
     Returns:
       (pool, LaneState of all, SamplerOutput of the W).
@@ -217,7 +242,7 @@ def _decode(
         step, pool, state, drawn, seen = carry
         on = live(state)
         ranks = jnp.where(on, state.ranks, -1)[:, None]
-        attend = _attend(rows, ranks, pool.shape[2], attention)
+        attend = _attend(attention, rows, ranks, pool, shared)
         x, pool = forward(
             config, params, state.tokens[:, None], state.positions[:, None], attend, pool
         )
@@ -256,10 +281,10 @@ def _write(rows: Rows, cells, ends, first: Array = 0) -> Rows:
 
 
 class Steps(NamedTuple):
-    """The compiled steps: prefill(params, pool, rows, tokens, positions, ranks) -> pool,
-    decode(params, pool, rows, state, restart, restarted, given, lanes, seen, pick, least, limit)
-    -> (pool, state, SamplerOutput), and write(rows, cells, ends) -> rows; pool and `write`'s rows
-    are donated."""
+    """The compiled steps: prefill(params, pool, rows, shared, tokens, positions, ranks) -> pool,
+    decode(params, pool, rows, state, restart, restarted, given, lanes, seen, pick, shared, least,
+    limit) -> (pool, state, SamplerOutput), and write(rows, cells, ends) -> rows; pool and `write`'s
+    rows are donated."""
 
     prefill: Callable
     decode: Callable
@@ -278,7 +303,7 @@ def compiled_steps(
     """
     attend = paged_attention(attention)
     if mesh is not None:
-        attend = _over_heads(config, attention, attend, mesh)
+        attend = attend._replace(attend=_over_heads(config, attention, mesh))
     prefill = functools.partial(_prefill, config, attend)
     decode = functools.partial(_decode, config, attend, steps)
     if mesh is None:
@@ -293,11 +318,11 @@ def compiled_steps(
 
     pool, rows = P(None, "data"), P("data")
     shard = functools.partial(jax.shard_map, mesh=mesh, axis_names={"data"}, check_vma=False)
-    prefill = shard(prefill, in_specs=(P(), pool, rows, rows, rows, rows), out_specs=pool)
-    in_specs = P(), pool, *[rows] * 9, P()
+    prefill = shard(prefill, in_specs=(P(), pool, *[rows] * 5), out_specs=pool)
+    in_specs = P(), pool, *[rows] * 10, P()
     decode = shard(decode, in_specs=in_specs, out_specs=(pool, rows, rows))
     write = shard(write, in_specs=(rows, P(), rows), out_specs=rows)
-    laid_out = NamedSharding(mesh, pool_spec(config, mesh))
+    laid_out = NamedSharding(mesh, pool_spec(config, attention, mesh))
     everywhere = NamedSharding(mesh, P())  # every process reads what was drawn
     split = NamedSharding(mesh, rows)
     return Steps(
@@ -307,15 +332,15 @@ def compiled_steps(
     )
 
 
-def _over_heads(config: ModelConfig, name: str, attend: Callable, mesh: Mesh) -> Callable:
+def _over_heads(config: ModelConfig, name: str, mesh: Mesh) -> Callable:
     """Every shard of `tensor` attends with its own heads. Where KV heads do not divide XLA finds
     out what each needs, which it cannot do for a kernel."""
-    shards = mesh.shape["tensor"]
+    (attend, axis), shards = paged_attention(name), mesh.shape["tensor"]
     if config.num_kv_heads % shards == 0:
-        heads = P(None, None, "tensor")
+        heads, pool = P(None, None, "tensor"), P(*[None] * axis, "tensor")
         return jax.shard_map(
             attend,
-            in_specs=(heads, P(None, None, None, "tensor"), P(), P(), P(), P()),
+            in_specs=(heads, pool, *[P()] * 6),
             out_specs=heads,
             axis_names={"tensor"},
             check_vma=False,
@@ -328,7 +353,7 @@ def _over_heads(config: ModelConfig, name: str, attend: Callable, mesh: Mesh) ->
     return attend
 
 
-def pool_spec(config: ModelConfig, mesh: Mesh) -> P:
+def pool_spec(config: ModelConfig, attention: str, mesh: Mesh) -> P:
     """Pages over `data`; heads over `tensor` where they divide, else on every shard."""
     heads = "tensor" if config.num_kv_heads % mesh.shape["tensor"] == 0 else None
-    return P(None, "data", None, heads)
+    return P(None, "data", *[None] * (paged_attention(attention).heads - 2), heads)

@@ -1,17 +1,20 @@
 """The tables of rows, on the host and as the device has them: only cells that change are sent.
 
 A table lists the pages of its segments in order. Its last segment grows; the others are sealed.
+Which rows begin with the same pages is found here too, from the tables alone.
 """
 
+import itertools
 from collections import abc
 
 import numpy as np
 
-from npr_jax.decode.attention import FAR
+from npr_jax.decode.attention import FAR, TOGETHER, Shared
 from npr_jax.decode.sequence import Segment
 from npr_jax.decode.steps import Rows
 
 CELLS = 512  # that one call writes
+_WORTH = 64  # entries from which on a run of pages is read together
 
 
 class Tables:
@@ -28,6 +31,9 @@ class Tables:
         self._used = [0] * num_rows  # columns that list a page
         self._ends = np.zeros((num_rows, 3), np.int32)
         self._changed: list[tuple[int, np.ndarray]] = []  # row, columns
+        self._names = [b""] * num_rows  # the pages of each row when it was set, to sort by
+        # What rows have in common, until one is set again: what they grow by is their own.
+        self._found: dict[tuple[int, ...], Shared] = {}
 
     def set(self, row: int, segments: abc.Sequence[Segment]) -> None:
         """The row lists these segments from now on, and the last of them grows."""
@@ -51,6 +57,8 @@ class Tables:
         self._changed.append((row, changed))
         self._used[row] = used
         self._ends[row] = column, entry, entry + self._size * len(tail.pages)
+        self._names[row] = cells[:used, 0].astype(">i4").tobytes()
+        self._found.clear()
 
     def grow(self, row: int, tail: Segment) -> None:
         """The row's last segment may have got more pages since."""
@@ -80,3 +88,67 @@ class Tables:
                 some[: len(cells) - first] = cells[first : first + CELLS]
                 self._rows = self._write(self._rows, some, self._ends.copy())
         return self._rows
+
+    def shared(self, rows: tuple[int, ...]) -> Shared:
+        """What these rows (-1: one that lists nothing) have in common in a compiled step."""
+        if rows not in self._found:
+            self._found.clear()
+            names = [b"" if row < 0 else self._names[row] for row in rows]
+            tables = [self._cells[row, : 0 if row < 0 else self._used[row]] for row in rows]
+            self._found[rows] = shared_runs(names, tables, -(-_WORTH // self._size))
+        return self._found[rows]
+
+
+def shared_runs(names: abc.Sequence[bytes], tables: abc.Sequence[np.ndarray], worth: int) -> Shared:
+    """Which tables begin with the same pages.
+
+    Args:
+      names: of each row; in their order rows with the same first pages follow each other.
+      tables: i32[M, 2] of each row, page and entries before it.
+      worth: pages of the shortest run.
+    """
+    width = len(names)
+    shared = Shared.nothing(width)
+    order = sorted(range(width), key=names.__getitem__)
+    alike = [0] + [_alike(tables[a], tables[b]) for a, b in itertools.pairwise(order)]
+    runs: list[tuple[int, int, int, int]] = []
+
+    def look(begin: int, end: int, first: int) -> None:
+        """At rows order[begin:end], which have the columns before `first` in common."""
+        if end - begin < 2:
+            return
+        last = min(alike[begin + 1 : end])
+        some = range(begin, end, TOGETHER)
+        if last - first >= worth:
+            if len(runs) + len(some) > len(shared.runs):
+                return  # they go on alone
+            runs.extend((i, min(i + TOGETHER, end), first, last) for i in some)
+            shared.own[order[begin:end]] = first = last
+        cuts = [i for i in range(begin + 1, end) if alike[i] == last]
+        for cut in itertools.pairwise((begin, *cuts, end)):
+            look(*cut, first)
+
+    look(0, width, 0)
+    shared.runs[: len(runs)] = np.array(runs, np.int32).reshape(-1, 4)
+    shared.order[:] = order
+    return shared
+
+
+def _alike(a: np.ndarray, b: np.ndarray) -> int:
+    """How many columns two tables begin with that list the same pages, each from the same entry to
+    the same."""
+    count = min(len(a), len(b))
+    if not count or a[0, 0] != b[0, 0]:  # mostly
+        return 0
+    same = a[:count] == b[:count]
+    pages, entries = (count if column.all() else int(column.argmin()) for column in same.T)
+    if pages == entries == len(a) == len(b):
+        return count
+    return min(pages, entries - 1)
+
+
+def pages_read(shared: Shared, used: abc.Sequence[int]) -> int:
+    """Pages that one layer of a step reads for rows that see `used` pages each: those of a run once
+    for all its rows."""
+    alone = np.maximum(np.array(used) - shared.own, 0)
+    return int(alone.sum() + (shared.runs[:, 3] - shared.runs[:, 2]).sum())

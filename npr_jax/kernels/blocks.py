@@ -6,6 +6,8 @@ tree the keys that a block of queries does not see are hidden by one column (tha
 branch or document that they do not share), so little that is hidden counts as seen in part.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,8 @@ import numpy as np
 NONE, SOME, ALL = 0, 1, 2  # of the pairs of two blocks that are visible
 EMPTY = -1e30  # score of what is not seen; finite, so that a row that sees nothing stays finite
 SAVED = "attention"  # name of what the backward pass needs of attention, for `jax.checkpoint`
+FAR = 1 << 30  # more than any rank of paged attention
+TOGETHER = 8  # rows that read a run of pages at once
 LANES = 128  # of a TPU's vectors
 _GPU_DIMS = (16, 32, 64, 128, 256)  # powers of two; Triton multiplies nothing narrower than 16
 _NEVER, _ALWAYS = np.iinfo(np.int32).min, np.iinfo(np.int32).max
@@ -87,6 +91,30 @@ def pair_kinds(hidden: jax.Array, offset, length: int, block_q: int, block_k: in
     none = jnp.any(covered, axis=-1) | (first_key > last)
     every = ~jnp.any(touched, axis=-1) & (first_key + block_k - 1 <= first)
     return jnp.where(none, NONE, jnp.where(every, ALL, SOME)).astype(jnp.int32)
+
+
+def members(shared) -> jax.Array:
+    """The rows i32[S, TOGETHER] of each run of a `Shared` of R rows (decode/attention.py); R where
+    there is none."""
+    num_rows = len(shared.order)
+    place = shared.runs[:, :1] + jnp.arange(TOGETHER)
+    row = shared.order[jnp.minimum(place, num_rows - 1)]
+    return jnp.where(place < shared.runs[:, 1:2], row, num_rows)
+
+
+def merge(told: jax.Array, weight: jax.Array, rows: jax.Array, num_rows: int) -> jax.Array:
+    """What rows are told by several parts of their keys: f32[num_rows, ..., K].
+
+    Args:
+      told: f32[N, ..., K], attention over each part.
+      weight: f32[N, ...], the logarithm of the part's sum of exponentials.
+      rows: i32[N], whose part it is; `num_rows`: nobody's.
+    """
+    reduce = functools.partial(jax.ops.segment_max, num_segments=num_rows)
+    top = reduce(weight, rows).at[rows].get(mode="clip")
+    part = jnp.exp(weight - top)
+    reduce = functools.partial(jax.ops.segment_sum, num_segments=num_rows)
+    return reduce(part[..., None] * told, rows) / reduce(part, rows)[..., None]
 
 
 def dot(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:

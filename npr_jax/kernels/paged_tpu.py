@@ -3,7 +3,8 @@
 The face is that of attention.py. `paged_attention` takes the rows one after another and brings a
 row's pages to the chip block by block, up to the last page that the row sees; while it works on
 one block the next one, of this row or of the next, is on its way. A page comes with the keys and
-values of all heads in one copy.
+values of all heads in one copy. Runs that rows share are taken so too, with the queries of all
+their rows; XLA merges what a row is told by its runs and by its own pages.
 """
 
 import functools
@@ -14,17 +15,20 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
 
-from npr_jax.kernels.blocks import EMPTY, LANES, check_head_dim, dot, widen
+from npr_jax.kernels.blocks import EMPTY, FAR, LANES, check_head_dim, dot, members, merge, widen
 
 _SLOTS = 512  # of a block: 2 MiB with 8 key heads of 128 in bfloat16
 _QUERIES = 512  # times their group, that are worked on at once
 _VMEM = 32 * 2**20  # bytes that a kernel may take; Qwen3-4B takes 5 MiB to decode, 19 to prefill
 
 
-def paged_attention(q, pool, layer, table, base, ranks, interpret=False) -> jax.Array:
+def paged_attention(
+    q, pool, layer, table, base, ranks, used, shared=None, interpret=False
+) -> jax.Array:
     """Attends over the pages of each row; see attention.py.
 
-    Nobody checks page ids: one that is not in the pool reads other memory.
+    Nobody checks page ids: one that is not in the pool reads other memory. Rows of one query read
+    shared runs together; chunks of prompts, which compute more than they read, go alone.
 
     Args:
       q: [R, C, H, K]; on a TPU K is a multiple of 128.
@@ -33,61 +37,102 @@ def paged_attention(q, pool, layer, table, base, ranks, interpret=False) -> jax.
       table: i32[R, M], whole in the chip's scalar memory: up to 250 000 entries.
       base: i32[R, M + 1].
       ranks: i32[R, C], in each row first, first + 1, ... and then -1.
+      used: i32[R, C].
+      shared: of the R rows, or None.
       interpret: True or pltpu.InterpretParams(), to run on a CPU.
 
     Returns:
       [R, C, H, K]
     """
     num_rows, chunk, heads, dim = q.shape
-    _, _, size, double, _ = pool.shape
-    width = table.shape[1]
-    kv_heads = double // 2
+    kv_heads = pool.shape[3] // 2
     group = heads // kv_heads
     if not interpret:  # XLA would copy the pool to pad it
         check_head_dim("tpu", dim)
 
-    pages = max(1, _SLOTS // size)
     tiles = 1  # that the queries of a row are cut into
     while chunk % (2 * tiles) == 0 and chunk // tiles * group > _QUERIES:
         tiles *= 2
-    tile = chunk // tiles
-    steps = num_rows * tiles
+    # [R * tiles, KV, N, K]: the N = C / tiles * G queries of one key head are the lines of a matrix
+    matrix = q.reshape(num_rows, tiles, -1, kv_heads, group, dim).swapaxes(2, 3)
+    matrix = matrix.reshape(num_rows * tiles, kv_heads, -1, dim)
+    ranks, used = (x.reshape(num_rows * tiles, -1) for x in (ranks, used))
+    first, last, used = ranks[:, 0], jnp.max(ranks, axis=1), jnp.max(used, axis=1)
+    row = jnp.arange(num_rows * tiles, dtype=jnp.int32) // tiles
+    attend = functools.partial(_attend, pool, layer, table, base, interpret=interpret)
+    if chunk > 1 or shared is None or not len(shared.runs):
+        (out,) = attend(matrix, row, jnp.zeros_like(row), used, first, last, group)
+        out = out.reshape(num_rows, tiles, kv_heads, -1, group, dim).swapaxes(2, 3)
+        return out.reshape(num_rows, chunk, heads, dim)
+
+    alone = attend(matrix, row, shared.own, used, first, last, group, weigh=True)
+    rows = members(shared)  # [S, B]
+    runs = matrix.at[rows].get(mode="clip").swapaxes(1, 2)  # [S, KV, B, G, K]
+    runs = runs.reshape(len(rows), kv_heads, -1, dim)
+    _, _, begin, end = shared.runs.T
+    every = jnp.full_like(end, FAR - 1)  # its rows see all that a run holds
+    together = attend(runs, rows[:, 0], begin, end, every, every, runs.shape[2], weigh=True)
+
+    def apart(x):  # [S, KV, B * G, ...] -> [S * B, KV, G, ...]
+        x = x.reshape(len(rows), kv_heads, -1, group, *x.shape[3:]).swapaxes(1, 2)
+        return x.reshape(-1, *x.shape[2:])
+
+    told, weight = (jnp.concatenate([x, apart(y)]) for x, y in zip(alone, together, strict=True))
+    out = merge(told, weight, jnp.concatenate([row, rows.reshape(-1)]), num_rows)
+    return out.reshape(q.shape).astype(q.dtype)
+
+
+def _attend(
+    pool, layer, table, base, q, row, begin, end, first, last, group, interpret, weigh=False
+):
+    """S steps, each of N queries of every key head, over a stretch of a table.
+
+    q [S, KV, N, K]; of each step, i32[S]: `row` of the table, columns `begin` to `end` - 1, rank of
+    the `first` query (each `group` of queries one higher) and highest rank `last`. Returns
+    [S, KV, N, K] in the dtype of q; or, to `weigh`, in float32, with the logarithm of what it
+    weighs [S, KV, N].
+    """
+    steps, kv_heads, num_queries, dim = q.shape
+    _, _, size, double, _ = pool.shape
+    width = table.shape[1]
+    pages = max(1, _SLOTS // size)
     halves = 2 if steps % 2 == 0 else 1  # some chips have two cores
-
-    last = jnp.max(ranks.reshape(num_rows, tiles, tile), axis=-1)
-    used = jnp.sum(base[:, None, :-1] <= last[:, :, None], axis=-1, dtype=jnp.int32)
-
-    # [steps, KV, N, K]: the N = tile * G queries of one key head are the lines of a matrix
-    q = q.reshape(num_rows, tiles, tile, kv_heads, group, dim).swapaxes(2, 3)
-    q = q.reshape(steps, kv_heads, tile * group, dim)
 
     def step(half, i):
         return half * (steps // halves) + i
 
-    row = pl.BlockSpec(
+    whole_row = pl.BlockSpec(
         (None, 1, width + 1),
-        lambda half, i, *_: (jax.lax.div(step(half, i), tiles), 0, 0),
+        lambda half, i, layer, table, row, *_: (row[step(half, i)], 0, 0),
         memory_space=pltpu.SMEM,
     )
-    matrix = pl.BlockSpec((None, *q.shape[1:]), lambda half, i, *_: (step(half, i), 0, 0, 0))
-    sums = pltpu.VMEM((kv_heads, tile * group, LANES), jnp.float32)
-    out = pl.pallas_call(
-        functools.partial(_kernel, tiles=tiles, tile=tile),
+
+    def matrices(*shape):
+        return pl.BlockSpec((None, *shape), lambda half, i, *_: (step(half, i), 0, 0, 0))
+
+    matrix, sums = q.shape[1:], (kv_heads, num_queries, LANES)
+    out_shapes = [jax.ShapeDtypeStruct(q.shape, jnp.float32 if weigh else q.dtype)]
+    out_specs = [matrices(*matrix)]
+    if weigh:
+        out_shapes.append(jax.ShapeDtypeStruct((steps, *sums), jnp.float32))
+        out_specs.append(matrices(*sums))
+    out, *weight = pl.pallas_call(
+        functools.partial(_kernel, group=group, weigh=weigh),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=5,
+            num_scalar_prefetch=7,
             grid=(halves, steps // halves),
-            in_specs=[row, matrix, pl.BlockSpec(memory_space=pl.ANY)],
-            out_specs=matrix,
+            in_specs=[whole_row, matrices(*matrix), pl.BlockSpec(memory_space=pl.ANY)],
+            out_specs=out_specs,
             scratch_shapes=[
                 pltpu.VMEM((2, pages, size, double, dim), pool.dtype),
                 pltpu.SemaphoreType.DMA((2,)),
                 pltpu.SMEM((1,), jnp.int32),
-                sums,
-                sums,
-                pltpu.VMEM(q.shape[1:], jnp.float32),
+                pltpu.VMEM(sums, jnp.float32),
+                pltpu.VMEM(sums, jnp.float32),
+                pltpu.VMEM(matrix, jnp.float32),
             ],
         ),
-        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        out_shape=out_shapes,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),
             vmem_limit_bytes=_VMEM,
@@ -98,43 +143,43 @@ def paged_attention(q, pool, layer, table, base, ranks, interpret=False) -> jax.
     )(
         jnp.reshape(layer, 1),
         table.reshape(-1),
-        used.reshape(-1),
-        last.reshape(-1),
-        ranks[:, 0],
+        row,
+        begin,
+        end,
+        first,
+        last,
         base[:, None],
         q,
         pool,
     )
-    out = out.reshape(num_rows, tiles, kv_heads, tile, group, dim).swapaxes(2, 3)
-    return out.reshape(num_rows, chunk, heads, dim)
+    return (out, *(x[..., 0] for x in weight))
 
 
-def _kernel(*refs, tiles: int, tile: int):
-    """One step: a tile of the queries of one row over the pages that it sees.
+def _kernel(*refs, group: int, weigh: bool):
+    """One step of `_attend`.
 
-    Scalars: layer [1], table [R * M], used and last [steps] (pages and highest rank that a step
-    sees), first [R] (rank of a row's first query), base [1, M + 1]. q and out are [KV, N, K]; pool
-    stays where it is.
+    Scalars: layer [1], table [R * M], row, begin, end, first and last [S], base [1, M + 1]. q and
+    out are [KV, N, K], weight, if asked for, [KV, N, 128]; pool stays where it is.
     Scratch: buffer [2, pages, Z, 2KV, K] with a semaphore for either half, turn [1] (the half that
     comes next), and of the softmax so far top and total [KV, N, 128] and acc [KV, N, K].
     """
-    layer, table, used, last, first, base, q, pool, *refs = refs
-    out, buffer, arrived, turn, top, total, acc = refs
+    layer, table, row, begin, end, first, last, base, q, pool, *outs = refs[: 11 + weigh]
+    buffer, arrived, turn, top, total, acc = refs[11 + weigh :]
     _, pages, size, _, dim = buffer.shape
     kv_heads, num_queries, _ = q.shape
     width = base.shape[1] - 1
     i = pl.program_id(0) * pl.num_programs(1) + pl.program_id(1)
     is_last = pl.program_id(1) + 1 == pl.num_programs(1)
-    blocks = jax.lax.div(used[i] + pages - 1, pages)
+    blocks = jax.lax.div(jnp.maximum(end[i] - begin[i], 0) + pages - 1, pages)
 
     def each_page(i, block, do):
         """Does something for each page of a block that is seen."""
-        count = jnp.clip(used[i] - block * pages, 0, pages)
+        count = jnp.clip(end[i] - begin[i] - block * pages, 0, pages)
         jax.lax.fori_loop(0, count, lambda p, _: do(p), None)
 
     def fetch(i, block, half):
         def start(p):
-            page = pool.at[layer[0], table[jax.lax.div(i, tiles) * width + block * pages + p]]
+            page = pool.at[layer[0], table[row[i] * width + begin[i] + block * pages + p]]
             pltpu.make_async_copy(page, buffer.at[half, p], arrived.at[half]).start()
 
         each_page(i, block, start)
@@ -150,21 +195,20 @@ def _kernel(*refs, tiles: int, tile: int):
         """Clears slots that nobody sees: they weigh 0, but 0 * NaN is NaN."""
 
         def one(p):
-            column = block * pages + p
-            start, end = base[0, column], jnp.minimum(base[0, column + 1], last[i] + 1)
+            column = begin[i] + block * pages + p
+            start, stop = base[0, column], jnp.minimum(base[0, column + 1], last[i] + 1)
 
             def slot(z, _):
                 buffer[half, p, z] = jnp.zeros(buffer.shape[3:], buffer.dtype)
 
-            jax.lax.fori_loop(jnp.clip(end - start, 0, size), size, slot, None)
+            jax.lax.fori_loop(jnp.clip(stop - start, 0, size), size, slot, None)
 
         each_page(i, block, one)
 
     def attend(block, half):
         query = jax.lax.broadcasted_iota(jnp.int32, (num_queries, 1), 0)
-        rank = first[jax.lax.div(i, tiles)] + jax.lax.rem(i, tiles) * tile
-        rank += jax.lax.div(query, num_queries // tile)
-        seen = _seen(base, block, pages, size, rank)
+        rank = first[i] + jax.lax.div(query, group)
+        seen = _seen(base, begin[i] + block * pages, end[i], pages, size, rank)
         for head in range(kv_heads):
             k, v = _keys_values(buffer.at[half], head)
             scores = dot(q[head], k.astype(q.dtype), 1) * dim**-0.5
@@ -210,22 +254,25 @@ def _kernel(*refs, tiles: int, tile: int):
         fetch(i + 1, 0, turn[0])
 
     for head in range(kv_heads):
+        out, *weight = outs
         seen = jnp.maximum(total[head], 1e-30)
         out[head] = (acc[head] / widen(seen, dim)).astype(out.dtype)
+        if weigh:
+            weight[0][head] = top[head] + jnp.log(seen)
 
 
-def _seen(base, block, pages: int, size: int, rank):
-    """bool [N, pages * Z]: which slots of a block the queries of `rank` i32[N, 1] see."""
+def _seen(base, first, last, pages: int, size: int, rank):
+    """bool [N, pages * Z]: which slots of a block, whose pages begin with column `first` and end
+    before `last`, the queries of `rank` i32[N, 1] see."""
     width = base.shape[1] - 1
     slot = jax.lax.broadcasted_iota(jnp.int32, (1, pages * size), 1)
     page = jax.lax.div(slot, size)
-    start = end = jnp.zeros_like(slot)
+    start = stop = jnp.zeros_like(slot)
     for p in range(pages):  # of every slot: where its page starts and ends
-        column = block * pages + p
-        start = jnp.where(page == p, base[0, jnp.minimum(column, width)], start)
-        end = jnp.where(page == p, base[0, jnp.minimum(column + 1, width)], end)
+        start = jnp.where(page == p, base[0, jnp.minimum(first + p, width)], start)
+        stop = jnp.where(page == p, base[0, jnp.minimum(first + p + 1, width)], stop)
     entry = start + jax.lax.rem(slot, size)
-    return (entry < end) & (entry <= rank)
+    return (entry < stop) & (entry <= rank) & (first + page < last)
 
 
 def _keys_values(block, head):
@@ -241,10 +288,11 @@ def _keys_values(block, head):
     return k.astype(block.dtype), v.astype(block.dtype)
 
 
-def plain_attention(q, pool, layer, table, base, ranks) -> jax.Array:
+def plain_attention(q, pool, layer, table, base, ranks, used=None, shared=None) -> jax.Array:
     """The same by JAX's stock kernel, for rows whose pages are full but for the last one.
 
-    Slot z of page m has the rank m * Z + z; `base` is not looked at. Only bfloat16.
+    Slot z of page m has the rank m * Z + z; `base` and the last two are not looked at. Only
+    bfloat16.
     """
     num_rows, chunk, heads, dim = q.shape
     _, num_pages, size, double, _ = pool.shape

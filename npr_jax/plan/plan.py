@@ -290,11 +290,12 @@ def decode_step(arch: ModelConfig, config: RLConfig | BetaConfig, mesh: Mesh) ->
         abstract_params(arch, dtype),
         decode_shardings(arch, mesh),
     )
+    attention = choose_attention(engine.attention, arch.head_dim, "tpu")
     # What the step needs beside the pool does not depend on how many pages there are.
     pool = array(
-        pool_shape(arch, mesh.shape["data"] * 2, engine.page_size),
+        pool_shape(arch, attention, mesh.shape["data"] * 2, engine.page_size),
         engine.cache_dtype or dtype,
-        NamedSharding(mesh, pool_spec(arch, mesh)),
+        NamedSharding(mesh, pool_spec(arch, attention, mesh)),
     )
 
     def put(tree, spec=None):
@@ -302,14 +303,16 @@ def decode_step(arch: ModelConfig, config: RLConfig | BetaConfig, mesh: Mesh) ->
             lambda x: array(x.shape, x.dtype, NamedSharding(mesh, spec or P())), tree
         )
 
-    attention = choose_attention(engine.attention, arch.head_dim, "tpu")
     steps = compiled_steps(arch, attention, engine.steps, mesh)
     num_lanes = mesh.shape["data"] * engine.lanes
     rows = put(Rows.empty(num_lanes, engine.longest_table), P("data"))
     tables = Tables(rows, engine.page_size, steps.write)
     lanes = Lanes(engine, num_lanes, tables, put)
     least, limit = array((mesh.shape["data"],), jnp.int32), array((), jnp.int32)
-    return steps.decode, (params, pool, *lanes.arguments([], []), None, None, least, limit)
+    shared = [tables.shared((-1,) * engine.lanes)] * mesh.shape["data"]
+    shared = put(jax.tree.map(lambda *x: np.concatenate(x), *shared), P("data"))
+    arguments = *lanes.arguments([], []), None, None, shared, least, limit
+    return steps.decode, (params, pool, *arguments)
 
 
 def _decode_figures(
