@@ -357,7 +357,7 @@ def test_config_from_hugging_face_and_back():
     [
         ({"rope_theta": None}, "0 values of rope_theta"),
         ({"rope_theta": "1e6"}, "rope_theta is '1e6'"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, "rope type is 'yarn'"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8}}, "rope type is 'llama3'"),
         ({"rope_parameters": {"rope_theta": 1e6}}, "2 values of rope_theta"),
         ({"rope_parameters": {"rope_theta": 12345, "factor": 8}}, r"rope_parameters\.factor is 8"),
         ({"rope_scaling": {"factor": 8}}, r"rope_scaling\.factor is 8"),

@@ -3,11 +3,13 @@
 from npr_jax.model.config import PRESETS, ModelConfig
 from npr_jax.model.forward import forward, head, unembed
 from npr_jax.model.params import abstract_params, init_params, logical_axes, num_params
+from npr_jax.model.rope import Yarn
 from npr_jax.model.score import logits, token_logp, token_logp_entropy, token_loss
 
 __all__ = [
     "PRESETS",
     "ModelConfig",
+    "Yarn",
     "abstract_params",
     "forward",
     "head",

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from numbers import Real
 from typing import Any, Literal, get_args
 
+from npr_jax.model.rope import Yarn, product, read_rope
+
 ATTENTION = ("", "blockwise", "dense", "pallas")
 Remat = Literal["none", "full", "dots"]
 REMAT = get_args(Remat)
@@ -33,6 +35,7 @@ class ModelConfig:
         attention needs).
       logp_chunk: tokens whose logits exist at one time.
       init_*: standard deviations and gains of a random initialisation.
+      yarn: how positions beyond the original ones are read; it says max_position_embeddings.
     """
 
     model_type: str
@@ -58,6 +61,7 @@ class ModelConfig:
     init_embed_std: float = 0.02
     init_qk_gain: float = 1.0
     init_out_scale: float = 1.0
+    yarn: Yarn | None = None
 
     def __post_init__(self):
         checks = (
@@ -78,6 +82,16 @@ class ModelConfig:
             ("logp_chunk", self.logp_chunk > 0, "above 0"),
             ("attention_block", self.attention_block > 0, "above 0"),
         )
+        if yarn := self.yarn:
+            most = yarn.max_position_embeddings
+            checks += (
+                ("rope_theta", self.rope_theta > 1, "above 1 with yarn"),
+                (
+                    "max_position_embeddings",
+                    self.max_position_embeddings == most,
+                    f"{most}: {product(yarn)}",
+                ),
+            )
         for name, good, need in checks:
             if not good:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, needed is {need}")
@@ -102,6 +116,7 @@ class ModelConfig:
         else:  # by definition, where the file has none
             head_dim = hidden // heads
         vocab = _integer(hf, "vocab_size")
+        (theta, yarn), positions = _rope(hf), _integer(hf, "max_position_embeddings")
         fields: dict[str, Any] = dict(
             model_type=kind,
             vocab_size=vocab,
@@ -112,14 +127,15 @@ class ModelConfig:
             num_kv_heads=_integer(hf, "num_key_value_heads"),
             head_dim=head_dim,
             intermediate_size=_integer(hf, "intermediate_size"),
-            rope_theta=_rope_theta(hf),
+            rope_theta=theta,
             rms_norm_eps=_number("rms_norm_eps", _need(hf, "rms_norm_eps")),
             # transformers leaves this field out of the file where it has its default, false
             tie_word_embeddings=_switch(hf, "tie_word_embeddings"),
             qk_norm=kind == "qwen3",
             attention_bias=kind == "qwen2",
-            max_position_embeddings=_integer(hf, "max_position_embeddings"),
+            max_position_embeddings=yarn.max_position_embeddings if yarn else positions,
             eos_token_ids=eos_ids(hf, vocab),
+            yarn=yarn,
         )
         return cls(**(fields | changes))
 
@@ -147,6 +163,9 @@ class ModelConfig:
         }
         if self.model_type != "qwen2":
             hf["attention_bias"] = self.attention_bias
+        if self.yarn:  # by the old name too, or readers that know no other would leave it out
+            hf["rope_scaling"] = self.yarn.to_hf()
+            hf["rope_parameters"] = hf["rope_scaling"] | {"rope_theta": self.rope_theta}
         return hf
 
 
@@ -246,9 +265,9 @@ _READ = _words(
     """
     model_type vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads
     head_dim intermediate_size rope_theta rope_parameters rope_scaling rms_norm_eps
-    tie_word_embeddings max_position_embeddings eos_token_id hidden_act hidden_activation
-    attention_bias layer_types no_rope_layers sliding_window max_window_layers architectures
-    position_embedding_type
+    tie_word_embeddings max_position_embeddings original_max_position_embeddings eos_token_id
+    hidden_act hidden_activation attention_bias layer_types no_rope_layers sliding_window
+    max_window_layers architectures position_embedding_type
     """
 ).union(_MUST_BE_OFF, _MUST_BE_ONE, _OF_QK_NORM)
 # These say nothing about the numbers: tokens, sampling, storage, history, other heads.
@@ -324,31 +343,16 @@ def _refuse_variants(hf: Mapping, kind: str, layers: int) -> None:
         raise ValueError(f"attention_bias of {kind} also biases the output, supported is false")
 
 
-def _rope_theta(hf: Mapping) -> float:
-    """rope_theta from the top level (old files) or from rope_parameters (transformers 5)."""
-    found = {}
-    if hf.get("rope_theta") is not None:
-        found["rope_theta"] = _number("rope_theta", hf["rope_theta"])
-    for name in ("rope_parameters", "rope_scaling"):
-        rope = hf.get(name) or {}
-        if not isinstance(rope, dict):
-            raise ValueError(f"{name} is {rope!r}, needed is an object")
-        for key, value in rope.items():
-            if key in ("rope_type", "type"):
-                if value != "default":
-                    raise ValueError(f"rope type is {value!r} ({name}), supported is 'default'")
-            elif key == "rope_theta":
-                found[f"{name}.{key}"] = _number(f"{name}.{key}", value)
-            elif not (value is None or (key in ("factor", "partial_rotary_factor") and value == 1)):
-                raise ValueError(
-                    f"{name}.{key} is {value!r}, supported are rope_theta and rope_type='default'"
-                )
+def _rope(hf: Mapping) -> tuple[float, Yarn | None]:
+    """rope_theta and YaRN."""
+    said, yarn = read_rope(hf)
+    found = {name: _number(name, value) for name, value in said.items()}
     if len(set(found.values())) != 1:
         raise ValueError(
             f"config.json gives {len(set(found.values()))} values of rope_theta {found or ''}, "
             "needed is one (rope_theta or rope_parameters.rope_theta)"
         )
-    return next(iter(found.values()))
+    return next(iter(found.values())), yarn
 
 
 def _qwen3(hidden, layers, heads, ffn, tied, kv_heads=8, **changes) -> ModelConfig:

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from npr_jax.base.mesh import activations
 from npr_jax.kernels.blocks import SAVED
 from npr_jax.model.config import ModelConfig
+from npr_jax.model.rope import Yarn
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
@@ -27,12 +28,17 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     return (y * weight.astype(jnp.float32)).astype(x.dtype)
 
 
-def rope(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
+def rope(x: jax.Array, positions: jax.Array, theta: float, yarn: Yarn | None = None) -> jax.Array:
     """Rotary embedding of x [B, T, heads, K] at positions i32[B, T]; halves, as in Hugging Face."""
     half = x.shape[-1] // 2
-    inverse = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if yarn is None:
+        inverse = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    else:
+        inverse = yarn.frequencies(theta, 2 * half)
     angle = positions[:, :, None, None].astype(jnp.float32) * inverse
     sin, cos = jnp.sin(angle), jnp.cos(angle)
+    if yarn is not None:
+        sin, cos = sin * yarn.scale, cos * yarn.scale
     a, b = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
@@ -89,7 +95,8 @@ def forward(
             if c.qk_norm:
                 q = rms_norm(q, w["q_norm"], c.rms_norm_eps)
                 k = rms_norm(k, w["k_norm"], c.rms_norm_eps)
-            q, k = rope(q, positions, c.rope_theta), rope(k, positions, c.rope_theta)
+            q = rope(q, positions, c.rope_theta, c.yarn)
+            k = rope(k, positions, c.rope_theta, c.yarn)
             out, state = attend(q, k, v, number, state)
             out = flat(out.reshape(batch, length, -1)) @ w["wo"]
             x = settle(x + out.reshape(x.shape))

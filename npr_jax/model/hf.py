@@ -308,7 +308,8 @@ def write(
     def said(file: Mapping) -> dict:  # the two may differ: a base's end of text, and a chat's
         return {"eos_token_id": file.get("eos_token_id", eos) if unchanged else eos}
 
-    old = {"torch_dtype", "rope_scaling", "auto_map"}  # in `ours` by new names; code, which is left
+    # What `ours` says by other names, or in its own way; and code, which is left.
+    old = {"torch_dtype", "rope_scaling", "original_max_position_embeddings", "auto_map"}
     kept = {name: value for name, value in source.config.items() if name not in old}
     _write_json(directory / GENERATION, {**source.generation, **said(source.generation)})
     _write_json(directory / CONFIG, kept | ours | said(source.config))
