@@ -75,7 +75,7 @@ def unfinished(tmp_path):
         change(source / name, more)
     started = load(source, tags=True)
     claim(run, f"model: {source}\nseed: 0\n")
-    claim_inputs(run, {"model": model_content(str(source), started.params)})
+    claim_inputs(run, {"model": model_content(str(source), started)})
     with Checkpoints(run / "checkpoints", TEXT, keep=1) as checkpoints:
         checkpoints.save(2, new_state(started.params, OPTIMIZER), {})
     return run
@@ -109,6 +109,13 @@ def test_the_model_of_an_export_is_the_one_that_the_run_began_with(unfinished, t
     with pytest.raises(ValueError, match=r"other is not the model that .*: its content is weights"):
         export(unfinished, tmp_path / "x", start=str(other))
     assert export(unfinished, tmp_path / "out", start=str(same)) == 2
+    yarn = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 2048}
+    change(other / "config.json", {"rope_scaling": yarn})
+    shutil.copy(same / "model.safetensors", other)
+    with pytest.raises(
+        ValueError, match=r'its content is weights \w+ {.*"yarn".*, needed is weigh'
+    ):
+        export(unfinished, tmp_path / "x", start=str(other))
     publish_model(load(same, tags=True), unfinished / "final")
     assert export(unfinished, tmp_path / "out-2", start=str(same)) == 2
     tokenizer = json.loads((same / "tokenizer.json").read_text())["model"]

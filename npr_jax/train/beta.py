@@ -163,7 +163,7 @@ def _train(config: BetaConfig, output: Path, report: Report | None) -> Model:
 
     def seed_model() -> Model:
         model = load(config.model, seed=config.seed, tags=True, mesh=mesh)
-        claim_inputs(output, {"model": model_content(config.model, model.params)})
+        claim_inputs(output, {"model": model_content(config.model, model)})
         return model
 
     body = Fit(
@@ -194,7 +194,7 @@ class Sampling(Body[list[Record], list[Record]]):
                 model.tokenizer, read_problems(config.problems), sizes.max_prompt_tokens
             )
         contents = {
-            "sampler_model": model_content(config.sampler_model, model.params),
+            "sampler_model": model_content(config.sampler_model, model),
             "problems": problems_content(problems, prompts),
         }
         claim_inputs(self.path.parent, contents)

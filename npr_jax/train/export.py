@@ -106,7 +106,7 @@ def _check_same(model: Model, source: str, run: Path) -> None:
     pairs: dict[str, tuple] = {}  # what is seen, what is needed
     final = run / "final"
     if known := known_inputs(run).get("model"):
-        pairs["content"] = model_content(source, model.params), known
+        pairs["content"] = model_content(source, model), known
     if final.exists():
         seen, needed = model.config.to_hf(), read_model_config(final)[0].to_hf()
         pairs |= {key: (seen.get(key), value) for key, value in needed.items()}

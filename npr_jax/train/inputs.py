@@ -6,12 +6,17 @@ from collections.abc import Sequence
 
 from npr_jax.data.problems import Problem
 from npr_jax.model import PRESETS
+from npr_jax.model.pretrained import Model
 from npr_jax.train.rollout_cache import fingerprint
 
 
-def model_content(source: str, params: dict) -> str:
-    """The weights of a loaded model; a preset's are told by its name (and the run's seed)."""
-    return f"preset {source}" if source in PRESETS else f"weights {fingerprint(params):08x}"
+def model_content(source: str, model: Model) -> str:
+    """The weights of a loaded model, and YaRN, which is turned on for the same weights; a preset is
+    told by its name (and the run's seed)."""
+    if source in PRESETS:
+        return f"preset {source}"
+    content, yarn = f"weights {fingerprint(model.params):08x}", model.config.yarn
+    return f"{content} {json.dumps(yarn.to_hf())}" if yarn else content
 
 
 def problems_content(problems: Sequence[Problem], prompts: Sequence[Sequence[int]]) -> str:

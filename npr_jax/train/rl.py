@@ -182,7 +182,7 @@ class Policy(Body[TrainState, Path], Generic[C]):
             shardings = self.mesh and state_shardings(model.config, train.optimizer, self.mesh)
             state = new_state(model.params, train.optimizer, shardings)
             contents = {
-                "model": model_content(config.model, model.params),
+                "model": model_content(config.model, model),
                 "problems": problems_content(problems, prompts),
             }
         text = self.text + claim_inputs(self.directory, contents)
