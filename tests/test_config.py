@@ -350,7 +350,7 @@ def test_what_is_out_of_range_is_told_with_key_value_and_need(command, setting, 
         (lambda: EngineConfig(lanes=True), "lanes is True, needed is an integer"),
         (lambda: EngineConfig(lanes=2.0), "lanes is 2.0, needed is an integer"),
         (lambda: EngineConfig(attention="flash"), "attention is 'flash', needed is 'gather'"),
-        (lambda: EngineConfig(cache_dtype="f8"), "cache_dtype is 'f8', needed is 'float32' or"),
+        (lambda: EngineConfig(cache_dtype="f8"), "cache_dtype is 'f8', needed is 'float32', 'bf"),
         (lambda: SamplingParams(seed=(1, 2**32)), "seed is .*, needed is an integer from 0, below"),
         (lambda: SamplingParams(stop_token_ids=[3]), r"stop_token_ids is \[3\], needed is a tuple"),
         (

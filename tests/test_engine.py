@@ -74,6 +74,20 @@ def script_of_blocks():
     return [9, 10, SO, 11, *whole], 4
 
 
+@pytest.mark.parametrize(("cache_dtype", "most"), [("bfloat16", 0.02), ("int8", 0.02)])
+@pytest.mark.parametrize("attention", ["blockwise", "gather"])
+def test_small_pages_change_log_probs_a_little(attention, cache_dtype, most):
+    """int8 with its scales is no worse than bfloat16."""
+    ids, prompt_len = script_of_blocks()
+    gaps = []
+    for dtype in (None, cache_dtype):
+        config = dataclasses.replace(CONFIG, attention=attention, cache_dtype=dtype)
+        (answer,) = Engine(model(), config).replay([(ids, prompt_len)])
+        np.testing.assert_array_equal(answer.token_ids, ids)
+        gaps.append(gap(answer))
+    assert gaps[0] < 1e-4 < gaps[1] < most
+
+
 @pytest.mark.slow
 def test_replayed_traces_have_the_log_probs_of_one_forward():
     ids, prompt_len = script_of_blocks()

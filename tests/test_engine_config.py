@@ -99,7 +99,7 @@ def test_numbers_that_float32_cannot_use_are_refused(field, value):
         ("pages", 1, "an integer, 2 or more"),
         ("table_pages", None, "an integer, 0 or more"),
         ("steps", "8", "an integer, 1 or more"),
-        ("cache_dtype", "float33", "'float32' or 'bfloat16'"),
+        ("cache_dtype", "float33", "'float32', 'bfloat16' or 'int8'"),
     ],
 )
 def test_bad_sizes_are_refused_by_name(field, value, need):

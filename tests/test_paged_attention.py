@@ -2,10 +2,12 @@
 
 import functools
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import spread
-from paged_attention_checks import ENTRIES, FILLS, REST, check, problem
+from paged_attention_checks import ENTRIES, FILLS, REST, check, problem, reference
 
 from npr_jax.decode import attention
 from npr_jax.decode.tables import shared_runs
@@ -91,6 +93,40 @@ def found(arguments):
     ]
     names = [rows[:, 0].astype(">i4").tobytes() for rows in tables]
     return shared_runs(names, tables, worth=1)
+
+
+@pytest.mark.parametrize("name", ["gather", "blockwise"])
+def test_pages_of_int8_are_read_as_what_they_stand_for(small, name):
+    q, pool, *rest = problem(ENTRIES, FILLS, 3)
+    small_pool = attention.Int8.of(pool)
+    read = jnp.where(jnp.isnan(pool), pool, small_pool.whole * small_pool.scale[..., None])
+    error = jnp.abs(read - pool) / jnp.max(jnp.abs(pool), axis=-1, keepdims=True)
+    assert 0 < jnp.nanmax(error) < 0.51 / 127
+
+    def attend(q, pool, *rest):  # the scale of what nobody sees is NaN too
+        if name == "blockwise":
+            return attention.blockwise(q, jax.tree.map(lambda x: x.swapaxes(2, 3), pool), *rest)
+        return attention.gather(q, pool, *rest)
+
+    out = np.asarray(jax.jit(attend)(q, small_pool, *rest))
+    expected, real = reference(q, read, *rest), np.asarray(rest[3]) >= 0
+    np.testing.assert_allclose(out[real], expected[real], rtol=1e-5, atol=1e-5)
+
+
+def test_pages_of_zeros_are_zeros_in_int8():
+    packed = attention.Int8.of(jnp.zeros((3, 4)))
+    assert not packed.whole.any() and not packed.scale.any()
+    pool = attention.empty_pool((2, 3, 4, 6, 16), jnp.int8)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), pool) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), attention.Int8.of(jnp.zeros((2, 3, 4, 6, 16)))
+    )
+    assert sum(x.nbytes for x in jax.tree.leaves(pool)) == 2 * 3 * 4 * 6 * (16 + 4)
+
+
+def test_pages_that_an_implementation_does_not_read_are_refused():
+    with pytest.raises(ValueError, match=r"cache_dtype is 'int8'.*set attention to 'blockwise'"):
+        attention.check_pool("pallas", jnp.int8)
+    attention.check_pool("pallas", jnp.bfloat16)
 
 
 @pytest.mark.slow

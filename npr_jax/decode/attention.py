@@ -4,7 +4,7 @@ All implementations have one face:
 
     q      [R, C, H, K]      queries, normed and rotated
     pool   [L, P, Z, 2KV, K] layers, pages, entries; keys and values of a head side by side.
-                             `blockwise` has the heads first: [L, P, 2KV, Z, K]
+                             `blockwise` has the heads first: [L, P, 2KV, Z, K]. Or Int8 of these
     layer  i32[]
     table  i32[R, M]         pages in order
     base   i32[R, M + 1]     entries before each page: entry z of page m has the rank base[m] + z if
@@ -65,6 +65,58 @@ class Shared:
         return Shared(np.arange(rows, dtype=np.int32), runs, own)
 
 
+@struct.dataclass
+class Int8:
+    """Keys and values [..., K] as `whole` int8[..., K] times `scale` f32[...]: a 127th of the
+    largest of each K numbers."""
+
+    whole: Array
+    scale: Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of what it stands for."""
+        return self.whole.shape
+
+    @staticmethod
+    def of(x: jax.Array) -> "Int8":
+        """The nearest to x [..., K]."""
+        x = x.astype(jnp.float32)
+        scale = jnp.max(jnp.abs(x), axis=-1) / 127
+        whole = jnp.round(x / jnp.where(scale > 0, scale, 1.0)[..., None])
+        return Int8(whole.astype(jnp.int8), scale)
+
+
+def empty_pool(shape: tuple[int, ...], dtype):
+    """A pool of zeros; what it holds takes as many bytes as `dtype` has, and int8 four more for
+    every head of an entry."""
+    if dtype == jnp.int8:
+        return Int8(jnp.zeros(shape, jnp.int8), jnp.zeros(shape[:-1], jnp.float32))
+    return jnp.zeros(shape, dtype)
+
+
+def check_pool(implementation: str, dtype) -> None:
+    """Raises ValueError for pages that an implementation does not read."""
+    if implementation == "pallas" and dtype == jnp.int8:
+        raise ValueError(
+            "cache_dtype is 'int8', which attention='pallas' does not read: set attention to "
+            "'blockwise' (or 'gather'), or cache_dtype to 'bfloat16'"
+        )
+
+
+def write(pool, at: tuple, new: jax.Array):
+    """The pool with `new` [..., K] at some places; what is out of bounds is dropped."""
+    values = Int8.of(new) if isinstance(pool, Int8) else new.astype(pool.dtype)
+    return jax.tree.map(lambda old, new: old.at[at].set(new, mode="drop"), pool, values)
+
+
+def _read(pool, at: tuple, dtype) -> jax.Array:
+    """What the pool holds at some places [..., K]."""
+    if isinstance(pool, Int8):
+        return (pool.whole[at] * pool.scale[at][..., None]).astype(dtype)
+    return pool[at].astype(dtype)
+
+
 class PagedAttention(NamedTuple):
     """An implementation, and the axis of the heads in its pool: the entries have the other of 2
     and 3."""
@@ -101,8 +153,8 @@ def gather(q, pool, layer, table, base, ranks, used=None, shared=None) -> jax.Ar
     listed = entry < base[:, 1:, None]
     seen = listed[:, None] & (entry[:, None] <= ranks[:, :, None, None])  # [R, C, M, Z]
     seen = seen.reshape(num_rows, chunk, -1)
-    kv = pool[layer, table]  # [R, M, Z, 2KV, K]
-    kv = kv.reshape(num_rows, -1, kv.shape[3] // 2, 2, dim).astype(q.dtype)
+    kv = _read(pool, (layer, table), q.dtype)  # [R, M, Z, 2KV, K]
+    kv = kv.reshape(num_rows, -1, kv.shape[3] // 2, 2, dim)
     q = q.reshape(num_rows, chunk, kv.shape[2], -1, dim)
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     scores = product("rcngd,rsnd->rngcs", q, kv[:, :, :, 0]) * dim**-0.5
@@ -149,7 +201,7 @@ def blockwise(q, pool, layer, table, base, ranks, used, shared=None) -> jax.Arra
         entry = edges[:, :-1, None] + jnp.arange(size)
         listed = (entry < edges[:, 1:, None]) & (column[:, :-1] < end[:, None])[:, :, None]
         entry = jnp.where(listed, entry, FAR).reshape(num, 1, -1)
-        kv = pool[layer, here].astype(q.dtype).reshape(num, pages, kv_heads, 2, size, dim)
+        kv = _read(pool, (layer, here), q.dtype).reshape(num, pages, kv_heads, 2, size, dim)
         k, v = (kv[:, :, :, i].swapaxes(1, 2).reshape(num, kv_heads, -1, dim) for i in (0, 1))
         # What no query of a row sees weighs 0, but may be anything, and 0 * NaN is NaN.
         some = jnp.any(entry <= jnp.max(limit, axis=1)[:, None, None], axis=1)
@@ -195,7 +247,7 @@ def blockwise(q, pool, layer, table, base, ranks, used, shared=None) -> jax.Arra
         state = jax.lax.fori_loop(0, jnp.sum(shared.runs[:, 1] > 0), run, state)
 
     pages = min(max(1, _BLOCK // size), width)
-    entry_bytes = 2 * kv_heads * dim * pool.dtype.itemsize
+    entry_bytes = 2 * kv_heads * dim * q.dtype.itemsize
     at_once = min(max(1, _CACHE_BYTES // (pages * size * entry_bytes)), num_rows)
 
     def some_rows(inputs):

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Annotated, Literal
 
-from npr_jax.base.fields import Checked, Count, CountOrZero, Dtype, Range
+from npr_jax.base.fields import Checked, Count, CountOrZero, Range
 from npr_jax.decode.attention import Implementation
 
 
@@ -25,7 +25,8 @@ class EngineConfig(Checked):
       max_depth (levels): of blocks inside blocks; deeper ones are refused.
       on_invalid_block: "end" the answer at a block that is refused, or go on "sequential"ly.
       max_stops (token ids): end-of-text ids and tags at which a lane can freeze.
-      cache_dtype: of the pool; null is the parameters' dtype.
+      cache_dtype: of the pool; null is the parameters' dtype, "int8" has a scale for each head of
+        an entry (not with "pallas").
       attention: "blockwise", "pallas" or "gather" (decode/attention.py); null suits the platform
         and the model.
 
@@ -45,7 +46,7 @@ class EngineConfig(Checked):
     max_depth: Count = 4
     on_invalid_block: Literal["end", "sequential"] = "end"
     max_stops: Count = 8
-    cache_dtype: Dtype | None = None
+    cache_dtype: Literal["float32", "bfloat16", "int8"] | None = None
     attention: Implementation | None = None
 
     @property

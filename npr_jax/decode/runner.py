@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from npr_jax.decode.attention import Shared
+from npr_jax.decode.attention import Shared, check_pool, empty_pool
 from npr_jax.decode.config import EngineConfig
 from npr_jax.decode.lanes import Lanes
 from npr_jax.decode.scheduler import Scheduler
@@ -85,6 +85,7 @@ class Runner:
         stock = stock and params["embed"].dtype == dtype == jax.numpy.bfloat16
         prompts = "plain" if stock else attention
         self._prompt_steps = compiled_steps(model_config, prompts, config.steps, mesh)
+        check_pool(attention, dtype)
         self._dtype = dtype
         self._like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
         self._shapes = tuple(
@@ -288,19 +289,19 @@ class Runner:
         found = [tables.shared(tuple(some)) for some in rows]
         return self._once(jax.tree.map(lambda *x: np.concatenate(x), *found))
 
-    def _take_pool(self) -> jax.Array:
+    def _take_pool(self):
         """The pool, to be donated: until the call has given it back, there is none."""
         pool, self._pool = self._pool, None
         return self._make_pool() if pool is None else pool
 
-    def _make_pool(self) -> jax.Array:
+    def _make_pool(self):
         config, dtype = self.config, self._dtype
         pages, name = self.replicas * config.pages, self._attention
         shape = pool_shape(self.model_config, name, pages, config.page_size)
         if self.mesh is None:
-            return jax.numpy.zeros(shape, dtype)
+            return empty_pool(shape, dtype)
         sharding = NamedSharding(self.mesh, pool_spec(self.model_config, name, self.mesh))
-        return jax.jit(lambda: jax.numpy.zeros(shape, dtype), out_shardings=sharding)()
+        return jax.jit(lambda: empty_pool(shape, dtype), out_shardings=sharding)()
 
     def _once(self, tree):
         """Host arrays for one call, which a device alone takes as they are."""

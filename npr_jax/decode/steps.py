@@ -25,7 +25,7 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from npr_jax.decode.attention import FAR, PagedAttention, Shared, paged_attention
+from npr_jax.decode.attention import FAR, PagedAttention, Shared, paged_attention, write
 from npr_jax.decode.sampling import Array, LaneSampling, sample
 from npr_jax.model import ModelConfig, forward, head, unembed
 
@@ -154,11 +154,8 @@ def _attend(
 
     def attend(q, k, v, layer, pool):
         new = jnp.stack([k, v], axis=3).reshape(*k.shape[:2], -1, k.shape[3])
-        new = new.astype(pool.dtype)
-        if attention.heads == 2:
-            pool = pool.at[layer, page, :, offset].set(new, mode="drop")
-        else:
-            pool = pool.at[layer, page, offset].set(new, mode="drop")
+        heads = (slice(None),) if attention.heads == 2 else ()
+        pool = write(pool, (layer, page, *heads, offset), new)
         # Else XLA may fuse the write into the reading, and do it twice.
         pool = jax.lax.optimization_barrier(pool)
         out = attention.attend(q, pool, layer, rows.table, rows.base, ranks, used, shared)

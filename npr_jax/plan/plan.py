@@ -8,6 +8,7 @@ step needs room for what it computes, or the engine's next weights. Pages are gi
 """
 
 import dataclasses
+import functools
 import importlib.util
 import math
 import os
@@ -25,6 +26,7 @@ from jax.sharding import PartitionSpec as P
 
 from npr_jax.base.config import load_config
 from npr_jax.base.mesh import BATCH, MeshConfig, batch_shards, local_decode_mesh, make_mesh
+from npr_jax.decode.attention import check_pool, empty_pool
 from npr_jax.decode.lanes import Lanes
 from npr_jax.decode.steps import Rows, compiled_steps, pool_shape, pool_spec
 from npr_jax.decode.tables import Tables
@@ -292,11 +294,12 @@ def decode_step(arch: ModelConfig, config: RLConfig | BetaConfig, mesh: Mesh) ->
     )
     attention = choose_attention(engine.attention, arch.head_dim, "tpu")
     # What the step needs beside the pool does not depend on how many pages there are.
-    pool = array(
-        pool_shape(arch, attention, mesh.shape["data"] * 2, engine.page_size),
-        engine.cache_dtype or dtype,
-        NamedSharding(mesh, pool_spec(arch, attention, mesh)),
-    )
+    cache_dtype = jnp.dtype(engine.cache_dtype or dtype)
+    check_pool(attention, cache_dtype)
+    shape = pool_shape(arch, attention, mesh.shape["data"] * 2, engine.page_size)
+    pages = NamedSharding(mesh, pool_spec(arch, attention, mesh))
+    pool = jax.eval_shape(functools.partial(empty_pool, shape, cache_dtype))
+    pool = jax.tree.map(lambda x: array(x.shape, x.dtype, pages), pool)
 
     def put(tree, spec=None):
         return jax.tree.map(
@@ -310,7 +313,7 @@ def decode_step(arch: ModelConfig, config: RLConfig | BetaConfig, mesh: Mesh) ->
     lanes = Lanes(engine, num_lanes, tables, put)
     least, limit = array((mesh.shape["data"],), jnp.int32), array((), jnp.int32)
     shared = [tables.shared((-1,) * engine.lanes)] * mesh.shape["data"]
-    shared = put(jax.tree.map(lambda *x: np.concatenate(x), *shared), P("data"))
+    shared = put(jax.tree.map(lambda *x: np.concatenate(x), *shared))
     arguments = *lanes.arguments([], []), None, None, shared, least, limit
     return steps.decode, (params, pool, *arguments)
 
