@@ -5,7 +5,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from npr_jax.decode.keys import BRANCH, PRNG, branch_keys, fold_in, seed_key
+from npr_jax.decode.keys import BRANCH, PRNG, branch_keys, fold_in, seed_keys
 
 WORD = st.integers(0, 2**32 - 1)
 
@@ -21,11 +21,11 @@ def test_keys_are_folded_as_jax_folds_them(high, low, numbers):
 @given(WORD)
 def test_the_key_of_a_seed_is_jax_own(seed):
     expected = jax.random.key_data(jax.random.key(seed, impl=PRNG))
-    np.testing.assert_array_equal(seed_key(seed), expected)
+    np.testing.assert_array_equal(seed_keys(seed), expected)
 
 
 def test_branches_have_keys_of_their_own():
-    key = seed_key(7)
+    key = seed_keys(7)
     stream = jax.random.fold_in(jax.random.wrap_key_data(key, impl=PRNG), BRANCH)
     expected = [jax.random.key_data(jax.random.fold_in(stream, i)) for i in range(6)]
     keys = branch_keys(key, 6)

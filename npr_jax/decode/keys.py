@@ -15,29 +15,32 @@ _ROTATIONS = (13, 15, 26, 6), (17, 29, 16, 24)
 _PARITY = 0x1BD11BDA
 
 
-def seed_key(seed: int) -> np.ndarray:
-    """The key uint32[2] of a seed in [0, 2**32)."""
-    return np.array([0, seed], np.uint32)
+def seed_keys(seeds) -> np.ndarray:
+    """The keys uint32[..., 2] of seeds in [0, 2**32)."""
+    seeds = np.asarray(seeds, np.uint32)
+    return np.stack([np.zeros_like(seeds), seeds], axis=-1)
 
 
-def branch_keys(key: np.ndarray, count: int) -> list[np.ndarray]:
-    """The keys uint32[2] of lines 0 to count - 1 that grow from the line with this `key`."""
-    (stream,) = fold_in(key, np.array([BRANCH]))
-    return list(fold_in(stream, np.arange(count)))
+def branch_keys(keys: np.ndarray, count: int) -> np.ndarray:
+    """The keys uint32[..., count, 2] of lines 0 to count - 1 that grow from each of the lines with
+    these `keys` uint32[..., 2]."""
+    return fold_in(fold_in(keys[..., None, :], [BRANCH]), np.arange(count))
 
 
-def fold_in(key: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-    """A key uint32[2] folded with each of N numbers, as jax.random does it: uint32[N, 2].
+def fold_in(keys: np.ndarray, numbers) -> np.ndarray:
+    """Keys uint32[..., 2] folded with numbers of such a shape (...), or one that broadcasts, as
+    jax.random does it: uint32[..., 2]. One of the two has one dimension more than none.
 
     Threefry-2x32 with 20 rounds (Salmon et al., 2011) of the block (0, number).
     """
-    schedule = np.array([key[0], key[1], key[0] ^ key[1] ^ np.uint32(_PARITY)], np.uint32)[:, None]
-    high = np.zeros(len(numbers), np.uint32) + schedule[0]
-    low = np.asarray(numbers, np.uint32) + schedule[1]
+    high, low = keys[..., 0], keys[..., 1]
+    schedule = high, low, high ^ low ^ np.uint32(_PARITY)
+    low = np.asarray(numbers).astype(np.uint32) + low
+    high = np.zeros_like(low) + high
     for group in range(5):
         for rotation in _ROTATIONS[group % 2]:
             high = high + low
             low = (low << np.uint32(rotation) | low >> np.uint32(32 - rotation)) ^ high
         high = high + schedule[(group + 1) % 3]
         low = low + schedule[(group + 2) % 3] + np.uint32(group + 1)
-    return np.stack([high, low], axis=1)
+    return np.stack([high, low], axis=-1)

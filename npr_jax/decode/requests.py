@@ -8,7 +8,7 @@ import numpy as np
 
 from npr_jax.decode.config import EngineConfig
 from npr_jax.decode.fork_join import NO_DEPTH_LIMIT
-from npr_jax.decode.keys import branch_keys, seed_key
+from npr_jax.decode.keys import branch_keys, seed_keys
 from npr_jax.decode.sampling import SamplingParams
 from npr_jax.decode.sequence import Request, Segment, Sequence
 from npr_jax.model.tokenizer import text_ids
@@ -45,8 +45,7 @@ class RequestMaker:
         split = math.ceil(self._replicas / max(1, len(prompts)))
         size = math.ceil(sampling.n / split)
         groups = []
-        for prompt, seed in zip(ids, seeds, strict=True):
-            keys = branch_keys(seed_key(seed), sampling.n)
+        for prompt, keys in zip(ids, branch_keys(seed_keys(seeds), sampling.n), strict=True):
             for first in range(0, sampling.n, size):
                 shared = Segment(0, ())
                 shared.append_known(prompt[:-1], forced=False)
@@ -90,7 +89,7 @@ class RequestMaker:
             raise ValueError(f"{name} is {type(given).__name__}, needed is {needed}")
         vocab = self.model_config.vocab_size
         for place, token in enumerate(given):
-            if not _is_id(token, vocab):
+            if not ((type(token) is int and 0 <= token < vocab) or _is_id(token, vocab)):
                 raise ValueError(
                     f"{name} holds {token!r} at {place}, needed are token ids from 0 to "
                     f"{vocab - 1} (outside the vocabulary of {vocab})"
