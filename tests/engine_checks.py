@@ -51,6 +51,9 @@ def recount(scheduler):
     growing = [sequence for request in scheduler.running for sequence in request.growing()]
     writable = [page for sequence in growing for page in sequence.tail.pages]
     assert (refs[writable] == 1).all(), "a page that grows is shared"
+    for sequence in scheduler.bound:
+        assert not (sequence.ready and any(map(sequence.lacks, sequence.table)))
+        assert sequence.tail is sequence.items[-1]
     held = set(np.flatnonzero(refs).tolist())
     free, cached = set(pool._free), set(pool._cached)
     assert len(free) == len(pool._free)

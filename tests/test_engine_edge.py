@@ -6,7 +6,6 @@ import functools
 
 import bigram
 import hypothesis.strategies as st
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,6 +16,7 @@ from toy_tokenizers import byte_level, sentencepiece_like
 
 from npr_jax.decode import Engine, SamplingParams, fork_join
 from npr_jax.decode.outputs import KINDS, TextPieces
+from npr_jax.decode.runner import PendingStep
 
 SAMPLING = SamplingParams(n=3, max_tokens=80)
 
@@ -410,8 +410,8 @@ def test_an_exception_of_the_device_leaves_an_engine_as_new(monkeypatch, call, e
         return original(*args)
 
     if call == "read":
-        original = jax.device_get
-        monkeypatch.setattr(jax, "device_get", failing)
+        original = PendingStep.read
+        monkeypatch.setattr(PendingStep, "read", failing)
     else:
         original = getattr(runner._steps, call)
         runner._steps = runner._prompt_steps = runner._steps._replace(**{call: failing})

@@ -38,10 +38,12 @@ def segment_of(before, tokens: int, pages) -> Segment:
     return segment
 
 
-# A row, and the tokens of each segment that it lists; or a row whose last segment grows.
+# A row and how many get the same table, and the tokens of each segment that they list; or a row
+# whose last segment grows.
 CHANGES = st.lists(
     st.tuples(
         st.integers(0, ROWS - 1),
+        st.integers(1, 2),
         st.one_of(st.lists(st.integers(1, 20), min_size=1, max_size=4), st.integers(0, 3)),
     ),
     max_size=12,
@@ -56,15 +58,17 @@ def test_the_device_has_the_tables_of_the_host(cells, changes, sends):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "CELLS", cells)
         tables, rows = Tables(Rows.empty(ROWS, WIDTH), SIZE, Device.write), {}
-        for number, (row, change) in enumerate(changes):
+        for number, (row, some, change) in enumerate(changes):
             if isinstance(change, list):
                 segments = []
                 for count in change:
                     pages = [next(numbers) for _ in range(-(-count // SIZE))]
                     segments.append(segment_of(segments, count, pages))
-                rows[row] = segments
-                tables.set(row, segments)
+                some = min(some, ROWS - row)
+                rows |= dict.fromkeys(range(row, row + some), segments)
+                tables.set(row, segments, some)
             elif row in rows and sum(len(s.pages) for s in rows[row]) + change <= WIDTH:
+                rows = {r: s for r, s in rows.items() if r == row or s is not rows[row]}
                 rows[row][-1].pages += [next(numbers) for _ in range(change)]
                 tables.grow(row, rows[row][-1])
             if number % sends == 0:
@@ -161,6 +165,15 @@ def test_rows_that_change_are_looked_at_again():
     assert tables.shared((0, 1)).own.tolist() == [20, 20]
     tables.set(1, (segment_of((), 80, range(41, 61)),))
     assert tables.shared((0, 1)).own.tolist() == [0, 0]
+
+
+def test_ends_are_sent_where_no_cell_has_changed():
+    tables = Tables(Rows.empty(ROWS, WIDTH), SIZE, Device.write)
+    whole, half = segment_of((), 20, range(1, 6)), segment_of((), 8, range(1, 3))
+    tables.set(1, (whole,))
+    assert tables.send().column[1] == 0
+    tables.set(1, (half, segment_of((half,), 12, range(3, 6))))
+    assert tables.send().column[1] == 2
 
 
 def test_replicas_take_their_own_cells():

@@ -21,7 +21,6 @@ docs/architecture.md says who writes which field.
 """
 
 import contextlib
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -329,16 +328,16 @@ class Engine:
         self._clock.wait()
         drawn = pending.read(self.runner.stats)
         self._clock.go_on()
-        for sequence, most, frozen, figures in drawn:
+        for sequence, most, frozen, finite, tokens, figures in drawn:
             sequence.pending -= most
-            if not figures:
+            if not tokens:
                 continue
-            if not math.isfinite(sum(figures[1])):  # then neither is what else the lane drew
+            if not finite:  # then neither is what else the lane drew
                 self._end(sequence.request, "error", NOT_FINITE)
                 continue
-            sequence.tail.computed += len(figures[0])
+            sequence.tail.computed += len(tokens)
             growth = self._replay if sequence.request.tree else self._fork_join
-            growth.advance(sequence, *figures)
+            growth.advance(sequence, tokens, figures)
             if frozen and sequence.lane is not None:  # the tag was no event: the lane goes on
                 self.schedulers[sequence.request.replica].begin_epoch(sequence)
 

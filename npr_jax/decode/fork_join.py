@@ -6,6 +6,8 @@ when all are done, the sequence above ends with the first such reason in the ord
 
 from collections import abc
 
+import numpy as np
+
 from npr_jax.decode.config import EngineConfig
 from npr_jax.decode.keys import branch_keys
 from npr_jax.decode.scheduler import Scheduler
@@ -35,9 +37,8 @@ class ForkJoin:
         self.config, self.tags, self.schedulers = config, tags, schedulers
         self._finish, self._note, self._stats = finish, note, stats
 
-    def advance(self, sequence: Sequence, tokens: list[int], *figures: list) -> None:
-        """Takes the tokens drawn for a sequence, with log-probs, margins and steps, and acts on the
-        last."""
+    def advance(self, sequence: Sequence, tokens: list[int], figures: np.ndarray) -> None:
+        """Takes the tokens drawn for a sequence, with their FIGURES, and acts on the last."""
         request, automaton, tags = sequence.request, sequence.automaton, self.tags
         ended = tokens[-1] in request.ends
         text = tokens[:-1] if ended else tokens
@@ -49,7 +50,9 @@ class ForkJoin:
             except TraceError as found:
                 error = found
                 keep = min(found.index - begin + 1, len(text))
-        self._append(sequence, tokens[:keep], [figure[:keep] for figure in figures])
+        if keep < len(tokens):
+            tokens, figures = tokens[:keep], figures[:keep]
+        self._append(sequence, tokens, figures)
         if error is not None:
             self._end(sequence, "malformed", error.reason)
         elif ended and automaton is not None and automaton.stack and sequence.parent is None:
@@ -73,19 +76,20 @@ class ForkJoin:
         assert sequence.automaton is not None and self.tags is not None
         return sequence.automaton, self.tags
 
-    def _append(self, sequence: Sequence, tokens: list[int], figures: abc.Sequence[list]) -> None:
-        logp, logp_sampled, margin, step = figures
-        sequence.tail.append(tokens, logp, logp_sampled, margin, step)
+    def _append(self, sequence: Sequence, tokens: list[int], figures: np.ndarray) -> None:
+        sequence.tail.append(tokens, figures)
         sequence.budget -= len(tokens)
         self._stats["sampled_tokens"] += len(tokens)
-        self._note(sequence, "token", tokens=tokens, logp=logp)
+        self._note(sequence, "token", tokens=tokens, figures=figures)
 
     def _check_limits(self, sequence: Sequence) -> None:
+        if sequence.left > 0:
+            return
         request = sequence.request
         if sequence.budget < 1:
             limit = request.sampling.max_tokens
             self._end(sequence, "length", f"max_tokens={limit} (the line's share)")
-        elif sequence.position + 1 >= request.max_position:
+        else:
             self._end(sequence, "length", f"max_position={request.max_position}")
 
     def _fork(self, sequence: Sequence) -> None:
@@ -141,8 +145,8 @@ class ForkJoin:
     def _start_segment(self, sequence: Sequence, head: list[int], start: int, before) -> None:
         segment = Segment(start, before)
         segment.append_known(head, forced=True)
-        sequence.items.append(segment)
-        self._note(sequence, "token", tokens=head, logp=None)
+        sequence.append(segment)
+        self._note(sequence, "token", tokens=head)
 
     def _wait(self, sequence: Sequence, fork: Fork) -> None:
         """The sequence gives its lane up and waits for the branches of `fork`."""

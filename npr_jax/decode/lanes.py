@@ -18,14 +18,15 @@ from npr_jax.decode.tables import Tables
 
 
 class Lanes:
-    """The arrays of `num_lanes` lanes, with their tables; `put` sends host arrays to the device.
+    """The arrays of `num_lanes` lanes, with their tables; `put` sends host arrays to the device,
+    and `once` makes them arguments of a call.
 
     Attributes, on the device: `knobs`; `state`, which the compiled step gives back and the runner
     stores; `_no_tokens` i32[lanes, N] for "draw all".
     """
 
-    def __init__(self, config: EngineConfig, num_lanes: int, tables: Tables, put: abc.Callable):
-        self.config, self.tables, self.put = config, tables, put
+    def __init__(self, config: EngineConfig, num_lanes: int, tables: Tables, put, once):
+        self.config, self.tables, self._put, self._once = config, tables, put, once
         self._bound: list[tuple[Sequence, int] | None] = [None] * num_lanes  # with its epoch
         self._knobs = LaneSampling(
             key=np.zeros((num_lanes, 2), np.uint32),
@@ -40,7 +41,7 @@ class Lanes:
         self._resting = put(np.zeros(num_lanes, bool)), put(_state(none, none))
         self._no_tokens = put(np.full((num_lanes, config.steps), -1, np.int32))
         self.state = put(_state(none, none, frozen=True))
-        self.knobs = put(jax.tree.map(np.copy, self._knobs))
+        self.knobs = once(jax.tree.map(np.copy, self._knobs))
 
     def __len__(self) -> int:
         return len(self._bound)
@@ -70,18 +71,17 @@ class Lanes:
                 self.tables.grow(lane, sequence.tail)
         if not restarted:
             return self._resting
-        self.knobs = self.put(jax.tree.map(np.copy, self._knobs))
-        mask = np.zeros(len(self), bool)
+        self.knobs = self._once(jax.tree.map(np.copy, self._knobs))
+        mask, frozen = np.zeros(len(self), bool), np.ones(len(self), bool)
+        where = np.zeros((4, len(self)), np.int32)
         mask[restarted] = True
-        here = [sequence if mask[lane] else None for lane, sequence in enumerate(here)]
-        state = LaneState(
-            tokens=_column(here, lambda sequence: sequence.tail.tokens[-1]),
-            positions=_column(here, lambda sequence: sequence.position),
-            ranks=_column(here, lambda s: s.tail.offset + len(s.tail.tokens) - 1),
-            left=_column(here, lambda sequence: sequence.left),
-            frozen=np.array([sequence is None for sequence in here]),
-        )
-        return self.put((mask, state))
+        for lane in restarted:
+            if sequence := here[lane]:
+                tail, last = sequence.tail, len(sequence.tail.tokens) - 1
+                at = tail.tokens[last], tail.start + last, tail.offset + last, sequence.left
+                where[:, lane], frozen[lane] = at, False
+        tokens, positions, ranks, left = where
+        return self._once((mask, LaneState(tokens, positions, ranks, left, frozen)))
 
     def _given(self, sequences: abc.Sequence[Sequence], counts: abc.Sequence[int]):
         """i32[lanes, N], the tokens to take instead of drawing, or -1."""
@@ -92,7 +92,7 @@ class Lanes:
             if sequence.given:
                 done = len(sequence.tail.tokens) + sequence.pending
                 given[sequence.lane, :count] = sequence.given[done : done + count]
-        return self.put(given)
+        return self._once(given)
 
     def seen(self, sequences: abc.Sequence[Sequence], vocab: int):
         """bool[lanes, vocab], the tokens that each lane's sequence sees."""
@@ -100,7 +100,7 @@ class Lanes:
         for sequence in sequences:
             for segment in sequence.table:
                 seen[sequence.lane, segment.tokens] = True
-        return self.put(seen)
+        return self._once(seen)
 
     def _bind(self, lane: int, sequence: Sequence) -> None:
         """Writes a sequence's table and knobs into its lane."""
@@ -120,7 +120,3 @@ class Lanes:
 
 def _state(tokens, left, frozen: bool = False) -> LaneState:
     return LaneState(tokens, tokens, tokens, left, np.full(len(tokens), frozen))
-
-
-def _column(sequences: list[Sequence | None], value: abc.Callable[[Sequence], int]) -> np.ndarray:
-    return np.array([value(s) if s else 0 for s in sequences], np.int32)

@@ -9,7 +9,7 @@ from collections import abc, deque
 
 import numpy as np
 
-from npr_jax.decode.sequence import Fork, Request, Segment, Sequence
+from npr_jax.decode.sequence import FIGURES, Fork, Request, Segment, Sequence
 from npr_jax.tree import Block, TreeLayout, layout
 
 KINDS = ("token", "fork", "join", "finish")
@@ -153,16 +153,14 @@ class Outputs:
         self._untold: deque[tuple] = deque()
         self._delivering = False
 
-    def note(self, sequence: Sequence, kind: str, tokens=(), logp=None, branches=None) -> None:
-        """Something happened: `tokens` were sampled with `logp`, or forced where this is None."""
+    def note(self, sequence: Sequence, kind: str, tokens=(), figures=None, branches=None) -> None:
+        """Something happened: `tokens` were sampled with these FIGURES, or forced without."""
         if kind == "token":
-            if not self._listens(sequence.request):
-                return
+            request = sequence.request
+            if not request.on_event and (request.quiet or not self.tokens):
+                return  # nobody listens
             sequence.untold += 1
-        self._untold.append((sequence, kind, tokens, logp, branches))
-
-    def _listens(self, request: Request) -> bool:
-        return bool(request.on_event) or (self.tokens and not request.quiet)
+        self._untold.append((sequence, kind, tokens, figures, branches))
 
     def deliver(self) -> None:
         """Tells what has happened. Callbacks run here, so no lane or page is being changed; what
@@ -188,12 +186,13 @@ class Outputs:
         if raised:
             raise raised
 
-    def _tell_all(self, sequence: Sequence, kind: str, tokens, logp, branches) -> None:
+    def _tell_all(self, sequence: Sequence, kind: str, tokens, figures, branches) -> None:
         request = sequence.request
         if kind != "token":
             self._tell(request, Event(kind, request.id, sequence.branch, branches=branches))
             return
         sequence.untold -= 1
+        logp = None if figures is None else figures["logp"].tolist()
         over = not sequence.untold and (sequence.done or request.end is not None)
         for i, token in enumerate(tokens):
             if request.silent:
@@ -265,10 +264,11 @@ def make_trajectory(request: Request, reason: str, detail: str, tokenizer) -> Tr
     """The answer as far as it has come; a tokenizer that fails makes its reason `error`."""
     segments, blocks = _flatten(request.trunk)
 
-    def column(name: str, dtype) -> np.ndarray:
-        return np.array([x for s in segments for x in getattr(s, name)], dtype)
-
-    tokens, forced = column("tokens", np.int32), column("forced", bool)
+    tokens = np.array([token for s in segments for token in s.tokens], np.int32)
+    figures = np.frombuffer(b"".join(s.figures for s in segments), FIGURES)
+    logp, logp_sampled, margin, step, forced = (
+        figures[name].copy() for name in FIGURES.names or ()
+    )
     tree = request.tree
     if tree is None or len(tree) != len(tokens):
         tree = layout(len(tokens), blocks, request.prompt_len, forced)
@@ -287,10 +287,10 @@ def make_trajectory(request: Request, reason: str, detail: str, tokenizer) -> Tr
         token_ids=tokens,
         prompt_len=request.prompt_len,
         layout=tree,
-        logp=column("logp", np.float32),
-        logp_sampled=column("logp_sampled", np.float32),
-        margin=column("margin", np.float32),
-        step=column("step", np.int32),
+        logp=logp,
+        logp_sampled=logp_sampled,
+        margin=margin,
+        step=step,
         forced=forced,
         text=text,
         finish_reason=reason,

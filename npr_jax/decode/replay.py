@@ -44,8 +44,8 @@ class ReplayedSequence(Sequence):
 class Replay(ForkJoin):
     """Advances replayed sequences, and forks and joins them where their scripts say so."""
 
-    def advance(self, sequence: Sequence, tokens: list[int], *figures: list) -> None:
-        """Takes the given tokens with what was computed of them; acts at the end of a piece."""
+    def advance(self, sequence: Sequence, tokens: list[int], figures: np.ndarray) -> None:
+        """Takes the given tokens with their FIGURES; acts at the end of a piece."""
         assert isinstance(sequence, ReplayedSequence)
         self._append(sequence, tokens, figures)
         self._go_on(sequence)
@@ -123,11 +123,11 @@ def replayed_request(maker: RequestMaker, trace, parallel: bool, name: str) -> R
     shared.append_known(ids[: tree.prompt_len - 1], forced=False)
     key = np.zeros(2, np.uint32)
     request = maker.make(ids[: tree.prompt_len], shared, sampling, key)
-    script, items = script_of(ids, tree), request.trunk.items
+    script, plain = script_of(ids, tree), request.trunk
     request.tree, request.stops = tree, ()
     request.max_position = len(ids) + 1  # its own length is the only limit
     request.trunk = trunk = ReplayedSequence(request, None, 0, key, script)
-    trunk.items = items
+    trunk.items, trunk.tail = plain.items, plain.tail
     trunk.begin_piece()
     return request
 

@@ -125,7 +125,8 @@ class RequestMaker:
         trunk = request.trunk = Sequence(request, None, 0, key)
         own = Segment(len(prompt) - 1, (shared,) if shared.tokens else ())
         own.append_known(prompt[-1:], forced=False)
-        trunk.items = [shared, own]
+        trunk.items.append(shared)
+        trunk.append(own)
         trunk.budget = sampling.max_tokens
         request.penalised = penalised(sampling)
         if sampling.parallel and self.tags is not None:

@@ -8,7 +8,6 @@ a call that still writes to it is on its way.
 import contextlib
 import dataclasses
 import functools
-import math
 from collections import abc
 
 import jax
@@ -20,7 +19,7 @@ from npr_jax.decode.attention import Shared, check_pool, empty_pool
 from npr_jax.decode.config import EngineConfig
 from npr_jax.decode.lanes import Lanes
 from npr_jax.decode.scheduler import Scheduler
-from npr_jax.decode.sequence import Segment, Sequence
+from npr_jax.decode.sequence import FIGURES, Segment, Sequence
 from npr_jax.decode.steps import (
     Rows,
     SamplerOutput,
@@ -49,25 +48,31 @@ class PendingStep:
 
     def read(self, stats: dict[str, int]) -> abc.Iterator[tuple]:
         """Waits for the arrays, and counts the steps that ran; then, for every sequence that is
-        still in the same epoch: (sequence, most tokens it might draw, whether its lane froze, its
-        tokens with log-probs, log-probs as sampled, margins and steps, or None without any)."""
-        output = jax.device_get(self.output)
+        still in the same epoch: (sequence, most tokens it might draw, whether its lane froze,
+        whether its log-probs are finite, its tokens, their FIGURES)."""
+        output = jax.tree.map(np.asarray, self.output)
         first = stats["decode_steps"]
         stats["decode_steps"] += int(output.steps.max())
         stats["decode_rows"] += int(output.steps.sum())
         stats["decode_tokens"] += int(output.count.sum())
-        figures = (output.tokens, output.logp, output.logp_sampled, output.margin)
-        columns = [figure.tolist() for figure in figures]
-        return self._each(output, columns, first)
+        return self._each(output, first)
 
-    def _each(self, output: SamplerOutput, columns: list, first: int) -> abc.Iterator[tuple]:
+    def _each(self, output: SamplerOutput, first: int) -> abc.Iterator[tuple]:
+        figures = np.zeros(output.tokens.shape, FIGURES)
+        for name in ("logp", "logp_sampled", "margin"):
+            figures[name] = getattr(output, name)
+        number = np.arange(figures.shape[1])
+        figures["step"] = first + number
+        drawn = number < np.expand_dims(output.count, 1)
+        finite = np.all(np.isfinite(output.logp) | ~drawn, axis=1).tolist()
+        tokens, counts = output.tokens.tolist(), output.count.tolist()
+        rests = output.frozen.tolist()
         for sequence, epoch, most, row in self.sequences:
             if sequence.lane is None or sequence.epoch != epoch:
                 continue  # it has ended, or will draw the same again
-            count = int(output.count[row])
-            drawn = [column[row][:count] for column in columns]
-            drawn.append(list(range(first, first + count)))
-            yield sequence, most, bool(output.frozen[row]), drawn if count else None
+            count = counts[row]
+            columns = tokens[row][:count], figures[row, :count]
+            yield sequence, most, rests[row], finite[row], *columns
 
 
 class Runner:
@@ -120,7 +125,7 @@ class Runner:
         """Forgets what lanes and pages hold; the next call makes another pool."""
         self._pool = None
         lanes = self.replicas * self.config.lanes
-        self._lanes = Lanes(self.config, lanes, self._tables(lanes), self._put)
+        self._lanes = Lanes(self.config, lanes, self._tables(lanes), self._put, self._once)
         self._prefill_rows = max(rows for rows, _ in self._shapes)
         self._prefill_tables = self._tables(self.replicas * self._prefill_rows)
 
@@ -154,22 +159,24 @@ class Runner:
     def prefill(self, schedulers: abc.Sequence[Scheduler]) -> None:
         """Computes what the sequences with lanes must have before they decode, but at most one long
         chunk of it, so that decoding lanes wait for no more than that."""
-        while True:
-            rows, chunk = self._prefill_shape(schedulers)
-            work = [
-                (replica * rows + row, *piece)
-                for replica, scheduler in enumerate(schedulers)
-                for row, piece in enumerate(_prefill_work(scheduler, rows, chunk))
-            ]
-            if not work:
+        shape = None
+        while any(unready := [scheduler.unready() for scheduler in schedulers]):
+            if shape == self._shapes[-1]:
                 return
+            shape = rows, chunk = self._prefill_shape(unready)
+            work = []
+            for replica, lines in enumerate(zip(schedulers, unready, strict=True)):
+                row = replica * rows
+                for piece in _prefill_work(*lines, rows, chunk):
+                    work.append((row, *piece))
+                    row += -(-piece[-1] // chunk)
+            if not work:  # it was adopted
+                continue
             self._prefill_call(work, rows, chunk)
             self.stats["prefill_calls"] += 1
-            for _, scheduler, segment, _, count in work:
+            for _, scheduler, segment, count in work:
                 scheduler.computed(segment, count)
                 self.stats["prefill_tokens"] += count
-            if (rows, chunk) == self._shapes[-1]:
-                return
 
     def decode(self, sequences: abc.Sequence[Sequence]) -> PendingStep | None:
         """Asks for N steps of these sequences; None where none of them can draw.
@@ -177,10 +184,10 @@ class Runner:
         For a few steps only while other lanes wait for a chunk of their prompts: a step takes its
         time however few lanes are in it.
         """
-        ready = [sequence for sequence in sequences if _is_ready(sequence)]
+        ready = [sequence for sequence in sequences if sequence.ready]
         few = max(1, self.config.steps // 16)
         limit = self.config.steps if len(ready) == len(sequences) else few
-        counts = [min(self._most(sequence), limit) for sequence in ready]
+        counts = [self._most(sequence, limit) for sequence in ready]
         if not any(counts):
             return None
         penalised = any(sequence.request.penalised for sequence in ready)
@@ -190,29 +197,30 @@ class Runner:
             most = count if sequence.given or not count else limit
             sequence.pending += most
             asked.append((sequence, sequence.epoch, most, row))
-        return PendingStep(asked, output)
+        return PendingStep(asked, jax.copy_to_host_async(output))
 
-    def _most(self, sequence: Sequence) -> int:
-        """The most tokens a lane draws in its next visit, if it has drawn all that was asked for;
-        for given tokens this is exact."""
-        tail, pending = sequence.tail, sequence.pending
+    def _most(self, sequence: Sequence, limit: int) -> int:
+        """The most tokens a lane draws in its next visit of `limit` steps, if it has drawn all that
+        was asked for; for given tokens this is exact."""
+        tail = sequence.tail
         room = len(tail.pages) * self.config.page_size - len(tail.tokens) + 1
-        return max(0, min(self.config.steps, sequence.left - pending, room - pending))
+        return max(0, min(limit, min(sequence.left, room) - sequence.pending))
 
-    def _prefill_shape(self, schedulers) -> tuple[int, int]:
-        """Of the two shapes, the one that computes what is missing at less cost."""
-        counts = []
-        for scheduler in schedulers:
-            missing = {
-                id(segment): _goal(segment, sequence) - segment.computed
-                for sequence in scheduler.bound
+    def _prefill_shape(self, unready: list[list[Sequence]]) -> tuple[int, int]:
+        """Of the two shapes, the one that computes what the sequences of each replica lack at less
+        cost."""
+        counts = [
+            {
+                id(segment): sequence.lacks(segment)
+                for sequence in some
                 for segment in sequence.table
             }
-            counts.append([count for count in missing.values() if count > 0])
+            for some in unready
+        ]
 
         def cost(shape):  # tokens computed, padding included, and a call's reading of the weights
             rows, chunk = shape
-            calls = max(math.ceil(sum(math.ceil(n / chunk) for n in c) / rows) for c in counts)
+            calls = max(-(-sum(-(-n // chunk) for n in c.values()) // rows) for c in counts)
             return calls * (rows * chunk + 64)
 
         return min(self._shapes, key=cost)
@@ -221,21 +229,24 @@ class Runner:
         shape = self.replicas * rows, chunk
         tokens, positions = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
         ranks = np.full(shape, -1, np.int32)
-        for r, _, segment, first, count in work:
-            number = np.arange(count)
-            self._prefill_tables.set(r // rows * self._prefill_rows + r % rows, segment.table)
-            tokens[r, :count] = segment.tokens[first : first + count]
-            positions[r, :count] = segment.start + first + number
-            ranks[r, :count] = segment.offset + first + number
+        listed = np.full((self.replicas, rows), -1)
+        for row, _, segment, count in work:
+            # Consecutive chunks of a segment fill consecutive rows.
+            first, last, begin = segment.computed, segment.computed + count, row * chunk
+            number = np.arange(first, last)
+            tokens.reshape(-1)[begin : begin + count] = segment.tokens[first:last]
+            positions.reshape(-1)[begin : begin + count] = segment.start + number
+            ranks.reshape(-1)[begin : begin + count] = segment.offset + number
+            (replica, place), used = divmod(row, rows), -(-count // chunk)
+            table = replica * self._prefill_rows + place
+            self._prefill_tables.set(table, segment.table, used)
+            listed[replica, place : place + used] = np.arange(table, table + used)
         arrays = self._once((tokens, positions, ranks))
         if steps is None:
-            branches = any(segment.before for _, _, segment, *_ in work)
+            branches = any(segment.before for _, _, segment, _ in work)
             steps = self._steps if branches else self._prompt_steps
         tables = self._prefill_tables.send()
-        listed = {r // rows * self._prefill_rows + r % rows for r, *_ in work}
-        places = np.arange(rows) + self._prefill_rows * np.arange(self.replicas)[:, None]
-        places = [[r if r in listed else -1 for r in some] for some in places.tolist()]
-        shared = self._shared(self._prefill_tables, places)
+        shared = self._shared(self._prefill_tables, listed.tolist())
         self._pool = steps.prefill(self.params, self._take_pool(), tables, shared, *arrays)
 
     def _decode_call(
@@ -259,30 +270,30 @@ class Runner:
         soon; and what the rows have in common."""
         num = int(self.config.lanes)
         lanes = [sequence.lane for sequence in sequences if sequence.lane is not None]
-        places = [divmod(lane, num) for lane in lanes]
-        found = [sorted(lane for r, lane in places if r == s) for s in range(self.replicas)]
+        found: list[list[int]] = [[] for _ in range(self.replicas)]
+        for lane in sorted(lanes):
+            found[lane // num].append(lane)
         given = any(sequence.given for sequence in sequences)  # which come in fixed portions
-        able = [r for (r, _), count in zip(places, counts, strict=True) if count and not given]
-        least = [math.ceil(_AT_WORK * able.count(replica)) for replica in range(self.replicas)]
+        able = np.zeros(self.replicas)
+        for lane, count in zip(lanes, counts, strict=True):
+            able[lane // num] += count > 0 and not given
+        least = np.ceil(_AT_WORK * able).astype(np.int32)
         most = max(map(len, found))
         width = width or next(width for width in self.config.widths if width >= most)
         if width == num:
             rows, pick = lanes, None
-            at_work = [[lane if lane in some else -1 for lane in range(num)] for some in found]
+            at_work = [[-1] * num for _ in found]
+            for lane in lanes:
+                at_work[lane // num][lane % num] = lane
         else:
             at_work = [some + [-1] * (width - len(some)) for some in found]
             pick = np.full((self.replicas, width), num, np.int32)
             row = {}
             for replica, some in enumerate(found):
-                pick[replica, : len(some)] = some
-                row |= {(replica, lane): replica * width + i for i, lane in enumerate(some)}
-            rows, pick = [row[place] for place in places], self._once(pick.reshape(-1))
-        places = [
-            [lane if lane < 0 else replica * num + lane for lane in some]
-            for replica, some in enumerate(at_work)
-        ]
-        shared = self._shared(self._lanes.tables, places)
-        return rows, pick, self._once(np.array(least, np.int32)), shared
+                pick[replica, : len(some)] = np.array(some, np.int32) - replica * num
+                row |= {lane: replica * width + i for i, lane in enumerate(some)}
+            rows, pick = [row[lane] for lane in lanes], self._once(pick.reshape(-1))
+        return rows, pick, self._once(least), self._shared(self._lanes.tables, at_work)
 
     def _shared(self, tables: Tables, rows: list[list[int]]) -> Shared:
         """What the rows of each replica have in common."""
@@ -356,44 +367,28 @@ def _refuse_unlike(params, like) -> None:
             )
 
 
-def _prefill_work(scheduler: Scheduler, rows: int, chunk: int):
-    """Up to `rows` pieces (scheduler, segment, its token at which they begin, how many) that one
-    call can compute together; a long segment takes a row for every `chunk` of its tokens."""
-    work: list[tuple[Scheduler, Segment, int, int]] = []
-    planned: dict[int, int] = {}  # segment: its computed tokens after this call
+def _prefill_work(scheduler: Scheduler, unready: list[Sequence], rows: int, chunk: int):
+    """Pieces (scheduler, segment, how many tokens) of what the sequences lack that one call can
+    compute together; a segment takes a row for every `chunk` of its tokens."""
+    work: list[tuple[Scheduler, Segment, int]] = []
+    planned: set[int] = set()  # segments of which this call computes all
     pages = set()  # prompt pages that this call begins: an equal prompt waits, then adopts them
-    for sequence in scheduler.bound:
+    for sequence in unready:
         for segment in sequence.table:
             scheduler.stats["cached_tokens"] += scheduler.adopt(segment)
-            end = _goal(segment, sequence)
-            begin = max(segment.computed, planned.get(id(segment), 0))
-            if begin == end:
+            count = sequence.lacks(segment)
+            if not count or id(segment) in planned:
                 continue
-            if len(work) == rows:
+            if not rows:
                 return work
-            if id(segment) in planned:
-                break  # the next call goes on here
             page = scheduler.next_page(segment)
             if page in pages:
                 break
             pages.add(page)
             pages.discard(None)
-            while begin < end and len(work) < rows:
-                count = min(chunk, end - begin)
-                work.append((scheduler, segment, begin, count))
-                begin += count
-            planned[id(segment)] = begin
-            if begin < end:
+            work.append((scheduler, segment, min(count, rows * chunk)))
+            rows -= -(-count // chunk)
+            if rows < 0:  # the next call goes on here
                 return work
+            planned.add(id(segment))
     return work
-
-
-def _goal(segment: Segment, sequence: Sequence) -> int:
-    """How many tokens of a segment must be computed before `sequence` decodes: all, but its own
-    last."""
-    return len(segment.tokens) - (segment is sequence.tail)
-
-
-def _is_ready(sequence: Sequence) -> bool:
-    """Whether everything the sequence sees is computed, or will be by what is on its way."""
-    return all(segment.computed >= _goal(segment, sequence) for segment in sequence.table)

@@ -14,11 +14,14 @@ Only here is written who has which lane and which page, who is running, and the 
 
 import heapq
 import math
+import operator
 from collections import abc
 
 from npr_jax.decode.config import EngineConfig
 from npr_jax.decode.pages import PagePool
 from npr_jax.decode.sequence import Request, Segment, Sequence
+
+_PRIORITY = operator.attrgetter("path")
 
 
 class Scheduler:
@@ -43,7 +46,16 @@ class Scheduler:
     @property
     def bound(self) -> list[Sequence]:
         """The sequences that have a lane, by priority."""
-        return sorted(filter(None, self.lanes), key=lambda sequence: sequence.path)
+        return sorted(filter(None, self.lanes), key=_PRIORITY)
+
+    def unready(self) -> list[Sequence]:
+        """The sequences with a lane that lack something of their tables, by priority. Once it lacks
+        nothing a sequence is ready as long as it keeps its lane."""
+        found = [sequence for sequence in self.lanes if sequence and not sequence.ready]
+        for sequence in found:
+            sequence.ready = not any(map(sequence.lacks, sequence.table))
+        found = [sequence for sequence in found if not sequence.ready]
+        return sorted(found, key=_PRIORITY)
 
     @property
     def num_requests(self) -> int:
@@ -79,10 +91,11 @@ class Scheduler:
 
     def _bind(self, sequences: list[Sequence]) -> None:
         free = [i for i, sequence in enumerate(self.lanes) if sequence is None]
-        sequences = sorted(sequences, key=lambda sequence: sequence.path)
+        sequences = sorted(sequences, key=_PRIORITY)
         for lane, sequence in zip(free, sequences, strict=False):
             self.lanes[lane] = sequence
             sequence.lane = self.first_lane + lane
+            sequence.ready = False
             self.begin_epoch(sequence)
 
     def begin_epoch(self, sequence: Sequence) -> None:
@@ -123,19 +136,21 @@ class Scheduler:
 
     def _grow(self, sequence: Sequence, steps: int) -> str | None:
         """Allocates what the sequence's table lacks; says what is short if it cannot have it."""
-        size = self.config.page_size
-        table, total = sequence.table, 0
-        for segment in table:
-            entries = len(segment.tokens) + (steps - 1 if segment is table[-1] else 0)
-            need = math.ceil(entries / size)
-            total += need
+        size, tail = self.config.page_size, sequence.tail
+        need = -(-(len(tail.tokens) + steps - 1) // size)
+        if sequence.ready and need <= len(tail.pages):
+            return None
+        total = 0
+        for segment in sequence.table:
+            pages = need if segment is tail else -(-len(segment.tokens) // size)
+            total += pages
             if total > self.config.longest_table:
                 return f"room in a table of {self.config.longest_table} pages"
-            if need > len(segment.pages):
-                pages = self.pages.allocate(need - len(segment.pages))
-                if pages is None:
+            if pages > len(segment.pages):
+                new = self.pages.allocate(pages - len(segment.pages))
+                if new is None:
                     return "pages"
-                segment.pages.extend(pages)
+                segment.pages.extend(new)
                 segment.row = None
         return None
 

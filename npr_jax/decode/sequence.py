@@ -22,6 +22,11 @@ from npr_jax.decode.sampling import SamplingParams
 from npr_jax.tree import Automaton, Block, TreeLayout
 from npr_jax.tree.parse import OpenBlock
 
+# Of a token: the step that drew it (-1: none), whether the engine wrote it, and the sampler's.
+FIGURES = np.dtype(
+    [("logp", "f4"), ("logp_sampled", "f4"), ("margin", "f4"), ("step", "i4"), ("forced", "?")]
+)
+
 
 class Segment:
     """Tokens at positions start, start + 1, ...; `before`: the segments they see, in order."""
@@ -31,11 +36,7 @@ class Segment:
         self.table = (*before, self)
         self.offset = sum(len(segment.tokens) for segment in before)  # entries before its own
         self.tokens: list[int] = []
-        self.logp: list[float] = []
-        self.logp_sampled: list[float] = []
-        self.margin: list[float] = []
-        self.step: list[int] = []
-        self.forced: list[bool] = []
+        self.figures = bytearray()  # FIGURES of each token
         self.pages: list[int] = []
         self.row: np.ndarray | None = None  # `pages` as an array; None where they have changed
         self.computed = 0  # tokens whose keys are in `pages`
@@ -44,17 +45,14 @@ class Segment:
 
     def append_known(self, tokens, forced: bool) -> None:
         """Adds tokens that were not sampled: the prompt (forced False) or a header."""
-        zeros = [0.0] * len(tokens)
-        self.append(tokens, zeros, zeros, zeros, [-1] * len(tokens), forced)
+        figures = np.zeros(len(tokens), FIGURES)
+        figures["step"], figures["forced"] = -1, forced
+        self.append(tokens, figures)
 
-    def append(self, tokens, logp, logp_sampled, margin, step, forced: bool = False) -> None:
-        """Adds tokens with their figures."""
-        self.tokens.extend(tokens)
-        self.logp.extend(logp)
-        self.logp_sampled.extend(logp_sampled)
-        self.margin.extend(margin)
-        self.step.extend(step)
-        self.forced.extend([forced] * len(tokens))
+    def append(self, tokens, figures: np.ndarray) -> None:
+        """Adds tokens with their FIGURES."""
+        self.tokens += tokens
+        self.figures += figures.tobytes()
 
 
 @dataclasses.dataclass
@@ -84,10 +82,12 @@ class Sequence:
             block = sum(isinstance(item, Fork) for item in parent.items)
             self.branch = (*parent.branch, (block, number))
         self.items: list[Segment | Fork] = []
+        self.tail: Segment  # the last of them that is one: it grows, unless a fork has sealed it
         self.automaton: Automaton | None = None
         self.budget = 0
         self.given: list[int] | None = None  # what its last segment will hold, if not drawn
         self.lane: int | None = None
+        self.ready = False  # all that it sees is computed, or will be by what is on its way
         self.epoch = 0  # counts starts on a lane: what was drawn in an earlier one is dropped
         self.pending = 0  # tokens that may have been drawn and were not read yet
         self.text: Any = None  # outputs.TextPieces, where somebody listens
@@ -96,12 +96,10 @@ class Sequence:
         self.done = False
         self.failure: tuple[str, str] | None = None
 
-    @property
-    def tail(self) -> Segment:
-        """The segment that grows."""
-        last = self.items[-1]
-        assert isinstance(last, Segment)
-        return last
+    def append(self, segment: Segment) -> None:
+        """The sequence goes on in this segment."""
+        self.items.append(segment)
+        self.tail = segment
 
     @property
     def fork(self) -> Fork:
@@ -118,16 +116,18 @@ class Sequence:
     @property
     def table(self) -> tuple[Segment, ...]:
         """The segments the sequence's next token sees, in order."""
-        last = self.items[-1]
-        if isinstance(last, Fork):
-            last = self.items[-2]
-        assert isinstance(last, Segment)
-        return last.table
+        return self.tail.table
 
     @property
     def left(self) -> int:
         """Tokens the sequence may still draw by its budget or its positions."""
-        return min(self.budget, self.request.max_position - 1 - self.position)
+        tail = self.tail
+        return min(self.budget, self.request.max_position - tail.start - len(tail.tokens))
+
+    def lacks(self, segment: Segment) -> int:
+        """Tokens of a segment of its table to be computed before the sequence draws: all that are
+        not, but its own last."""
+        return max(0, len(segment.tokens) - (segment is self.tail) - segment.computed)
 
     def own_tokens(self) -> list[int]:
         """The sequence's own tokens, without those of its branches."""

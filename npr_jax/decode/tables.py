@@ -30,16 +30,19 @@ class Tables:
         self._cells[:, :, 1] = FAR
         self._used = [0] * num_rows  # columns that list a page
         self._ends = np.zeros((num_rows, 3), np.int32)
-        self._changed: list[tuple[int, np.ndarray]] = []  # row, columns
+        self._rows_changed: list[int] = []
+        self._columns_changed: list[int] = []  # of these rows
+        self._ends_changed = False
         self._names = [b""] * num_rows  # the pages of each row when it was set, to sort by
         # What rows have in common, until one is set again: what they grow by is their own.
         self._found: dict[tuple[int, ...], Shared] = {}
 
-    def set(self, row: int, segments: abc.Sequence[Segment]) -> None:
-        """The row lists these segments from now on, and the last of them grows."""
-        tail = segments[-1]
+    def set(self, row: int, segments: abc.Sequence[Segment], count: int = 1) -> None:
+        """The row, and what else makes `count` rows, list these segments from now on, and the last
+        of them grows."""
+        tail, rows = segments[-1], slice(row, row + count)
         used = sum(len(segment.pages) for segment in segments)
-        cells = np.zeros((max(used, self._used[row]), 2), np.int32)
+        cells = np.zeros((max(used, *self._used[rows]), 2), np.int32)
         column = entry = 0
         for segment in segments:
             end = column + len(segment.pages)
@@ -51,41 +54,42 @@ class Tables:
                 break
             column, entry = end, entry + len(segment.tokens)
         cells[used:, 1] = FAR
-        old = self._cells[row, : len(cells)]
-        changed = np.flatnonzero((cells != old).any(axis=1))
-        old[changed] = cells[changed]
-        self._changed.append((row, changed))
-        self._used[row] = used
-        self._ends[row] = column, entry, entry + self._size * len(tail.pages)
-        self._names[row] = cells[:used, 0].astype(">i4").tobytes()
+        old = self._cells[rows, : len(cells)]
+        at, columns = (cells.view(np.int64) != old.view(np.int64))[:, :, 0].nonzero()
+        old[at, columns] = cells[columns]
+        self._rows_changed += (row + at).tolist()
+        self._columns_changed += columns.tolist()
+        self._used[rows] = [used] * count
+        ends = np.array([column, entry, entry + self._size * len(tail.pages)], np.int32)
+        self._ends_changed |= bool((self._ends[rows] != ends).any())
+        self._ends[rows] = ends
+        self._names[rows] = [cells[:used, 0].astype(">i4").tobytes()] * count
         self._found.clear()
 
     def grow(self, row: int, tail: Segment) -> None:
         """The row's last segment may have got more pages since."""
-        column, _, room = self._ends[row].tolist()
-        known = self._used[row] - column
-        new = tail.pages[known:]
+        used, (column, _, room) = self._used[row], self._ends[row].tolist()
+        new = tail.pages[used - column :]
         if not new:
             return
-        columns = self._used[row] + np.arange(len(new))
-        self._cells[row, columns, 0] = new
-        self._cells[row, columns, 1] = room + self._size * np.arange(len(new))
-        self._changed.append((row, columns))
+        for column, page in enumerate(new, used):
+            self._cells[row, column] = page, room
+            room += self._size
+        self._rows_changed += [row] * len(new)
+        self._columns_changed += range(used, used + len(new))
         self._used[row] += len(new)
-        self._ends[row, 2] = room + self._size * len(new)
+        self._ends[row, 2], self._ends_changed = room, True
 
     def send(self, anyway: bool = False) -> Rows:
         """The tables on the device, after what has changed was sent, if anything or `anyway`."""
-        if self._changed or anyway:
-            at = [(row, len(columns)) for row, columns in self._changed]
-            rows = np.repeat(*np.array(at, np.int32).reshape(-1, 2).T)
-            columns = [columns.astype(np.int32) for _, columns in self._changed]
-            columns = np.concatenate([np.zeros(0, np.int32), *columns])
-            cells = np.column_stack([rows, columns, self._cells[rows, columns]])
-            self._changed = []
-            for first in range(0, max(1, len(cells)), CELLS):
+        if self._rows_changed or self._ends_changed or anyway:
+            at = np.array([self._rows_changed, self._columns_changed], np.int32)
+            self._rows_changed, self._columns_changed, self._ends_changed = [], [], False
+            for first in range(0, max(1, at.shape[1]), CELLS):
+                rows, columns = at[:, first : first + CELLS]
                 some = np.full((CELLS, 4), len(self._used), np.int32)  # a row that is not there
-                some[: len(cells) - first] = cells[first : first + CELLS]
+                some[: len(rows), 0], some[: len(rows), 1] = rows, columns
+                some[: len(rows), 2:] = self._cells[rows, columns]
                 self._rows = self._write(self._rows, some, self._ends.copy())
         return self._rows
 
