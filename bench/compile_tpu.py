@@ -9,19 +9,19 @@ that the compiler plans on the chip. Nothing is run.
 
 import argparse
 import datetime
+import functools
 import json
 import time
 from importlib.metadata import version
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
-from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
+from tpu_steps import TOPOLOGIES, chips, lower_decode
 
+from npr_jax import EngineConfig
 from npr_jax.decode.attention import Shared
-from npr_jax.decode.sampling import LaneSampling
-from npr_jax.decode.steps import LaneState, Rows, compiled_steps, pool_shape
+from npr_jax.decode.steps import Rows, compiled_steps, pool_shape
 from npr_jax.model import PRESETS, abstract_params
 from npr_jax.train.optimizer import OptimizerConfig, abstract_state
 from npr_jax.train.step import Objective, compiled_step
@@ -30,12 +30,17 @@ MODEL = "qwen3-0.6b"
 ROW_LEN, DEPTH = 4096, 3
 LANES, PAGES, PAGE_SIZE, TABLE, STEPS, STOPS = 32, 1024, 64, 64, 16, 8
 PREFILL_ROWS, PREFILL_CHUNK = 4, 256
-CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+NARROW = 5  # lanes, of the 32: the branches of one block
 
 
 def main() -> None:
     config = PRESETS[MODEL]
-    programs = {"train_step": _train, "decode": _decode, "prefill": _prefill}
+    programs = {
+        "train_step": _train,
+        "decode": _decode,
+        "decode_narrow": functools.partial(_decode, width=NARROW),
+        "prefill": _prefill,
+    }
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("programs", nargs="*", help=f"of {', '.join(programs)}; default: all")
     wanted = parser.parse_args().programs or list(programs)
@@ -44,9 +49,8 @@ def main() -> None:
     if len(wanted) < len(programs):  # the others stay as they are
         found = json.loads(path.read_text(encoding="utf-8"))["results"]
         results = [row for row in found if row["program"] not in wanted]
-    for chip, name in CHIPS.items():
-        topology = topologies.get_topology_desc(platform="tpu", topology_name=name)
-        sharding = SingleDeviceSharding(topology.devices[0])
+    for chip in TOPOLOGIES:
+        sharding = SingleDeviceSharding(chips(chip)[0])
         for program in wanted:
             lower = programs[program]
             begun = time.perf_counter()
@@ -73,6 +77,7 @@ def main() -> None:
         "model": MODEL,
         "row_len": ROW_LEN,
         "lanes": LANES,
+        "narrow": NARROW,
         "pages": PAGES,
         "page_size": PAGE_SIZE,
         "table_pages": TABLE,
@@ -112,38 +117,20 @@ def _rows(rows, sharding):
     return _shapes(Rows.empty(rows, TABLE), sharding)
 
 
-def _decode(config, sharding):
-    def ints(*shape):
-        return _array((LANES, *shape), "int32", sharding)
-
-    def floats():
-        return _array((LANES,), "float32", sharding)
-
-    lanes = LaneSampling(
-        key=_array((LANES, 2), jnp.uint32, sharding),
-        stops=ints(STOPS),
-        top_k=ints(),
-        min_p=floats(),
-        temperature=floats(),
-        top_p=floats(),
-        penalty=floats(),
+def _decode(config, sharding, width=None):
+    """The step of all lanes, or of a few of them. All that sampling can do is in it, top-p too."""
+    engine = EngineConfig(
+        lanes=LANES,
+        pages=PAGES,
+        page_size=PAGE_SIZE,
+        table_pages=TABLE,
+        steps=STEPS,
+        max_stops=STOPS,
     )
-    state = LaneState(*(ints() for _ in range(4)), _array((LANES,), "bool", sharding))
-    return compiled_steps(config, "pallas", STEPS).decode.lower(
-        _shapes(abstract_params(config, "bfloat16"), sharding),
-        _pool(config, sharding),
-        _rows(LANES, sharding),
-        state,
-        _array((LANES,), "bool", sharding),
-        state,
-        ints(STEPS),
-        lanes,
-        None,
-        None,
-        _shapes(Shared.nothing(LANES), sharding),
-        _array((1,), "int32", sharding),
-        _array((), "int32", sharding),
-    )
+    if width is not None:
+        assert width in engine.widths and width < LANES
+    (device,) = sharding.device_set
+    return lower_decode(config, engine, device, width)
 
 
 def _prefill(config, sharding):

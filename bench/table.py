@@ -184,8 +184,36 @@ def small_figures() -> list[str]:
     ]
 
 
+def traffic() -> list[str]:
+    """What the TPU compiler makes of a decode step."""
+    found = load("traffic")
+    rows = [
+        [
+            row["model"],
+            row["chip"] if row["chips"] == 1 else f"{row['chips']} x {row['chip']}",
+            row["batch"],
+            f"{row['need_mb'] / 1e3:.2f}",
+            f"{row['plain']['moved_mb'] / 1e3:.2f}",
+            f"{row['plain']['ratio']:.3f}",
+            f"{row['filtered']['ratio']:.3f}",
+            f"{row['filtered']['ratio_beside_keys']:.3f}",
+        ]
+        for row in found["rows"]
+    ]
+    head = ["model", "chip", "rows", "must, GB", "moves, GB", "ratio", "with top-p and top-k"]
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    return [
+        f"A decode step as compiled for TPUs ({versions}), {found['context']:,} tokens a row, "
+        "bfloat16: bytes that it moves through a chip's main memory over those that it must "
+        "(weights once, the keys and values that each row sees, the new ones), read from the "
+        "compiled text; nothing was run. The last column leaves the keys out.",
+        "",
+        *markdown([*head, "without keys"], rows),
+    ]
+
+
 def text() -> str:
-    parts = [decoding(), parallel(), training(), small_figures()]
+    parts = [decoding(), parallel(), traffic(), training(), small_figures()]
     return "\n".join(line for part in parts if part for line in [*part, ""])
 
 

@@ -71,7 +71,17 @@ def paged_attention(
     runs = runs.reshape(len(rows), kv_heads, -1, dim)
     _, _, begin, end = shared.runs.T
     every = jnp.full_like(end, FAR - 1)  # its rows see all that a run holds
-    together = attend(runs, rows[:, 0], begin, end, every, every, runs.shape[2], weigh=True)
+    together = attend(
+        runs,
+        rows[:, 0],
+        begin,
+        end,
+        every,
+        every,
+        runs.shape[2],
+        weigh=True,
+        name="npr_shared_runs",
+    )
 
     def apart(x):  # [S, KV, B * G, ...] -> [S * B, KV, G, ...]
         x = x.reshape(len(rows), kv_heads, -1, group, *x.shape[3:]).swapaxes(1, 2)
@@ -83,7 +93,20 @@ def paged_attention(
 
 
 def _attend(
-    pool, layer, table, base, q, row, begin, end, first, last, group, interpret, weigh=False
+    pool,
+    layer,
+    table,
+    base,
+    q,
+    row,
+    begin,
+    end,
+    first,
+    last,
+    group,
+    interpret,
+    weigh=False,
+    name="npr_paged_attention",
 ):
     """S steps, each of N queries of every key head, over a stretch of a table.
 
@@ -138,7 +161,7 @@ def _attend(
             vmem_limit_bytes=_VMEM,
             disable_bounds_checks=True,  # they double the instructions that start a copy
         ),
-        name="npr_paged_attention",
+        name=name,
         interpret=interpret,
     )(
         jnp.reshape(layer, 1),

@@ -87,6 +87,10 @@ def forward(
         with jax.named_scope("attention"):
             y = flat(rms_norm(x, w["attn_norm"], c.rms_norm_eps))
             q, k, v = y @ w["wq"], y @ w["wk"], y @ w["wv"]
+            if state is not None:
+                # Else the TPU compiler makes heads of the weights instead of the products, and each
+                # call of the engine turns these weights of all layers over.
+                q, k, v = jax.lax.optimization_barrier((q, k, v))
             if c.attention_bias:
                 q, k, v = q + w["bq"], k + w["bk"], v + w["bv"]
             q = q.reshape(batch, length, c.num_heads, c.head_dim)

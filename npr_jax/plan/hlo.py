@@ -4,8 +4,8 @@ import math
 import re
 
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
-_ITEM = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4}
-_ITEM |= {"f32": 4, "s64": 8, "u64": 8, "f64": 8}
+ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2}
+ITEM_BYTES |= {"s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
 _COLLECTIVE = re.compile(
     r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\("
 )
@@ -19,12 +19,12 @@ def collective_bytes(text: str) -> float:
     does (the train step's loop over micro-batches). Ring algorithms are assumed: of a result in g
     parts, g - 1 come from others.
     """
-    lines = _computations(text)
+    lines = computations(text)
     entry = re.search(r"^ENTRY %?([\w.\-]+)", text, re.M)
     return _bytes_of(entry[1], lines, {}) if entry else 0.0
 
 
-def _computations(text: str) -> dict[str, list[str]]:
+def computations(text: str) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     current: list[str] = []
     for line in text.splitlines():
@@ -43,7 +43,7 @@ def _bytes_of(name: str, lines: dict[str, list[str]], known: dict[str, float]) -
         if match := _COLLECTIVE.search(line):
             total += _received(match[2], match[1], bool(match[3]), line)
             continue
-        times = _trips(line, lines) if " while(" in line else 1
+        times = (trips(line, lines) or 1) if " while(" in line else 1
         for called in _CALLED.findall(line):
             for part in called.split(", "):
                 total += times * _bytes_of(part.lstrip("%"), lines, known)
@@ -51,8 +51,9 @@ def _bytes_of(name: str, lines: dict[str, list[str]], known: dict[str, float]) -
     return total
 
 
-def _trips(line: str, lines: dict[str, list[str]]) -> int:
-    """How often a loop runs: from its line, or from `i < constant` and `i + constant`."""
+def trips(line: str, lines: dict[str, list[str]]) -> int | None:
+    """How often a loop runs: from its line, or from `i < constant` and `i + constant`; None where
+    neither says it."""
     if known := re.search(r'known_trip_count":\{"n":"(\d+)"', line):
         return int(known[1])
     condition, body = (
@@ -62,11 +63,11 @@ def _trips(line: str, lines: dict[str, list[str]]) -> int:
     )
     compared = re.search(r"ROOT .* compare\(%?([\w.\-]+), %?([\w.\-]+)\), direction=LT", condition)
     if compared is None:
-        return 1
+        return None
     end = _constant(compared[2], condition)
     index = re.search(rf"%?{re.escape(compared[1])} = .*get-tuple-element.*index=(\d+)", condition)
     if end is None or index is None:
-        return 1
+        return None
     results = re.findall(r"ROOT .* tuple\((.*?)\)", body)[0]
     result = re.findall(r"%([\w.\-]+)", results)[int(index[1])]
     step = re.search(rf"%{re.escape(result)} = .* add\(%([\w.\-]+), %([\w.\-]+)\)", body)
@@ -81,9 +82,9 @@ def _constant(name: str, text: str) -> int | None:
 
 def _received(kind: str, shape: str, asynchronous: bool, line: str) -> float:
     sizes = [
-        _ITEM[kind_of] * math.prod(int(dim) for dim in filter(None, dims.split(",")))
+        ITEM_BYTES[kind_of] * math.prod(int(dim) for dim in filter(None, dims.split(",")))
         for kind_of, dims in re.findall(r"(\w+)\[([\d,]*)\]", shape)
-        if kind_of in _ITEM
+        if kind_of in ITEM_BYTES
     ]
     if asynchronous and kind in ("all-gather", "collective-permute"):  # (operands, results, ...)
         sizes = [max(sizes)]
