@@ -59,10 +59,12 @@ def lower_decode(
     pool = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=pool_sharding)
     steps = compiled_steps(config, "pallas", engine.steps, mesh)
     rows = put(Rows.empty(engine.lanes, engine.longest_table), P("data"))
-    lanes = Lanes(engine, engine.lanes, Tables(rows, engine.page_size, steps.write), put)
+    tables = Tables(rows, engine.page_size, steps.write)
+    seen = jax.ShapeDtypeStruct((engine.lanes, config.padded_vocab_size), jnp.bool_)
+    lanes = Lanes(engine, tables, put(seen, P("data")), steps.mark, put, put)
     pick = None if width is None else put(jax.ShapeDtypeStruct((width,), jnp.int32), P("data"))
     shared = put(Shared.nothing(width or engine.lanes), P("data"))
     least = put(jax.ShapeDtypeStruct((1,), jnp.int32), P("data"))
     limit = put(jax.ShapeDtypeStruct((), jnp.int32))
-    arguments = *lanes.arguments([], []), None, pick, shared, least, limit
+    arguments = *lanes.arguments([], []), pick, shared, least, limit
     return steps.decode.lower(params, pool, *arguments)

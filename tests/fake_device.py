@@ -88,6 +88,14 @@ class Device:
                 table[row, column], base[row, column] = page, entries
         return Rows(table, base, *ends.T)
 
+    @staticmethod
+    def mark(seen, fresh, tokens):
+        seen = seen.copy()
+        seen[fresh] = False
+        row, token = tokens[tokens[:, 0] < len(seen)].T
+        seen[row, token] = True
+        return seen
+
     def decode(
         self,
         params,
@@ -105,6 +113,7 @@ class Device:
         limit,
     ):
         self.weights = int(params["final_norm"][0])
+        seen = seen.copy()
         everywhere = jax.tree.map(lambda a, b: np.where(restart, a, b), restarted, state)
         if pick is None:
             pick = np.arange(len(restart))
@@ -128,7 +137,12 @@ class Device:
             for r in np.flatnonzero(live):
                 self._write(rows, r, ranks[r], tokens[r], positions[r])
             for r in np.flatnonzero(live):
-                token = draw(*self._seen(rows, r, ranks[r]))
+                tokens_seen, positions_seen = self._seen(rows, r, ranks[r])
+                if lanes.penalty[r] != 1:
+                    expected = np.unique(tokens_seen)
+                    np.testing.assert_array_equal(np.flatnonzero(seen[pick[number[r]]]), expected)
+                token = draw(tokens_seen, positions_seen)
+                seen[pick[number[r]], token] = True
                 drawn[r, step] = tokens[r] = token
                 stopped[r] = frozen[r] = token in lanes.stops[r]
             count += live
@@ -143,7 +157,7 @@ class Device:
         figures = np.full(drawn.shape, -0.5, np.float32)
         steps = np.full(len(pick), count.max(initial=0), np.int32)
         output = SamplerOutput(drawn, figures, figures, figures, count, stopped, steps)
-        return pool, everywhere, output
+        return pool, everywhere, seen, output
 
 
 @functools.cache
@@ -164,10 +178,10 @@ def engine_on_fake_device(config: EngineConfig, **changes) -> Engine:
     device, runner = Device(config), engine.runner
 
     def decode(*args):
-        pool, state, drawn = device.decode(*args)
-        return pool, state, dataclasses.replace(drawn, count=drawn.count.view(Landed))
+        pool, state, seen, drawn = device.decode(*args)
+        return pool, state, seen, dataclasses.replace(drawn, count=drawn.count.view(Landed))
 
-    runner._steps = runner._prompt_steps = Steps(device.prefill, decode, device.write)
+    runner._steps = runner._prompt_steps = Steps(device.prefill, decode, device.write, device.mark)
     runner._put = lambda tree, spec=None: tree
     runner.reset()
     return engine
@@ -228,7 +242,12 @@ def run_program(config: EngineConfig, program: list[tuple[str, int]]) -> dict[st
     for operation, value in program:
         if operation == "submit":
             prompt = [*PROMPTS[value % len(PROMPTS)], 9 + value // 5 % 14]
-            sampling = SamplingParams(n=1 + value % 3, max_tokens=budget - value % 8 * budget // 9)
+            sampling = SamplingParams(
+                n=1 + value % 3,
+                max_tokens=budget - value % 8 * budget // 9,
+                repetition_penalty=1 + value % 7 // 5,  # which changes nothing that `draw` draws
+                step_repetition_penalty=1 + value % 5 // 3,
+            )
             asked += engine.submit([prompt], sampling)
         elif operation == "visit" and engine._requests:
             engine._visit()

@@ -228,6 +228,7 @@ def test_nothing_compiles_after_warmup():
     )
     engine.generate(PROMPTS[:3], SamplingParams(n=5, max_tokens=60, seed=5))
     engine.generate(PROMPTS[:1], SamplingParams(n=1, max_tokens=9, temperature=0, parallel=False))
+    engine.generate(PROMPTS[:3], SamplingParams(n=5, max_tokens=30, repetition_penalty=1.3))
     assert compiled == []
     jax.jit(lambda x: x * 3 + len(compiled))(np.float32(1))
     assert compiled  # the listener does listen

@@ -435,8 +435,12 @@ def test_an_answer_of_log_probs_that_are_not_finite_is_an_error(engine, value):
     decode, ends = engine.runner._steps.decode, set()
 
     def overflowing(*args):
-        pool, state, drawn = decode(*args)
-        return pool, state, dataclasses.replace(drawn, logp=np.where(drawn.tokens == 22, value, -1))
+        pool, *state, drawn = decode(*args)
+        return (
+            pool,
+            *state,
+            dataclasses.replace(drawn, logp=np.where(drawn.tokens == 22, value, -1)),
+        )
 
     engine.runner._steps = engine.runner._steps._replace(decode=overflowing)
     for answer, other in zip(engine.generate(PROMPTS, SAMPLING), calm(), strict=True):

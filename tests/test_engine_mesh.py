@@ -20,6 +20,7 @@ from npr_jax.model.sharding import DECODE_RULES, decode_shardings, resolve
 
 CONFIG = dataclasses.replace(engine_checks.CONFIG, lanes=4, pages=120)
 PROMPTS = [[12, 13, 20], [22], list(range(10, 21)) * 3]
+PENALTIES = {"repetition_penalty": 1.2, "step_repetition_penalty": 1.5}
 SHAPES = [(2, 4), (4, 2), (8, 1)]  # the model has 4 heads and 2 KV heads: 4 shards have too few
 
 
@@ -28,7 +29,7 @@ def decode_all(mesh):
     engine = Engine(bigram.model(), CONFIG, mesh)
     seeded = SamplingParams(n=4, max_tokens=100, seed=(1, 2, 3))
     answers = engine.generate(PROMPTS, seeded)
-    answers += engine.generate(PROMPTS, SamplingParams(max_tokens=60, temperature=0))
+    answers += engine.generate(PROMPTS, SamplingParams(max_tokens=60, temperature=0, **PENALTIES))
     return engine, answers
 
 

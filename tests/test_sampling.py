@@ -12,7 +12,7 @@ from npr_jax.decode.sampling import LaneSampling, sample
 
 OFF = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 VOCAB, LANES = 8, 3
-SAMPLE = jax.jit(lambda *args: sample(*args, None))
+SAMPLE = jax.jit(lambda x, *args: sample(x, *args, lambda: jnp.zeros(x.shape, bool)))
 
 
 def oracle(logits, temperature, top_k, top_p, min_p):

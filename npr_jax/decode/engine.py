@@ -33,7 +33,7 @@ from npr_jax.decode.config import EngineConfig
 from npr_jax.decode.fork_join import ForkJoin
 from npr_jax.decode.outputs import NOT_FINITE, Event, Outputs, Trajectory
 from npr_jax.decode.replay import Replay, replayed_request
-from npr_jax.decode.requests import RequestMaker, penalised
+from npr_jax.decode.requests import RequestMaker
 from npr_jax.decode.runner import PendingStep, Runner
 from npr_jax.decode.sampling import SamplingParams
 from npr_jax.decode.scheduler import Scheduler
@@ -196,12 +196,8 @@ class Engine:
             ]
             return self._answers(groups)
 
-    def warmup(
-        self,
-        sampling: SamplingParams | None = None,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> dict[str, float]:
-        """Compiles every shape this engine can need for such sampling.
+    def warmup(self, progress: Callable[[int, int], None] | None = None) -> dict[str, float]:
+        """Compiles every shape this engine can need.
 
         `progress(done, total)` is called after each program. Returns how many `programs` there are,
         how many of what they are made of were `compiled` now and how many read `from_cache` (see
@@ -210,9 +206,8 @@ class Engine:
         """
         if self._pending:
             raise RuntimeError("answers are being decoded: warm up before or after them")
-        penalty = sampling is not None and penalised(sampling)
         with self._guarded(), counted_compilations() as figures:
-            figures["programs"] = self.runner.warmup(penalty, progress)
+            figures["programs"] = self.runner.warmup(progress)
         return figures
 
     def check(
@@ -304,9 +299,7 @@ class Engine:
                 scheduler.admit()
                 for request, why in scheduler.reserve():
                     self._end(request, "pages_exhausted", why)
-            if any(sequence.request.penalised for sequence in self._bound()):
-                self._advance()  # before the next step: a penalty needs every token
-            bound = self._bound()
+            bound = [sequence for scheduler in self.schedulers for sequence in scheduler.bound]
             self._clock.look(self._pending)
             self.runner.prefill(self.schedulers)
             pending = self.runner.decode(bound)
@@ -315,10 +308,6 @@ class Engine:
             self._pending = pending
         self._outputs.deliver()
         self._clock.end()
-
-    def _bound(self) -> list:
-        """The sequences that have a lane."""
-        return [sequence for scheduler in self.schedulers for sequence in scheduler.bound]
 
     def _advance(self) -> None:
         """Waits for the pending step, and lets its sequences grow by what was drawn."""

@@ -16,17 +16,22 @@ from npr_jax.decode.sequence import Sequence
 from npr_jax.decode.steps import LaneState
 from npr_jax.decode.tables import Tables
 
+MARKS = 1024  # tokens that one call marks as seen
+
 
 class Lanes:
-    """The arrays of `num_lanes` lanes, with their tables; `put` sends host arrays to the device,
-    and `once` makes them arguments of a call.
+    """The arrays of R lanes, with their tables; `put` sends host arrays to the device, `once` makes
+    them arguments of a call, and `mark(seen, fresh, tokens)` is the compiled step of that name.
 
-    Attributes, on the device: `knobs`; `state`, which the compiled step gives back and the runner
-    stores; `_no_tokens` i32[lanes, N] for "draw all".
+    Attributes, on the device: `knobs`; `state` and `seen` bool[R, V], the tokens that lanes with a
+    penalty see, which the compiled step gives back and the runner stores; `_no_tokens` i32[R, N]
+    for "draw all".
     """
 
-    def __init__(self, config: EngineConfig, num_lanes: int, tables: Tables, put, once):
-        self.config, self.tables, self._put, self._once = config, tables, put, once
+    def __init__(self, config: EngineConfig, tables: Tables, seen, mark: abc.Callable, put, once):
+        self.config, self.tables, self.seen = config, tables, seen
+        self._mark, self._once = mark, once
+        num_lanes = len(seen)
         self._bound: list[tuple[Sequence, int] | None] = [None] * num_lanes  # with its epoch
         self._knobs = LaneSampling(
             key=np.zeros((num_lanes, 2), np.uint32),
@@ -48,10 +53,10 @@ class Lanes:
 
     def arguments(self, sequences: abc.Sequence[Sequence], counts: abc.Sequence[int]) -> tuple:
         """What a decode step of these sequences takes, after the weights and the pool: tables,
-        state, which lanes restart and where, given tokens, knobs."""
+        state, which lanes restart and where, given tokens, knobs, and the tokens seen."""
         restart, state = self._update(sequences)
         given = self._given(sequences, counts)
-        return self.tables.send(), self.state, restart, state, given, self.knobs
+        return self.tables.send(), self.state, restart, state, given, self.knobs, self.seen
 
     def _update(self, sequences: abc.Sequence[Sequence]):
         """Brings the arrays up to date; returns which lanes restart bool[lanes], and where."""
@@ -65,6 +70,7 @@ class Lanes:
             if bound != self._bound[lane]:
                 self._bound[lane] = bound
                 restarted.append(lane)
+                self._knobs.penalty[lane] = 1
                 if sequence:
                     self._bind(lane, sequence)
             elif sequence:
@@ -80,6 +86,9 @@ class Lanes:
                 tail, last = sequence.tail, len(sequence.tail.tokens) - 1
                 at = tail.tokens[last], tail.start + last, tail.offset + last, sequence.left
                 where[:, lane], frozen[lane] = at, False
+        penalised = [lane for lane in restarted if self._knobs.penalty[lane] != 1]
+        if penalised:
+            self.mark({lane: sequence for lane in penalised if (sequence := here[lane])})
         tokens, positions, ranks, left = where
         return self._once((mask, LaneState(tokens, positions, ranks, left, frozen)))
 
@@ -94,13 +103,20 @@ class Lanes:
                 given[sequence.lane, :count] = sequence.given[done : done + count]
         return self._once(given)
 
-    def seen(self, sequences: abc.Sequence[Sequence], vocab: int):
-        """bool[lanes, vocab], the tokens that each lane's sequence sees."""
-        seen = np.zeros((len(self), vocab), bool)
-        for sequence in sequences:
-            for segment in sequence.table:
-                seen[sequence.lane, segment.tokens] = True
-        return self._once(seen)
+    def mark(self, sequences: dict[int, Sequence]) -> None:
+        """From now on these lanes see what their sequences do."""
+        fresh = np.zeros(len(self), bool)
+        fresh[list(sequences)] = True
+        seen = [
+            (lane, token)
+            for lane, sequence in sequences.items()
+            for token in {token for segment in sequence.table for token in segment.tokens}
+        ]
+        for first in range(0, max(1, len(seen)), MARKS):
+            some = np.full((MARKS, 2), len(self), np.int32)  # a lane that is not there
+            some[: len(seen) - first] = np.reshape(seen[first : first + MARKS], (-1, 2))
+            self.seen = self._mark(self.seen, *self._once((fresh, some)))
+            fresh = np.zeros_like(fresh)
 
     def _bind(self, lane: int, sequence: Sequence) -> None:
         """Writes a sequence's table and knobs into its lane."""

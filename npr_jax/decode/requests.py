@@ -128,7 +128,6 @@ class RequestMaker:
         trunk.items.append(shared)
         trunk.append(own)
         trunk.budget = sampling.max_tokens
-        request.penalised = penalised(sampling)
         if sampling.parallel and self.tags is not None:
             trunk.automaton = Automaton(self.tags, NO_DEPTH_LIMIT, index=len(prompt))
         return request
@@ -143,11 +142,6 @@ class RequestMaker:
     def _max_position(self, sampling: SamplingParams) -> int:
         limit = self.model_config.max_position_embeddings
         return limit if sampling.max_position is None else min(limit, sampling.max_position)
-
-
-def penalised(sampling: SamplingParams) -> bool:
-    """Whether any token's logit is changed because it was seen."""
-    return sampling.repetition_penalty != 1 or (sampling.step_repetition_penalty or 1) != 1
 
 
 def _is_list(given) -> bool:

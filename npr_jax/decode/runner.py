@@ -125,7 +125,10 @@ class Runner:
         """Forgets what lanes and pages hold; the next call makes another pool."""
         self._pool = None
         lanes = self.replicas * self.config.lanes
-        self._lanes = Lanes(self.config, lanes, self._tables(lanes), self._put, self._once)
+        seen = np.zeros((lanes, self.model_config.padded_vocab_size), bool)
+        seen, mark = self._put(seen, P("data")), self._steps.mark
+        tables = self._tables(lanes)
+        self._lanes = Lanes(self.config, tables, seen, mark, self._put, self._once)
         self._prefill_rows = max(rows for rows, _ in self._shapes)
         self._prefill_tables = self._tables(self.replicas * self._prefill_rows)
 
@@ -134,9 +137,7 @@ class Runner:
         write = self._steps.write
         return Tables(rows, self.config.page_size, lambda old, *new: write(old, *self._once(new)))
 
-    def warmup(
-        self, penalised: bool, progress: abc.Callable[[int, int], None] | None = None
-    ) -> int:
+    def warmup(self, progress: abc.Callable[[int, int], None] | None = None) -> int:
         """Compiles every shape this engine can need; returns how many."""
         calls: list[abc.Callable[[], object]] = [
             functools.partial(self._prefill_call, [], *shape, steps)
@@ -145,9 +146,9 @@ class Runner:
         ]
         for tables in self._lanes.tables, self._prefill_tables:
             calls.append(functools.partial(tables.send, anyway=True))
-        for penalty in (False, True)[: 1 + penalised]:
-            for width in self.config.widths:
-                calls.append(functools.partial(self._decode_call, [], penalty, width=width))
+        calls.append(functools.partial(self._lanes.mark, {}))
+        for width in self.config.widths:
+            calls.append(functools.partial(self._decode_call, [], width=width))
         for done, call in enumerate(calls, 1):
             with _fitting(self.config):
                 call()
@@ -190,8 +191,7 @@ class Runner:
         counts = [self._most(sequence, limit) for sequence in ready]
         if not any(counts):
             return None
-        penalised = any(sequence.request.penalised for sequence in ready)
-        rows, output = self._decode_call(ready, penalised, counts, limit)
+        rows, output = self._decode_call(ready, counts, limit)
         asked = []
         for sequence, count, row in zip(ready, counts, rows, strict=True):
             most = count if sequence.given or not count else limit
@@ -250,16 +250,14 @@ class Runner:
         self._pool = steps.prefill(self.params, self._take_pool(), tables, shared, *arrays)
 
     def _decode_call(
-        self, sequences: abc.Sequence[Sequence], penalised: bool, counts=(), limit=0, width=None
+        self, sequences: abc.Sequence[Sequence], counts=(), limit=0, width=None
     ) -> tuple[list[int], SamplerOutput]:
         """Returns the row of the output that each sequence has, and the output."""
         lanes = self._lanes
-        arguments, seen = lanes.arguments(sequences, counts), None
-        if penalised:  # the caller has read all that was drawn
-            seen = lanes.seen(sequences, self.model_config.padded_vocab_size)
+        arguments = lanes.arguments(sequences, counts)
         rows, pick, least, shared = self._pick(sequences, counts, width)
-        self._pool, lanes.state, output = self._steps.decode(
-            self.params, self._take_pool(), *arguments, seen, pick, shared, least, np.int32(limit)
+        self._pool, lanes.state, lanes.seen, output = self._steps.decode(
+            self.params, self._take_pool(), *arguments, pick, shared, least, np.int32(limit)
         )
         return rows, output
 

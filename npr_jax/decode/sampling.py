@@ -141,7 +141,7 @@ def sample(
     positions: jax.Array,
     given: jax.Array,
     lanes: LaneSampling,
-    seen: jax.Array | None,
+    seen: Callable[[], jax.Array],
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Draws one token per lane.
 
@@ -150,7 +150,7 @@ def sample(
       positions: i32[R], of the tokens to be drawn.
       given: i32[R]; a token to take instead of drawing, or -1.
       lanes: the knobs.
-      seen: bool[R, V], the tokens that the penalty applies to, or None where no lane has one.
+      seen: gives bool[R, V], the tokens that the penalty applies to; used where a lane has one.
 
     Returns:
       tokens i32[R]; raw log-prob f32[R]; log-prob under the penalised, tempered and filtered
@@ -158,12 +158,19 @@ def sample(
       perturbed logits.
     """
     greedy = lanes.temperature == 0
-    shaped = logits
-    if seen is not None:
+
+    def penalised():
         penalty = lanes.penalty[:, None]
-        scaled = jnp.where(shaped > 0, shaped / penalty, shaped * penalty)
-        shaped = jnp.where(seen, scaled, shaped)
-    shaped = shaped / jnp.where(greedy, 1.0, lanes.temperature)[:, None]
+        scaled = jnp.where(logits > 0, logits / penalty, logits * penalty)
+        return jnp.where(seen(), scaled, logits)
+
+    # Divided in both branches, or the one without would copy the logits.
+    temperature = jnp.where(greedy, 1.0, lanes.temperature)[:, None]
+    shaped = jax.lax.cond(
+        jnp.any(lanes.penalty != 1),
+        lambda: penalised() / temperature,
+        lambda: logits / temperature,
+    )
     filters = (lanes.top_k > 0) | (lanes.top_p < 1) | (lanes.min_p > 0)
     wanted = filters & ~greedy
     shaped = jax.lax.cond(jnp.any(wanted), lambda x: _filter(x, lanes, wanted), lambda x: x, shaped)

@@ -137,19 +137,17 @@ class Sequence:
 class Request:
     """One answer in the making: what was asked, and the trunk with all that grew from it.
 
-    `id`: the order of arrival, which is the priority; `replica`: where it decodes; `penalised`:
-    whether tokens it has seen change the logits; `on_event`: the caller's; `quiet`: no consumer
-    wants its tokens; `end`: why it ended (reason, detail), told or not; `silent`: nothing but its
-    finish will be told; `ends`: ids that end the text; `stops`: ids at which a lane freezes;
-    `running`: whether its tables hold pages; `refused`: why blocks went on sequentially; `tree`:
-    the layout that is replayed.
+    `id`: the order of arrival, which is the priority; `replica`: where it decodes; `on_event`: the
+    caller's; `quiet`: no consumer wants its tokens; `end`: why it ended (reason, detail), told or
+    not; `silent`: nothing but its finish will be told; `ends`: ids that end the text; `stops`: ids
+    at which a lane freezes; `running`: whether its tables hold pages; `refused`: why blocks went on
+    sequentially; `tree`: the layout that is replayed.
     """
 
     def __init__(self, number: int, sampling: SamplingParams, prompt_len: int, max_position: int):
         self.id, self.sampling, self.prompt_len = number, sampling, prompt_len
         self.max_position = max_position
         self.replica = 0
-        self.penalised = False
         self.quiet = self.silent = False
         self.end: tuple[str, str] | None = None
         self.on_event: Callable | None = None

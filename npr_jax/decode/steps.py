@@ -210,20 +210,18 @@ def _decode(
       state: of the last call. Lanes where `restart` bool[R] take `restarted` instead.
       given: i32[R, N], tokens to take instead of drawing, or -1.
       lanes: sampling knobs; a lane freezes after one of its `stops`.
-      seen: bool[R, V] or None, for repetition penalties.
+      seen: bool[R, V], the tokens that a lane with a penalty sees, of the last call or `_mark`.
       pick: i32[W], lanes in rising order, and R for what is left over; None is all of them.
       shared: what the W have in common.
 
     Returns:
-      (pool, LaneState of all, SamplerOutput of the W).
+      (pool, LaneState and `seen` of all, SamplerOutput of the W).
     """
     everywhere = jax.tree.map(lambda new, old: jnp.where(restart, new, old), restarted, state)
-    state = everywhere
+    state, lane = everywhere, jnp.arange(len(restart)) if pick is None else pick
     if pick is not None:
-        picked = rows, state, given, lanes, seen
-        rows, state, given, lanes, seen = jax.tree.map(
-            lambda x: x.at[pick].get(mode="clip"), picked
-        )
+        picked = rows, state, given, lanes
+        rows, state, given, lanes = jax.tree.map(lambda x: x.at[pick].get(mode="clip"), picked)
         state = dataclasses.replace(state, frozen=state.frozen | (pick == len(restart)))
     num_rows = len(given)
 
@@ -249,22 +247,30 @@ def _decode(
             state.positions + 1,
             jax.lax.dynamic_index_in_dim(given, step, axis=1, keepdims=False),
             lanes,
-            seen,
+            lambda: seen if pick is None else seen.at[pick].get(mode="clip"),
         )
         stop = on & jnp.any(new[:, None] == lanes.stops, axis=1)
         drawn = drawn.put(step, on, stop, new, *figures)
-        if seen is not None:
-            seen = seen.at[jnp.arange(num_rows), new].max(on)
+        seen = seen.at[jnp.where(on, lane, len(restart)), new].set(True, mode="drop")
         state = state.moved(on, stop, new)
         return step + 1, pool, state, drawn, seen
 
     start = jnp.int32(0), pool, state, SamplerOutput.empty(num_rows, steps), seen
-    _, pool, state, drawn, _ = jax.lax.while_loop(more, body, start)
+    _, pool, state, drawn, seen = jax.lax.while_loop(more, body, start)
     if pick is not None:
         state = jax.tree.map(
             lambda every, some: every.at[pick].set(some, mode="drop"), everywhere, state
         )
-    return pool, state, drawn
+    return pool, state, seen, drawn
+
+
+def _mark(seen, fresh, tokens, first: Array = 0):
+    """`seen` bool[R, V], where rows of `fresh` bool[R] are emptied and then the (row, token)
+    `tokens` i32[K, 2] added, rows being counted from `first`."""
+    seen &= ~fresh[:, None]
+    row, token = tokens.T
+    row = jnp.where(row < first, len(seen), row - first)  # past the end: not here
+    return seen.at[row, token].set(True, mode="drop")
 
 
 def _write(rows: Rows, cells, ends, first: Array = 0) -> Rows:
@@ -280,12 +286,13 @@ def _write(rows: Rows, cells, ends, first: Array = 0) -> Rows:
 class Steps(NamedTuple):
     """The compiled steps: prefill(params, pool, rows, shared, tokens, positions, ranks) -> pool,
     decode(params, pool, rows, state, restart, restarted, given, lanes, seen, pick, shared, least,
-    limit) -> (pool, state, SamplerOutput), and write(rows, cells, ends) -> rows; pool and `write`'s
-    rows are donated."""
+    limit) -> (pool, state, seen, SamplerOutput), write(rows, cells, ends) -> rows and
+    mark(seen, fresh, tokens) -> seen; pool, `seen` and `write`'s rows are donated."""
 
     prefill: Callable
     decode: Callable
     write: Callable
+    mark: Callable
 
 
 @functools.cache
@@ -306,26 +313,32 @@ def compiled_steps(
     if mesh is None:
         return Steps(
             jax.jit(prefill, donate_argnums=1),
-            jax.jit(decode, donate_argnums=1),
+            jax.jit(decode, donate_argnums=(1, 8)),
             jax.jit(_write, donate_argnums=0),
+            jax.jit(_mark, donate_argnums=0),
         )
 
     def write(rows, cells, ends):
         return _write(rows, cells, ends, jax.lax.axis_index("data") * len(ends))
 
+    def mark(seen, fresh, tokens):
+        return _mark(seen, fresh, tokens, jax.lax.axis_index("data") * len(seen))
+
     pool, rows = P(None, "data"), P("data")
     shard = functools.partial(jax.shard_map, mesh=mesh, axis_names={"data"}, check_vma=False)
     prefill = shard(prefill, in_specs=(P(), pool, *[rows] * 5), out_specs=pool)
     in_specs = P(), pool, *[rows] * 10, P()
-    decode = shard(decode, in_specs=in_specs, out_specs=(pool, rows, rows))
+    decode = shard(decode, in_specs=in_specs, out_specs=(pool, rows, rows, rows))
     write = shard(write, in_specs=(rows, P(), rows), out_specs=rows)
+    mark = shard(mark, in_specs=(rows, rows, P()), out_specs=rows)
     laid_out = NamedSharding(mesh, pool_spec(config, attention, mesh))
     everywhere = NamedSharding(mesh, P())  # every process reads what was drawn
     split = NamedSharding(mesh, rows)
     return Steps(
         jax.jit(prefill, donate_argnums=1, out_shardings=laid_out),
-        jax.jit(decode, donate_argnums=1, out_shardings=(laid_out, split, everywhere)),
+        jax.jit(decode, donate_argnums=(1, 8), out_shardings=(laid_out, split, split, everywhere)),
         jax.jit(write, donate_argnums=0, out_shardings=split),
+        jax.jit(mark, donate_argnums=0, out_shardings=split),
     )
 
 

@@ -33,7 +33,7 @@ def evaluate(
     """One answer to every problem at temperature 1: rates and means, and the answers."""
     sampling = SamplingParams(max_tokens=max_tokens, parallel=parallel)
     references, seeds = [p.answer for p in problems], (seed, EVALUATION)
-    engine.warmup(sampling)
+    engine.warmup()
     steps, begun = engine.stats()["decode_steps"], time.perf_counter()
     groups = roll_out(engine, prompts, references, sampling, seeds)
     seconds = time.perf_counter() - begun

@@ -134,7 +134,7 @@ def _answer(
     before = sum((request.line, i) in done for request, i in asked)
     todo = [r for r in requests if any((r.line, i) not in done for i in range(config.sampling.n))]
     if todo:
-        compile_all(engine, config.sampling, tell)
+        compile_all(engine, tell)
     first = config.sampling.seed
     assert isinstance(first, int)  # or there would be no such config
     sampling = dataclasses.replace(
@@ -189,13 +189,13 @@ def check_model(
         tell("the tokenizer has no chat template: problems are asked bare, without instruction")
 
 
-def compile_all(engine: Engine, sampling: SamplingParams, tell: Callable[[str], None]) -> None:
+def compile_all(engine: Engine, tell: Callable[[str], None]) -> None:
     """Compiles every shape before the first answer, and tells what that took."""
 
     def show(done: int, total: int) -> None:
         tell(f"compile: {done}/{total} programs")
 
-    found = engine.warmup(sampling, show)
+    found = engine.warmup(show)
     if found["compiled"]:
         what = f"{found['compiled']} compiled, {found['from_cache']} from the cache"
     else:

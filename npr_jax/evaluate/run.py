@@ -119,7 +119,7 @@ def _evaluate(config: EvalConfig, sources: list[Source], tell: Callable[[str], N
 
 def _get_ready(engine: Engine, run: Run, config: EvalConfig, tell: Callable[[str], None]) -> None:
     """Compiles, and decodes a little, so that no clock sees what happens once."""
-    compile_all(engine, config.sampling, tell)
+    compile_all(engine, tell)
     limit = min(config.sampling.max_tokens, 2 * engine.config.steps)
     prompt = next(iter(run.prompts.values()))
     engine.generate([prompt], dataclasses.replace(config.sampling, max_tokens=limit))

@@ -310,11 +310,12 @@ def decode_step(arch: ModelConfig, config: RLConfig | BetaConfig, mesh: Mesh) ->
     num_lanes = mesh.shape["data"] * engine.lanes
     rows = put(Rows.empty(num_lanes, engine.longest_table), P("data"))
     tables = Tables(rows, engine.page_size, steps.write)
-    lanes = Lanes(engine, num_lanes, tables, put, put)
+    seen = array((num_lanes, arch.padded_vocab_size), jnp.bool_, NamedSharding(mesh, P("data")))
+    lanes = Lanes(engine, tables, seen, steps.mark, put, put)
     least, limit = array((mesh.shape["data"],), jnp.int32), array((), jnp.int32)
     shared = [tables.shared((-1,) * engine.lanes)] * mesh.shape["data"]
     shared = put(jax.tree.map(lambda *x: np.concatenate(x), *shared))
-    arguments = *lanes.arguments([], []), None, None, shared, least, limit
+    arguments = *lanes.arguments([], []), None, shared, least, limit
     return steps.decode, (params, pool, *arguments)
 
 
