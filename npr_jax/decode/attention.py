@@ -31,6 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from npr_jax.kernels import exact
 from npr_jax.kernels.blocks import EMPTY, FAR, TOGETHER
 
 Implementation = Literal["gather", "blockwise", "pallas"]
@@ -135,6 +136,8 @@ def paged_attention(implementation: str) -> PagedAttention:
         return PagedAttention(plain_attention)
     if implementation == "blockwise":
         return PagedAttention(blockwise, heads=2)
+    if implementation == "exact":
+        return PagedAttention(exact.paged)
     if implementation != "pallas":
         raise ValueError(
             f"attention is {implementation!r}, needed is one of {', '.join(IMPLEMENTATIONS)}"

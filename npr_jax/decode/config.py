@@ -29,6 +29,8 @@ class EngineConfig(Checked):
         an entry (not with "pallas").
       attention: "blockwise", "pallas" or "gather" (decode/attention.py); null suits the platform
         and the model.
+      exact: raw log-probs have the bits that a trainer with `train.exact` computes for the tokens,
+        on one CPU device, with attention and cache_dtype null.
 
     On a mesh lanes, pages and prefill rows are those of each replica.
     """
@@ -48,6 +50,15 @@ class EngineConfig(Checked):
     max_stops: Count = 8
     cache_dtype: Literal["float32", "bfloat16", "int8"] | None = None
     attention: Implementation | None = None
+    exact: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.exact and self.attention is not None:
+            raise ValueError(
+                f"attention is {self.attention!r} and exact true, which has its own: set attention "
+                "to null, or exact to false"
+            )
 
     @property
     def widths(self) -> tuple[int, ...]:

@@ -30,6 +30,8 @@ from npr_jax.decode.steps import (
 )
 from npr_jax.decode.tables import Tables
 from npr_jax.kernels import choose_attention
+from npr_jax.kernels.exact import key_block
+from npr_jax.model.exact import check, for_engine, require
 from npr_jax.model.params import unstack
 from npr_jax.model.sharding import decode_shardings, place_params
 
@@ -79,9 +81,13 @@ class Runner:
     """Owns the parameters and the KV pool, and calls the compiled steps in a few fixed shapes."""
 
     def __init__(self, model_config, params, config: EngineConfig, mesh: Mesh | None = None):
+        if config.exact:
+            require(model_config, mesh, "engine.exact")
+            model_config = dataclasses.replace(model_config, attention="exact")
         self.model_config, self.config, self.mesh = model_config, config, mesh
         self.replicas = mesh.shape["data"] if mesh else 1
-        attention = choose_attention(config.attention, model_config.head_dim)
+        attention = "exact" if config.exact else config.attention
+        attention = choose_attention(attention, model_config.head_dim)
         self._attention = attention
         dtype = jax.numpy.dtype(config.cache_dtype or params["embed"].dtype)
         self._steps = compiled_steps(model_config, attention, config.steps, mesh)
@@ -101,6 +107,10 @@ class Runner:
                 )
             )
         )
+        if config.exact:
+            self._refuse_inexact(params["embed"].dtype)
+            counts = [*config.widths, *(rows * chunk for rows, chunk in self._shapes)]
+            check(model_config, counts, few=True)
         self.set_params(params)
         with _fitting(config):
             self.reset()
@@ -119,7 +129,23 @@ class Runner:
             params = place_params(params, decode_shardings(self.model_config, self.mesh))
         if jax.default_backend() == "cpu":
             params = _unstack(params)
+        if self.config.exact:
+            params = for_engine(self.model_config, params)
         self.params = params
+
+    def _refuse_inexact(self, dtype) -> None:
+        """Refuses pages in which keys do not keep their bits, or that attention cannot take."""
+        size, most = self.config.page_size, key_block(self.model_config.head_dim)
+        if self._dtype != dtype:
+            raise ValueError(
+                f"engine.cache_dtype is {self._dtype} and engine.exact true, needed is the "
+                f"weights' {dtype}: set cache_dtype to null, or exact to false"
+            )
+        if size > most:
+            raise ValueError(
+                f"engine.page_size is {size} and engine.exact true, needed is at most {most} for "
+                f"head_dim={self.model_config.head_dim}: make it smaller, or set exact to false"
+            )
 
     def reset(self) -> None:
         """Forgets what lanes and pages hold; the next call makes another pool."""

@@ -6,6 +6,7 @@ maximum.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -142,6 +143,7 @@ def sample(
     given: jax.Array,
     lanes: LaneSampling,
     seen: Callable[[], jax.Array],
+    log_sum_exp: Callable[[jax.Array], jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Draws one token per lane.
 
@@ -151,6 +153,7 @@ def sample(
       given: i32[R]; a token to take instead of drawing, or -1.
       lanes: the knobs.
       seen: gives bool[R, V], the tokens that the penalty applies to; used where a lane has one.
+      log_sum_exp: of f32[R, V] over each row, f32[R]; None is JAX's.
 
     Returns:
       tokens i32[R]; raw log-prob f32[R]; log-prob under the penalised, tempered and filtered
@@ -193,6 +196,6 @@ def sample(
 
     def logp(x):
         chosen = jnp.take_along_axis(x, tokens[:, None], axis=-1)[:, 0]
-        return chosen - jax.nn.logsumexp(x, axis=-1)
+        return chosen - (log_sum_exp or functools.partial(jax.nn.logsumexp, axis=-1))(x)
 
     return tokens, logp(logits), jnp.where(greedy, 0.0, logp(shaped)), margin

@@ -27,7 +27,7 @@ from jax.sharding import PartitionSpec as P
 
 from npr_jax.decode.attention import FAR, PagedAttention, Shared, paged_attention, write
 from npr_jax.decode.sampling import Array, LaneSampling, sample
-from npr_jax.model import ModelConfig, forward, head, unembed
+from npr_jax.model import ModelConfig, forward, head, log_sum_exp, unembed
 
 
 def pool_shape(
@@ -248,6 +248,7 @@ def _decode(
             jax.lax.dynamic_index_in_dim(given, step, axis=1, keepdims=False),
             lanes,
             lambda: seen if pick is None else seen.at[pick].get(mode="clip"),
+            log_sum_exp(config),
         )
         stop = on & jnp.any(new[:, None] == lanes.stops, axis=1)
         drawn = drawn.put(step, on, stop, new, *figures)

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from npr_jax.base.mesh import BATCH, activations
-from npr_jax.kernels import choose_attention
+from npr_jax.kernels import choose_attention, exact
 from npr_jax.kernels.blocks import EMPTY, SAVED
 from npr_jax.model.config import ModelConfig
 
@@ -58,6 +58,8 @@ def _one_device(config: ModelConfig, q, k, v, hidden, offset):
         return dense(q, k, v, hidden, offset)
     if implementation == "pallas":
         return kernel()(q, k, v, hidden, offset)
+    if implementation == "exact":
+        return _exact(q, k, v, hidden, config.attention_block)
     return blockwise(q, k, v, hidden, config.attention_block, offset)
 
 
@@ -206,3 +208,40 @@ def _flash_backward(saved, d_out):
 
 
 _flash.defvjp(_flash_forward, _flash_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _exact(q, k, v, hidden, block: int):
+    """Like `blockwise`, with the bits of an engine's attention; only its gradient has `block`s."""
+    return exact.rows(q, k, v, hidden)[0]
+
+
+def _exact_forward(q, k, v, hidden, block):
+    out, norm = exact.rows(q, k, v, hidden)
+    out, norm = checkpoint_name(out, SAVED), checkpoint_name(norm, SAVED)
+    return out, (q, k, v, hidden, out, norm)
+
+
+def _exact_backward(block, saved, d_out):
+    q, k, v, hidden, out, norm = saved
+    batch, length, heads, _ = q.shape
+    kv_heads = k.shape[2]
+
+    def cut(x):  # [B, T, H, ...] -> [T / block, B, KV, G, block, ...]
+        x = jnp.pad(x, ((0, 0), (0, -length % block), *((0, 0),) * (x.ndim - 2)))
+        x = x.reshape(batch, -1, block, kv_heads, x.shape[2] // kv_heads, *x.shape[3:])
+        return jnp.moveaxis(x, (0, 2), (1, 4))
+
+    def whole(x, heads):
+        x = jnp.moveaxis(x, (1, 4), (0, 2))
+        return x.reshape(batch, -1, heads, x.shape[-1])[:, :length]
+
+    hidden = jnp.pad(hidden, ((0, 0), (0, -length % block), (0, 0), (0, 0)))
+    hidden = hidden.reshape(batch, -1, block, *hidden.shape[2:]).swapaxes(0, 1)
+    inputs = cut(q), cut(k)[:, :, :, 0], cut(v)[:, :, :, 0], hidden, jnp.int32(0)
+    d_q, d_k, d_v, *_ = _flash_backward((*inputs, cut(out), cut(norm)), cut(d_out))
+    d_k, d_v = (whole(x[:, :, :, None], kv_heads) for x in (d_k, d_v))
+    return whole(d_q, heads), d_k, d_v, None
+
+
+_exact.defvjp(_exact_forward, _exact_backward)

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from npr_jax.model.rope import Yarn, product, read_rope
 
-ATTENTION = ("", "blockwise", "dense", "pallas")
+ATTENTION = ("", "blockwise", "dense", "pallas", "exact")
 Remat = Literal["none", "full", "dots"]
 REMAT = get_args(Remat)
 VOCAB_MULTIPLE = (

@@ -8,6 +8,7 @@ attends over a table of them. Norms, rotary angles and softmax are float32, the 
 parameters' dtype.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -16,15 +17,22 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from npr_jax.base.mesh import activations
+from npr_jax.kernels import exact
 from npr_jax.kernels.blocks import SAVED
 from npr_jax.model.config import ModelConfig
+from npr_jax.model.exact import head as exact_head
+from npr_jax.model.exact import lay_out
 from npr_jax.model.rope import Yarn
 
 
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float, same_bits: bool = False) -> jax.Array:
     """x / rms(x) * weight over the last axis, in float32; the dtype of x."""
     y = x.astype(jnp.float32)
-    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    if same_bits:
+        mean = exact.row_sum(y * y) / y.shape[-1]
+    else:
+        mean = jnp.mean(y * y, axis=-1, keepdims=True)
+    y = y * jax.lax.rsqrt(mean + eps)
     return (y * weight.astype(jnp.float32)).astype(x.dtype)
 
 
@@ -66,12 +74,16 @@ def forward(
       (x [B, T, D] after the final norm, in the parameters' dtype, state).
     """
     c = config
+    same_bits = c.attention == "exact"
+    norm = functools.partial(rms_norm, eps=c.rms_norm_eps, same_bits=same_bits)
     table, batch, length = params["embed"], *tokens.shape
     if mesh is not None:  # looked up in whole rows, which are gathered
         table = _constrain(table, mesh, P("tensor"))
 
     def settle(x):
         """Says where activations live, so that XLA gathers weights and never activations."""
+        if same_bits:  # in its own dtype, whatever is done with it
+            return jax.lax.optimization_barrier(x)
         return x if mesh is None else _constrain(x, mesh, activations(mesh))
 
     def flat(y):
@@ -84,8 +96,10 @@ def forward(
     def layer(carry, inputs):
         x, state = carry
         number, w = inputs
+        if same_bits:
+            w = lay_out(w, exact.many_rows)
         with jax.named_scope("attention"):
-            y = flat(rms_norm(x, w["attn_norm"], c.rms_norm_eps))
+            y = flat(norm(x, w["attn_norm"]))
             q, k, v = y @ w["wq"], y @ w["wk"], y @ w["wv"]
             if state is not None:
                 # Else the TPU compiler makes heads of the weights instead of the products, and each
@@ -97,15 +111,17 @@ def forward(
             k = k.reshape(batch, length, c.num_kv_heads, c.head_dim)
             v = v.reshape(batch, length, c.num_kv_heads, c.head_dim)
             if c.qk_norm:
-                q = rms_norm(q, w["q_norm"], c.rms_norm_eps)
-                k = rms_norm(k, w["k_norm"], c.rms_norm_eps)
+                q = norm(q, w["q_norm"])
+                k = norm(k, w["k_norm"])
             q = rope(q, positions, c.rope_theta, c.yarn)
             k = rope(k, positions, c.rope_theta, c.yarn)
+            if same_bits:
+                q, k, v = jax.lax.optimization_barrier((q, k, v))
             out, state = attend(q, k, v, number, state)
             out = flat(out.reshape(batch, length, -1)) @ w["wo"]
             x = settle(x + out.reshape(x.shape))
         with jax.named_scope("mlp"):
-            y = flat(rms_norm(x, w["mlp_norm"], c.rms_norm_eps))
+            y = flat(norm(x, w["mlp_norm"]))
             y = (jax.nn.silu(y @ w["w_gate"]) * (y @ w["w_up"])) @ w["w_down"]
             x = settle(x + y.reshape(x.shape))
         return (x, state), None
@@ -127,21 +143,34 @@ def forward(
     else:
         numbers = jnp.arange(c.num_layers, dtype=jnp.int32)
         (x, state), _ = jax.lax.scan(layer, (x, state), (numbers, layers))
-    return rms_norm(x, params["final_norm"], c.rms_norm_eps), state
+    return norm(x, params["final_norm"]), state
 
 
-def head(config: ModelConfig, params: dict) -> jax.Array:
+def head(config: ModelConfig, params: dict) -> jax.Array | exact.Weights:
     """The weights [D, padded_vocab_size] of the logits, in the parameters' dtype."""
+    if isinstance(params.get("unembed"), exact.Weights):  # an engine's
+        return params["unembed"]
     return params["embed"].T if config.tie_word_embeddings else params["unembed"]
 
 
-def unembed(config: ModelConfig, weights: jax.Array, x: jax.Array) -> jax.Array:
+def unembed(config: ModelConfig, weights: jax.Array | exact.Weights, x: jax.Array) -> jax.Array:
     """Logits f32[..., padded_vocab_size] of x [..., D] under `head`; padding rows are -inf."""
-    logits = jnp.matmul(x, weights, preferred_element_type=jnp.float32)
+    if config.attention == "exact" or isinstance(weights, exact.Weights):
+        rows = exact_head(config, weights).product(x.reshape(-1, x.shape[-1]), jnp.float32)
+        logits = rows.reshape(*x.shape[:-1], -1)
+    else:
+        logits = jnp.matmul(x, weights, preferred_element_type=jnp.float32)
     if config.padded_vocab_size > config.vocab_size:
         real = jnp.arange(config.padded_vocab_size) < config.vocab_size
         logits = jnp.where(real, logits, -jnp.inf)
     return logits
+
+
+def log_sum_exp(config: ModelConfig) -> Callable[[jax.Array], jax.Array]:
+    """The logarithm f32[R] of the sum of exponentials of logits f32[R, V]."""
+    if config.attention == "exact":
+        return exact.log_sum_exp
+    return functools.partial(jax.nn.logsumexp, axis=-1)
 
 
 def _constrain(x: jax.Array, mesh: Mesh, spec: P) -> jax.Array:

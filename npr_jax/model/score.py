@@ -1,5 +1,6 @@
 """Logits, token log-probs and losses of laid-out rows."""
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -10,7 +11,8 @@ from jax.sharding import PartitionSpec as P
 from npr_jax.base.mesh import BATCH, activations
 from npr_jax.model.attention import tree_attend
 from npr_jax.model.config import ModelConfig
-from npr_jax.model.forward import forward, head, unembed
+from npr_jax.model.exact import check, require
+from npr_jax.model.forward import forward, head, log_sum_exp, unembed
 
 Figures = tuple[dict[str, jax.Array], dict[str, jax.Array]]  # sums, largest values: scalars
 
@@ -25,11 +27,16 @@ def logits(config: ModelConfig, params: dict, tokens, positions, hidden) -> jax.
     return unembed(config, head(config, params), x)[..., : config.vocab_size]
 
 
-def token_logp(config: ModelConfig, params: dict, tokens, positions, hidden, pred) -> jax.Array:
+def token_logp(
+    config: ModelConfig, params: dict, tokens, positions, hidden, pred, exact: bool = False
+) -> jax.Array:
     """Raw log-prob f32[B, T] of each token from the row that predicts it; 0 where `pred` is -1.
 
-    Arguments as for `token_logp_entropy`.
+    Arguments as for `token_logp_entropy`; `exact`: with the bits of an engine whose config says
+    `exact`, on one CPU device (else ValueError).
     """
+    if exact:
+        config = dataclasses.replace(config, attention="exact")
     return token_logp_entropy(config, params, tokens, positions, hidden, pred)[0]
 
 
@@ -82,6 +89,9 @@ def token_loss(
 
 def _predictors(config, params, tokens, positions, hidden, pred, mesh=None) -> jax.Array:
     """The model's output [B, T, D] at the row that predicts each token."""
+    if config.attention == "exact":
+        require(config, mesh, "exact")
+        check(config, (tokens.size, config.logp_chunk), few=False)
     attend = tree_attend(config, hidden, mesh)
     x, _ = forward(config, params, tokens, positions, attend, None, mesh)
     return jnp.take_along_axis(x, jnp.maximum(pred, 0)[..., None], axis=1)
@@ -103,7 +113,7 @@ def _chunks(config: ModelConfig, x, columns: dict) -> tuple[jax.Array, dict]:
 def _score(config: ModelConfig, weights, x, columns: dict) -> tuple[jax.Array, jax.Array]:
     """Log-probs f32[N] of a chunk's tokens and entropies, under the logits of x [N, D]."""
     z = unembed(config, weights, x)
-    norm = jax.nn.logsumexp(z, axis=-1)
+    norm = log_sum_exp(config)(z)
     # A sum and no lookup: with a vocabulary in parts, every part adds what it has.
     here = jnp.arange(z.shape[-1]) == columns["tokens"][:, None]
     logp = jnp.sum(jnp.where(here, z, 0.0), axis=-1) - norm

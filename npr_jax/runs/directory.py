@@ -53,7 +53,7 @@ SIZES = (
 LENGTHS = ("steps", "epochs", "fit.steps", "fit.epochs")  # of a run: whole keys
 INPUTS = ("model", "sampler_model", "problems")  # whole keys of what has a content of its own
 # Whole keys that came after 0.1.0: a run from before has its config without them, and goes on.
-LATER: tuple[str, ...] = ()
+LATER: tuple[str, ...] = ("engine.exact", "train.exact", "fit.train.exact")
 _MISFITS = (KeyError, AttributeError)  # PyYAML's for a value that its tag does not fit: !!bool x
 
 

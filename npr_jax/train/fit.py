@@ -140,7 +140,7 @@ class Fit(Body[TrainState, Model]):
         batch = [self.examples[self.order[first + i]] for i in range(config.batch)]
         rows = make_rows([[example] for example in mine(batch)], train.row_len, self.depth)
         rows = rows or [empty_row(train.row_len, self.depth)]
-        model_config = dataclasses.replace(self.model.config, remat=train.remat)
+        model_config = train.model(self.model.config)
         rate = learning_rate(train.optimizer, number - 1, self.total)
         state, metrics = optimize(state, rows, model_config, train, config.loss, rate, self.mesh)
         seconds = time.perf_counter() - begun

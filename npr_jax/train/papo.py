@@ -68,6 +68,11 @@ class PapoConfig(rl.RLConfig):
                 f"engine.max_depth is {self.engine.max_depth}, needed is 1: layout='reference' has "
                 "no nested blocks"
             )
+        if self.layout == "reference" and self.train.exact:
+            raise ValueError(
+                "train.exact is true and layout 'reference', which is not what the engine decodes: "
+                "set layout to 'strict', or train.exact to false"
+            )
 
     @property
     def depth(self) -> int:

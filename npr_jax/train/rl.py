@@ -90,6 +90,11 @@ class RLConfig(Checked, abc.ABC):
                 f"train.row_len is {self.train.row_len}, needed is max_prompt_tokens + max_tokens "
                 f"= {need} or more"
             )
+        if self.train.exact and not self.engine.exact:
+            raise ValueError(
+                "train.exact is true and engine.exact false, but exact needs both: set "
+                "engine.exact to true, or train.exact to false"
+            )
 
     @property
     @abc.abstractmethod
@@ -213,7 +218,7 @@ class Policy(Body[TrainState, Path], Generic[C]):
             raise sigterm.Preempted
         sampled = time.perf_counter()
         decoded = engine.stats()["sampled_tokens"] - decoded
-        model_config = dataclasses.replace(self.model.config, remat=train.remat)
+        model_config = train.model(self.model.config)
         history = []
         parts = list(minibatches(collected, config.minibatches, train.row_len, config.depth))
         for rows in filter(None, parts):

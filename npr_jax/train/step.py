@@ -52,6 +52,8 @@ class TrainConfig(Checked):
         which answers that are left out count as malformed), or lowest loss, both of the weights
         before the last update.
       max_nonfinite (steps): in a row without a finite update, after which the run stops.
+      exact: the forward pass has the bits of an engine with `engine.exact`, so that the gap is 0
+        until the first update of a batch; on one CPU device.
     """
 
     optimizer: OptimizerConfig
@@ -65,14 +67,26 @@ class TrainConfig(Checked):
     keep_checkpoints: Count = 2
     keep_best: Annotated[int, Range(ge=0, le=1)] = 0
     max_nonfinite: Count = 3
+    exact: bool = False
 
     def check(self, mesh: Mesh | None, name: str = "train") -> None:
-        """Raises ValueError where rows cannot be split over the mesh; `name`: of these settings."""
+        """Raises ValueError where rows cannot be split over the mesh, or where there is one and
+        `exact` is not for it; `name`: of these settings."""
+        if self.exact and (mesh is not None or jax.default_backend() != "cpu"):
+            raise ValueError(
+                f"{name}.exact is true on {jax.default_backend().upper()} with "
+                f"{mesh.size if mesh else 1} devices: exact is for one CPU device, set it to false"
+            )
         parts = mesh.shape["sequence"] if mesh else 1
         if self.row_len % parts:
             raise ValueError(
                 f"{name}.row_len is {self.row_len}, needed is a multiple of mesh.sequence={parts}"
             )
+
+    def model(self, config: ModelConfig) -> ModelConfig:
+        """The model's config as it is trained."""
+        attention = "exact" if self.exact else config.attention
+        return dataclasses.replace(config, remat=self.remat, attention=attention)
 
 
 @dataclasses.dataclass(frozen=True)
