@@ -286,7 +286,7 @@ def test_a_second_run_compiles_nothing_and_says_so(home, tmp_path):
         )
         assert done.returncode == 4, done.stderr  # lines were left out
         said.append(done.stderr)
-    assert re.search(r"compile: \d/7 programs", said[0])  # two prefills, tables, two widths
+    assert re.search(r"compile: \d/7 programs", said[0])  # two prefills, tables, marks, two widths
     assert re.search(r"compile: \d+ compiled, 0 from the cache", said[0])
     assert "compile: nothing had to be compiled" in said[1]
     assert records(tmp_path / "0.jsonl") == records(tmp_path / "1.jsonl")

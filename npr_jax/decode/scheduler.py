@@ -4,6 +4,10 @@ Answers keep their order of arrival as priority. The oldest always runs; short o
 is cached of old prompts goes, then the youngest answer gives its own back and is computed again
 later from its tokens.
 
+An answer whose pages do not fit yet does not hold up later ones that do: of the first WINDOW that
+wait those start that fit. But no answer is passed more than PATIENCE times in all, by a later one
+that starts before it; from then on none behind it starts before it does.
+
 Invariants: a page's count is the number of live segments that list it, and a segment's count is
 the number of tables that list it; only a sequence's last segment grows, and no other table lists
 it. So forks and joins count segments, whatever the length of what is shared.
@@ -12,7 +16,7 @@ Only here is written who has which lane and which page, who is running, and the 
 (docs/architecture.md: who writes which field).
 """
 
-import heapq
+import bisect
 import math
 import operator
 from collections import abc
@@ -21,7 +25,9 @@ from npr_jax.decode.config import EngineConfig
 from npr_jax.decode.pages import PagePool
 from npr_jax.decode.sequence import Request, Segment, Sequence
 
-_PRIORITY = operator.attrgetter("path")
+_PRIORITY, _ARRIVAL = operator.attrgetter("path"), operator.attrgetter("id")
+WINDOW = 64  # answers that wait, of which the pages are counted in a visit
+PATIENCE = 16  # times that an answer can be passed
 
 
 class Scheduler:
@@ -36,12 +42,8 @@ class Scheduler:
         self.lanes: list[Sequence | None] = [None] * config.lanes
         self.running: list[Request] = []
         self.stats = dict.fromkeys(("preemptions", "cached_tokens"), 0)
-        self._waiting: list[tuple[int, Request]] = []  # a heap by order of arrival
-
-    @property
-    def waiting(self) -> list[Request]:
-        """Answers that have not started, or were preempted."""
-        return [request for _, request in self._waiting]
+        # Answers that have not started, or were preempted, by order of arrival.
+        self.waiting: list[Request] = []
 
     @property
     def bound(self) -> list[Sequence]:
@@ -60,11 +62,11 @@ class Scheduler:
     @property
     def num_requests(self) -> int:
         """Answers that are not finished."""
-        return len(self.running) + len(self._waiting)
+        return len(self.running) + len(self.waiting)
 
     def add(self, request: Request) -> None:
         """Queues an answer by its order of arrival."""
-        heapq.heappush(self._waiting, (request.id, request))
+        bisect.insort(self.waiting, request, key=_ARRIVAL)
 
     def admit(self) -> None:
         """Gives free lanes to running answers, then to waiting ones whose pages fit."""
@@ -72,22 +74,33 @@ class Scheduler:
             return
         growing = [sequence for request in self.running for sequence in request.growing()]
         self._bind([sequence for sequence in growing if sequence.lane is None])
-        while None in self.lanes and self._waiting:
-            request = self._waiting[0][1]
-            request.running = True
-            found = 0
-            for table in request.tables():
-                self.hold(table)
-                found += sum(self.adopt(segment) for segment in table)
-            if self.running and self._pages_to_start(request) > self.pages.num_available:
-                for table in request.tables():
-                    self.drop(table)
-                request.running = False
+        passed: list[Request] = []
+        for request in self.waiting[:WINDOW]:
+            if None not in self.lanes or any(r.passed == PATIENCE for r in passed):
                 return
-            heapq.heappop(self._waiting)
-            self.running.append(request)
-            self.stats["cached_tokens"] += found
-            self._bind(list(request.growing()))
+            if not self._start(request):
+                passed.append(request)
+                continue
+            for other in passed:
+                other.passed += 1
+
+    def _start(self, request: Request) -> bool:
+        """Starts an answer, unless others run and its pages do not fit beside theirs."""
+        request.running = True
+        found = 0
+        for table in request.tables():
+            self.hold(table)
+            found += sum(self.adopt(segment) for segment in table)
+        if self.running and self._pages_to_start(request) > self.pages.num_available:
+            for table in request.tables():
+                self.drop(table)
+            request.running = False
+            return False
+        self.waiting.remove(request)
+        self.running.append(request)
+        self.stats["cached_tokens"] += found
+        self._bind(list(request.growing()))
+        return True
 
     def _bind(self, sequences: list[Sequence]) -> None:
         free = [i for i, sequence in enumerate(self.lanes) if sequence is None]
@@ -238,9 +251,8 @@ class Scheduler:
                 self.drop(table)
             request.running = False
             self.running.remove(request)
-        elif any(waiting is request for waiting in self.waiting):
-            self._waiting = [entry for entry in self._waiting if entry[1] is not request]
-            heapq.heapify(self._waiting)
+        elif request in self.waiting:
+            self.waiting.remove(request)
 
     def reset(self) -> None:
         """Takes everything off lanes, pages and queue, whatever state they are in."""
@@ -250,7 +262,7 @@ class Scheduler:
         self.pages = PagePool(self.config.pages)
         self.lanes = [None] * self.config.lanes
         self.pages.evictions = evictions
-        self.running, self._waiting = [], []
+        self.running, self.waiting = [], []
 
     def _free_lanes(self, request: Request) -> None:
         for sequence in request.growing():

@@ -140,8 +140,9 @@ class Request:
     `id`: the order of arrival, which is the priority; `replica`: where it decodes; `on_event`: the
     caller's; `quiet`: no consumer wants its tokens; `end`: why it ended (reason, detail), told or
     not; `silent`: nothing but its finish will be told; `ends`: ids that end the text; `stops`: ids
-    at which a lane freezes; `running`: whether its tables hold pages; `refused`: why blocks went on
-    sequentially; `tree`: the layout that is replayed.
+    at which a lane freezes; `running`: whether its tables hold pages; `passed`: later answers that
+    have started before it; `refused`: why blocks went on sequentially; `tree`: the layout that is
+    replayed.
     """
 
     def __init__(self, number: int, sampling: SamplingParams, prompt_len: int, max_position: int):
@@ -156,7 +157,7 @@ class Request:
         self.trunk: Sequence  # the maker's
         self.tree: TreeLayout | None = None
         self.running = False
-        self.preempted = 0
+        self.preempted = self.passed = 0
         self.refused: list[str] = []
 
     def growing(self) -> Iterator[Sequence]:
