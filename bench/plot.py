@@ -1,4 +1,4 @@
-"""Charts as SVG for the figures of docs/images: lines on logarithmic axes, and dots in rows."""
+"""Charts as SVG for the figures of docs/images: lines, also on logarithmic axes, and dots."""
 
 import html
 import math
@@ -8,18 +8,31 @@ COLORS = ("#2a78d6", "#e07b39", "#3a9d5d", "#a259c4")  # told apart in light and
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 680, 360, 64, 44, 36, 190
 
 
-def log_chart(
-    title: str, x_name: str, y_name: str, lines: Mapping[str, Sequence[tuple[float, float]]]
-) -> str:
+Lines = Mapping[str, Sequence[tuple[float, float]]]
+
+
+def log_chart(title: str, x_name: str, y_name: str, lines: Lines) -> str:
     """Lines of (x, y) points, all above 0, with ticks at powers of two and of ten."""
+    ys = [math.log10(y) for line in lines.values() for _, y in line]
+    ticks = [10.0**power for power in range(math.floor(min(ys)), math.ceil(max(ys)) + 1)]
+    return _chart(title, x_name, y_name, lines, ticks, math.log2, math.log10)
+
+
+def line_chart(title: str, x_name: str, y_name: str, lines: Lines) -> str:
+    """Lines of (x, y) points, all above 0, with ticks at the whole numbers from 0."""
+    top = math.ceil(max(y for line in lines.values() for _, y in line))
+    return _chart(title, x_name, y_name, lines, list(range(top + 1)), float, float)
+
+
+def _chart(title, x_name, y_name, lines: Lines, ticks, across_of, up_of) -> str:
+    """Lines with a grid at `ticks` of y; the functions say where a value lies along an axis."""
     points = [point for line in lines.values() for point in line]
-    x0, x1 = (f(math.log2(x) for x, _ in points) for f in (min, max))
-    y0 = math.floor(min(math.log10(y) for _, y in points))
-    y1 = math.ceil(max(math.log10(y) for _, y in points))
+    x0, x1 = (f(across_of(x) for x, _ in points) for f in (min, max))
+    y0, y1 = up_of(ticks[0]), up_of(ticks[-1])
 
     def place(x: float, y: float) -> tuple[float, float]:
-        across = (math.log2(x) - x0) / max(1e-9, x1 - x0)
-        up = (math.log10(y) - y0) / max(1e-9, y1 - y0)
+        across = (across_of(x) - x0) / max(1e-9, x1 - x0)
+        up = (up_of(y) - y0) / max(1e-9, y1 - y0)
         return (
             LEFT + across * (WIDTH - LEFT - RIGHT),
             HEIGHT - BOTTOM - up * (HEIGHT - BOTTOM - TOP),
@@ -37,14 +50,15 @@ def log_chart(
         text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, x_name),
         text(LEFT - 8, TOP - 8, y_name, "end"),
     ]
-    for power in range(y0, y1 + 1):
-        _, y = place(2**x0, 10.0**power)
+    left = points[0][0]
+    for tick in ticks:
+        _, y = place(left, tick)
         parts.append(
             f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="#8884"/>'
         )
-        parts.append(text(LEFT - 8, y + 4, f"{10.0**power:g}", "end"))
+        parts.append(text(LEFT - 8, y + 4, f"{tick:g}", "end"))
     for x in sorted({x for x, _ in points}):
-        parts.append(text(place(x, 10.0**y0)[0], HEIGHT - BOTTOM + 18, f"{x:g}"))
+        parts.append(text(place(x, ticks[0])[0], HEIGHT - BOTTOM + 18, f"{x:g}"))
     below = 0.0  # where the name before ends: from top to bottom, names keep apart
     for (name, line), color in sorted(
         zip(lines.items(), COLORS, strict=False), key=lambda entry: -entry[0][1][-1][1]

@@ -1,7 +1,7 @@
-"""Writes the tables of docs/performance.md from the files in bench/results/.
+"""Writes the tables of docs/performance.md and README.md from the files in bench/results/.
 
-python bench/table.py            # rewrites the page
-python bench/table.py --check    # exit code 1 if the page is not what the results say
+python bench/table.py            # rewrites them
+python bench/table.py --check    # exit code 1 if one is not what the results say
 """
 
 import argparse
@@ -9,14 +9,16 @@ import json
 import sys
 from pathlib import Path
 
-from plot import log_chart
+from plot import line_chart, log_chart
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
-TRAINING = RESULTS / "train.json"
+TRAINING, LAPTOP = RESULTS / "train.json", RESULTS / "laptop.json"
 PAGE = ROOT / "docs" / "performance.md"
 PLOT = ROOT / "docs" / "images" / "train_lengths.svg"
 BEGIN, END = "<!-- performance: made by bench/table.py -->", "<!-- end of performance -->"
+README, GAIN = ROOT / "README.md", ROOT / "docs" / "images" / "laptop.svg"
+GAIN_BEGIN, GAIN_END = "<!-- gain: made by bench/table.py -->", "<!-- end of gain -->"
 
 
 def load(name: str) -> dict:
@@ -212,6 +214,51 @@ def traffic() -> list[str]:
     ]
 
 
+def laptop() -> str:
+    """A real model on a laptop, for the README; nothing until bench/laptop.py has run."""
+    if not LAPTOP.exists():
+        return ""
+    found = load("laptop")
+    rows = [
+        [
+            row["width"],
+            f"{row['text_s']:.1f}",
+            f"{row['branches_s']:.1f}",
+            row["speedup"],
+            row["bound"],
+            f"{100 * row['share_of_bound']:.0f}%",
+            f"{row['step_1_ms']:.1f}",
+            f"{row['step_n_ms']:.1f}",
+        ]
+        for row in found["rows"]
+    ]
+    head = ["branches", "as text, s", "parallel, s", "speed-up", "bound", "reached"]
+    return "\n".join(
+        [
+            f"{found['model']}, float32, {found['cores']} CPU cores, one answer at a time: the "
+            f"same given tokens, {found['branch_tokens']} a branch, decoded as one line of text "
+            f"and with real branches (medians of {found['repeats']}, by turns). The bound is what "
+            "a step of one row and a step of n rows allow: every step reads all weights, and n "
+            "rows read them once.",
+            "",
+            *markdown([*head, "step of 1 row, ms", "of n rows, ms"], rows),
+            "",
+            f"![Speed-up by branches]({GAIN.relative_to(ROOT)})",
+        ]
+    )
+
+
+def draw_laptop() -> str:
+    """The same as an SVG."""
+    found = load("laptop")
+    lines = {
+        name: [(1.0, 1.0), *((row["width"], row[key]) for row in found["rows"])]
+        for name, key in (("tokens in a row", "ideal"), ("bound", "bound"), ("measured", "speedup"))
+    }
+    title = f"Times faster than as text, {found['model']}, {found['cores']} CPU cores"
+    return line_chart(title, "branches", "times", lines)
+
+
 def text() -> str:
     parts = [decoding(), parallel(), traffic(), training(), small_figures()]
     return "\n".join(line for part in parts if part for line in [*part, ""])
@@ -233,8 +280,11 @@ def main() -> None:
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
     same = replace_between(PAGE, BEGIN, END, text(), check)
+    same &= replace_between(README, GAIN_BEGIN, GAIN_END, laptop(), check)
     if check:
         sys.exit(0 if same else 1)
+    if LAPTOP.exists():
+        GAIN.write_text(draw_laptop(), encoding="utf-8")
     if TRAINING.exists() and "lengths" in load("train"):
         PLOT.write_text(draw_row_lengths(load("train")["lengths"]), encoding="utf-8")
 
