@@ -2,9 +2,10 @@
 
     python bench/programs.py --programs 100000
 
-The same programs as tests/test_engine_programs.py: submit, visit, abort, preempt, forget in random
-order, with forks, joins and evictions as they come; every count recounted from the tables after
-each operation, every answer checked against its own layout. Writes bench/results/programs.json.
+The same programs as tests/test_engine_programs.py: submit, visit, abort (from callbacks too),
+preempt, forget in random order, with penalties, forks, joins and evictions as they come; every
+count recounted from the tables after each operation, every answer checked against its own layout.
+Writes bench/results/programs.json.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 COUNTED = ("visits", "forks", "joins", "preemptions", "evictions", "cached_tokens")
+COUNTED += ("aborts_by_callbacks",)
 
 
 def _some(seed: int, count: int) -> Counter:

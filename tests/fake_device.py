@@ -219,6 +219,7 @@ CONFIGS = [
         (4, 30, 4, 5, 4, 8),
         (2, 60, 2, 3, 1, 5),
         (7, 24, 8, 9, 3, 16),
+        (16, 70, 4, 6, 5, 8),
         (3, 90, 1, 4, 2, 8),
     )
 ]
@@ -229,7 +230,7 @@ def run_program(config: EngineConfig, program: list[tuple[str, int]]) -> dict[st
     after each, every answer at its end, and that nothing is held then. Returns the statistics."""
     engine = engine_on_fake_device(config)
     scheduler = engine.schedulers[0]
-    asked, answers = [], {}
+    asked, answers, aborted = [], {}, []
     budget = min(90, (config.pages - 8) * config.page_size - 20)
 
     def collect():
@@ -238,6 +239,17 @@ def run_program(config: EngineConfig, program: list[tuple[str, int]]) -> dict[st
             if event.kind == "finish":
                 assert event.request not in answers
                 answers[event.request] = event.trajectory
+
+    def abort_at(count: int, value: int):
+        """A callback that aborts an answer, its own or another, at its `count`-th event."""
+        heard = []
+
+        def callback(event):
+            heard.append(event)
+            if len(heard) == count:
+                aborted.append(engine.abort(asked[value % len(asked)]))
+
+        return callback
 
     for operation, value in program:
         if operation == "submit":
@@ -248,7 +260,8 @@ def run_program(config: EngineConfig, program: list[tuple[str, int]]) -> dict[st
                 repetition_penalty=1 + value % 7 // 5,  # which changes nothing that `draw` draws
                 step_repetition_penalty=1 + value % 5 // 3,
             )
-            asked += engine.submit([prompt], sampling)
+            callback = abort_at(value % 9, value // 4) if value % 3 == 0 else None
+            asked += engine.submit([prompt], sampling, callback)
         elif operation == "visit" and engine._requests:
             engine._visit()
         elif operation == "abort" and asked:
@@ -271,4 +284,4 @@ def run_program(config: EngineConfig, program: list[tuple[str, int]]) -> dict[st
     assert scheduler.pages.num_held == 0
     engine._pending = None
     reasons = {f"ends_{a.finish_reason}": 1 for a in answers.values()}
-    return engine.stats() | reasons
+    return engine.stats() | reasons | {"aborts_by_callbacks": sum(aborted)}

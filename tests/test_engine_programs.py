@@ -48,7 +48,8 @@ def test_random_programs_keep_every_page_right(report):
     report(", ".join(f"{seen[name]} {name}" for name in counted))
     assert seen["programs"] >= PROGRAMS
     if PROGRAMS >= 2000:  # a few programs have most evictions, so fewer say nothing
-        for name in ("forks", "joins", "preemptions", "evictions", "cached_tokens", "ends_aborted"):
+        names = "forks", "joins", "preemptions", "evictions", "cached_tokens", "ends_aborted"
+        for name in (*names, "aborts_by_callbacks"):
             assert seen[name] > PROGRAMS / 20, name
 
 
