@@ -25,7 +25,7 @@ ELSEWHERE = {
     "runs/digest.py": 1,
     "runs/directory.py": 2,  # of a message
     "runs/metrics.py": 1,  # whether it can be encoded
-    "train/inputs.py": 1,
+    "train/inputs.py": 2,  # a digest; what a model is known by
     "train/rollout_cache.py": 2,
 }
 
