@@ -5,9 +5,12 @@ does everything in the order in which it was asked, so a page may be given to an
 a call that still writes to it is on its way.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
+import itertools
+import os
 from collections import abc
 
 import jax
@@ -164,22 +167,36 @@ class Runner:
         return Tables(rows, self.config.page_size, lambda old, *new: write(old, *self._once(new)))
 
     def warmup(self, progress: abc.Callable[[int, int], None] | None = None) -> int:
-        """Compiles every shape this engine can need; returns how many."""
+        """Compiles every shape this engine can need, as many at a time as there are cores, and
+        calls each once; returns how many."""
+        lanes, widths = self._lanes, self.config.widths
+        steps = dict.fromkeys((self._prompt_steps, self._steps))
+        prefills = list(itertools.product(steps, self._shapes))
         calls: list[abc.Callable[[], object]] = [
-            functools.partial(self._prefill_call, [], *shape, steps)
-            for steps in dict.fromkeys((self._prompt_steps, self._steps))
-            for shape in self._shapes
+            functools.partial(lanes.tables.send, anyway=True),
+            functools.partial(self._prefill_tables.send, anyway=True),
+            functools.partial(lanes.mark, {}),
+            *(functools.partial(self._prefill_call, [], *shape, some) for some, shape in prefills),
+            *(functools.partial(self._decode_call, [], width=width) for width in widths),
         ]
-        for tables in self._lanes.tables, self._prefill_tables:
-            calls.append(functools.partial(tables.send, anyway=True))
-        calls.append(functools.partial(self._lanes.mark, {}))
-        for width in self.config.widths:
-            calls.append(functools.partial(self._decode_call, [], width=width))
+        with _fitting(self.config):
+            jobs = [(some.prefill, self._prefill_arguments([], *at)) for some, at in prefills]
+            for width in widths:
+                jobs.append((self._steps.decode, self._decode_arguments([], width=width)[1]))
+            self._pool = pool = self._take_pool()
+            lowered = [step.lower(self.params, pool, *arguments) for step, arguments in jobs]
+            # Several processes may have to compile the same program at the same time.
+            workers = 1 if jax.process_count() > 1 else os.cpu_count()
+            with concurrent.futures.ThreadPoolExecutor(workers) as threads:
+                compiled = threads.map(lambda program: program.compile(), lowered)
+                for done, _ in enumerate(compiled, 1):
+                    if progress:
+                        progress(done, len(calls))
         for done, call in enumerate(calls, 1):
             with _fitting(self.config):
                 call()
                 jax.block_until_ready(self._pool)
-            if progress:
+            if progress and done > len(jobs):
                 progress(done, len(calls))
         return len(calls)
 
@@ -252,6 +269,14 @@ class Runner:
         return min(self._shapes, key=cost)
 
     def _prefill_call(self, work, rows: int, chunk: int, steps: Steps | None = None) -> None:
+        if steps is None:
+            branches = any(segment.before for _, _, segment, _ in work)
+            steps = self._steps if branches else self._prompt_steps
+        arguments = self._prefill_arguments(work, rows, chunk)
+        self._pool = steps.prefill(self.params, self._take_pool(), *arguments)
+
+    def _prefill_arguments(self, work, rows: int, chunk: int) -> tuple:
+        """What a prefill takes after the weights and the pool."""
         shape = self.replicas * rows, chunk
         tokens, positions = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
         ranks = np.full(shape, -1, np.int32)
@@ -267,25 +292,29 @@ class Runner:
             table = replica * self._prefill_rows + place
             self._prefill_tables.set(table, segment.table, used)
             listed[replica, place : place + used] = np.arange(table, table + used)
-        arrays = self._once((tokens, positions, ranks))
-        if steps is None:
-            branches = any(segment.before for _, _, segment, _ in work)
-            steps = self._steps if branches else self._prompt_steps
         tables = self._prefill_tables.send()
         shared = self._shared(self._prefill_tables, listed.tolist())
-        self._pool = steps.prefill(self.params, self._take_pool(), tables, shared, *arrays)
+        return tables, shared, *self._once((tokens, positions, ranks))
 
     def _decode_call(
         self, sequences: abc.Sequence[Sequence], counts=(), limit=0, width=None
     ) -> tuple[list[int], SamplerOutput]:
         """Returns the row of the output that each sequence has, and the output."""
         lanes = self._lanes
-        arguments = lanes.arguments(sequences, counts)
-        rows, pick, least, shared = self._pick(sequences, counts, width)
+        rows, arguments = self._decode_arguments(sequences, counts, limit, width)
         self._pool, lanes.state, lanes.seen, output = self._steps.decode(
-            self.params, self._take_pool(), *arguments, pick, shared, least, np.int32(limit)
+            self.params, self._take_pool(), *arguments
         )
         return rows, output
+
+    def _decode_arguments(
+        self, sequences: abc.Sequence[Sequence], counts=(), limit=0, width=None
+    ) -> tuple[list[int], tuple]:
+        """The row that each sequence has, and what a decode step takes after the weights and the
+        pool."""
+        arguments = self._lanes.arguments(sequences, counts)
+        rows, pick, least, shared = self._pick(sequences, counts, width)
+        return rows, (*arguments, pick, shared, least, np.int32(limit))
 
     def _pick(self, sequences: abc.Sequence[Sequence], counts, width: int | None):
         """The row of each sequence in a step of the least width that has room for all of them; the
