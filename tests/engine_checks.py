@@ -43,13 +43,15 @@ def recount(scheduler):
     segments = {id(segment): segment for table in tables for segment in table}
     for segment in segments.values():
         assert segment.refs == sum(segment in table for table in tables)
-    pool = scheduler.pages
+    pool, size = scheduler.pages, scheduler.config.page_size
     refs = np.zeros(len(pool.refs), int)
     for segment in segments.values():
         np.add.at(refs, segment.pages, 1)
     np.testing.assert_array_equal(refs, pool.refs)
     growing = [sequence for request in scheduler.running for sequence in request.growing()]
-    writable = [page for sequence in growing for page in sequence.tail.pages]
+    tails = [sequence.tail for sequence in growing]
+    writable = [page for tail in tails for page in tail.pages[tail.published :]]
+    assert all(tail.published * size < len(tail.tokens) for tail in tails)
     assert (refs[writable] == 1).all(), "a page that grows is shared"
     for sequence in scheduler.bound:
         assert not (sequence.ready and any(map(sequence.lacks, sequence.table)))

@@ -253,10 +253,14 @@ def run_program(config: EngineConfig, program: list[tuple[str, int]]) -> dict[st
 
     for operation, value in program:
         if operation == "submit":
-            prompt = [*PROMPTS[value % len(PROMPTS)], 9 + value // 5 % 14]
+            begin, room = PROMPTS[value % len(PROMPTS)], budget
+            if value % 4 == 3 and answers:  # the next turn of a conversation
+                begin = list(answers.values())[-1].token_ids[:40].tolist()
+                room -= len(begin) // 2
+            prompt = [*begin, 9 + value // 5 % 14]
             sampling = SamplingParams(
                 n=1 + value % 3,
-                max_tokens=budget - value % 8 * budget // 9,
+                max_tokens=room - value % 8 * room // 9,
                 repetition_penalty=1 + value % 7 // 5,  # which changes nothing that `draw` draws
                 step_repetition_penalty=1 + value % 5 // 3,
             )

@@ -333,6 +333,9 @@ class Engine:
     def _end(self, request: Request, reason: str, detail: str) -> None:
         """An answer gives its lanes and pages back; its finish is told with the next delivery."""
         if request.end is None:
-            self.schedulers[request.replica].stop(request)
+            scheduler = self.schedulers[request.replica]
+            if reason != "error":
+                scheduler.publish(request)
+            scheduler.stop(request)
             self._outputs.note(request.trunk, "finish")
         request.end = reason, detail

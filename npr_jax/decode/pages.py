@@ -1,7 +1,7 @@
 """Who holds which page of the KV pool, and which pages of prompts are kept for the next.
 
 A page is free, held (its count, the live segments that list it, is above 0) or cached: whole pages
-of prompt text are published by their content, and stay after their last holder has gone, until
+of plain text are published by their content, and stay after their last holder has gone, until
 pages run short; the least recently held go first. Page 0 is never given out: padding and frozen
 lanes write there, and no query ever reads it.
 """

@@ -47,9 +47,11 @@ class RequestMaker:
         groups = []
         for prompt, keys in zip(ids, branch_keys(seed_keys(seeds), sampling.n), strict=True):
             for first in range(0, sampling.n, size):
+                some, cut = keys[first : first + size], len(prompt) - 1
+                if len(some) == 1:  # its own pages can be found by the next turn's prompt
+                    cut -= cut % self.config.page_size
                 shared = Segment(0, ())
-                shared.append_known(prompt[:-1], forced=False)
-                some = keys[first : first + size]
+                shared.append_known(prompt[:cut], forced=False)
                 groups.append([self.make(prompt, shared, sampling, key) for key in some])
         return groups
 
@@ -116,15 +118,17 @@ class RequestMaker:
             )
 
     def make(self, prompt: list[int], shared: Segment, sampling: SamplingParams, key) -> Request:
-        """A request: the prompt without its last token is one segment, shared by n samples; the
-        trunk's own segment starts with the last, from which its first token is drawn."""
+        """A request: what is `shared` of the prompt is one segment of n samples; the trunk's own
+        segment starts with the rest, from whose last token its first is drawn."""
         request = Request(self._count, sampling, len(prompt), self._max_position(sampling))
         self._count += 1
         request.ends = frozenset((*self.model_config.eos_token_ids, *sampling.stop_token_ids))
         request.stops = self._stops(sampling)
         trunk = request.trunk = Sequence(request, None, 0, key)
-        own = Segment(len(prompt) - 1, (shared,) if shared.tokens else ())
-        own.append_known(prompt[-1:], forced=False)
+        cut = len(shared.tokens)
+        own = Segment(cut, (shared,) if cut else ())
+        own.append_known(prompt[cut:], forced=False)
+        shared.plain, own.plain = True, cut % self.config.page_size == 0
         trunk.items.append(shared)
         trunk.append(own)
         trunk.budget = sampling.max_tokens

@@ -270,8 +270,8 @@ class Runner:
 
     def _prefill_call(self, work, rows: int, chunk: int, steps: Steps | None = None) -> None:
         if steps is None:
-            branches = any(segment.before for _, _, segment, _ in work)
-            steps = self._steps if branches else self._prompt_steps
+            plain = all(segment.plain for _, _, segment, _ in work)
+            steps = self._prompt_steps if plain else self._steps
         arguments = self._prefill_arguments(work, rows, chunk)
         self._pool = steps.prefill(self.params, self._take_pool(), *arguments)
 
@@ -428,7 +428,7 @@ def _prefill_work(scheduler: Scheduler, unready: list[Sequence], rows: int, chun
     pages = set()  # prompt pages that this call begins: an equal prompt waits, then adopts them
     for sequence in unready:
         for segment in sequence.table:
-            scheduler.stats["cached_tokens"] += scheduler.adopt(segment)
+            scheduler.stats["cached_tokens"] += scheduler.adopt(segment, sequence.tail)
             count = sequence.lacks(segment)
             if not count or id(segment) in planned:
                 continue

@@ -90,7 +90,7 @@ class Scheduler:
         found = 0
         for table in request.tables():
             self.hold(table)
-            found += sum(self.adopt(segment) for segment in table)
+            found += sum(self.adopt(segment, table[-1]) for segment in table)
         if self.running and self._pages_to_start(request) > self.pages.num_available:
             for table in request.tables():
                 self.drop(table)
@@ -188,8 +188,9 @@ class Scheduler:
             segment.refs += 1
 
     def drop(self, table: abc.Sequence[Segment]) -> None:
-        """One table less; a segment in no table loses its pages, and its keys with them."""
-        for segment in table:
+        """One table less; a segment in no table loses its pages, and its keys with them: the last
+        first, as pages of cached text are found through those before."""
+        for segment in reversed(table):
             segment.refs -= 1
             if segment.refs == 0:
                 self.pages.drop(segment.pages)
@@ -197,25 +198,35 @@ class Scheduler:
                 segment.row = None
 
     def next_page(self, segment: Segment) -> tuple[int, tuple[int, ...]] | None:
-        """What identifies the next whole page of a prompt to be computed: the page before, and its
-        tokens. None where the segment is no prompt, is inside a page, or ends before its end."""
+        """What identifies the next whole page of plain text to be computed: the page before, and
+        its tokens. None where the segment is not plain, is inside a page, or ends before its end;
+        or the text before it is not published."""
         size, index = self.config.page_size, segment.published
-        if segment.before or segment.start or segment.computed != index * size:
+        if not segment.plain or segment.computed != index * size:
             return None
-        before = segment.pages[index - 1] if index else 0
         tokens = tuple(segment.tokens[index * size : (index + 1) * size])
-        if len(tokens) < size or not self.pages.leads_on(before):
-            return None
-        return before, tokens
+        before, number = segment, index
+        if not index and segment.before:
+            (before,) = segment.before
+            number = before.published
+            if number * size != len(before.tokens):
+                return None
+        last = before.pages[number - 1] if number else 0
+        return (last, tokens) if len(tokens) == size and self.pages.leads_on(last) else None
 
-    def adopt(self, segment: Segment) -> int:
-        """Takes the pages of a live prompt that others have computed, instead of computing them;
-        returns how many tokens they hold."""
-        found = 0
-        while (key := self.next_page(segment)) and (page := self.pages.find(*key)) is not None:
+    def adopt(self, segment: Segment, tail: Segment) -> int:
+        """Takes the pages of a live segment that others have computed, instead of computing them,
+        but not that with the last token of the `tail` of a table, whose key is written when the
+        next is drawn; returns how many tokens they hold."""
+        size, found = self.config.page_size, 0
+        end = len(segment.tokens) - (segment is tail)
+        while segment.computed + size <= end and (key := self.next_page(segment)):
+            page = self.pages.find(*key)
+            if page is None:
+                break
             self._share(segment, page)
-            segment.computed += self.config.page_size
-            found += self.config.page_size
+            segment.computed += size
+            found += size
         return found
 
     def _share(self, segment: Segment, page: int) -> None:
@@ -228,8 +239,8 @@ class Scheduler:
         segment.published += 1
 
     def computed(self, segment: Segment, count: int) -> None:
-        """`count` more tokens of a segment are in its pages; whole pages of a prompt are published,
-        or replaced where another answer has computed the same in the meantime."""
+        """`count` more tokens of a segment are in its pages; whole pages of plain text are
+        published, or replaced where another answer has computed the same in the meantime."""
         goal = segment.computed + count
         size = self.config.page_size
         segment.computed = segment.published * size
@@ -242,6 +253,13 @@ class Scheduler:
                 segment.published += 1
             segment.computed += size
         segment.computed = goal
+
+    def publish(self, request: Request) -> None:
+        """Lets prompts find the text of an answer before its first fork, as the next turn of a
+        conversation goes on from it. What is behind a fork, nobody finds."""
+        for item in request.trunk.items:
+            if isinstance(item, Segment) and item.plain:
+                self.computed(item, 0)
 
     def stop(self, request: Request) -> None:
         """Takes an answer off its lanes and pages, or off the queue."""

@@ -40,7 +40,9 @@ class Segment:
         self.pages: list[int] = []
         self.row: np.ndarray | None = None  # `pages` as an array; None where they have changed
         self.computed = 0  # tokens whose keys are in `pages`
-        self.published = 0  # pages of a prompt that the pool's cache knows
+        # Text of one line from position 0 on, which begins where a page of such text does; of its
+        # pages the pool's cache knows the first `published`.
+        self.plain, self.published = False, 0
         self.refs = 0  # tables that list it
 
     def append_known(self, tokens, forced: bool) -> None:
