@@ -22,45 +22,15 @@ import time
 from pathlib import Path
 
 import jax
-import numpy as np
+from speedup import PROMPT, engine_of, trace
 
 import npr_jax
-from npr_jax import Engine, EngineConfig, SamplingParams
+from npr_jax import Engine, SamplingParams
 from npr_jax.base.compile_cache import use_cache
-from npr_jax.model.pretrained import Model
 
 ROOT = Path(__file__).parents[1]
-PROMPT, PLAN, TAKEAWAY, PAGE = 64, 6, 16, 16
+WORDS = range(1000, 40_000)  # ids of the model's own text
 STEPS = 64  # decode steps of which the time of one is the mean
-
-
-def trace(model: Model, width: int, length: int) -> list[int]:
-    """A prompt, and a block of `width` steps of `length` tokens each."""
-    tags = model.tags
-    assert tags is not None
-    text = iter(np.random.default_rng(0).integers(1000, 40_000, 100_000).tolist())
-
-    def some(count: int) -> list[int]:
-        return [next(text) for _ in range(count)]
-
-    ids = [*some(PROMPT), tags.guideline_open]
-    for _ in range(width):
-        ids += [tags.plan_open, *some(PLAN), tags.plan_close]
-    ids.append(tags.guideline_close)
-    for number in range(width):
-        head = tags.step_headers[number]
-        ids += [*head, *some(length - len(head) - 1), tags.step_close]
-    return [*ids, *tags.takeaway_header, *some(TAKEAWAY), tags.takeaway_close]
-
-
-def engine_of(model: Model, lanes: int, entries: int) -> Engine:
-    pages = entries // PAGE + 8 * lanes + 8
-    config = EngineConfig(
-        lanes=lanes, pages=pages + 1, page_size=PAGE, table_pages=pages, steps=32, header_rows=8
-    )
-    made = Engine(model, config)
-    made.warmup()
-    return made
 
 
 def replay(engine: Engine, ids: list[int], parallel: bool) -> float:
@@ -98,11 +68,11 @@ def main() -> None:
     # No end of text, so that every line is as long as it is asked to be.
     config = dataclasses.replace(model.config, eos_token_ids=())
     model = dataclasses.replace(model, config=config)
-    longest = trace(model, max(args.widths), args.tokens)
+    longest = trace(model.tags, WORDS, max(args.widths), args.tokens)
     one = engine_of(model, 1, len(longest))
     rows = []
     for width in args.widths:
-        ids = trace(model, width, args.tokens)
+        ids = trace(model.tags, WORDS, width, args.tokens)
         several = engine_of(model, width, len(ids))
         (answer,) = several.replay([(ids, PROMPT)])
         tree = answer.layout

@@ -17,35 +17,36 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from models import NEW_LINE, SHAPES, TAGS, make_model
+from models import SHAPES, TAGS, make_model
 
 from npr_jax import Engine, EngineConfig
+from npr_jax.tree import TagIds
 
-PROMPT, TAKEAWAY, PAGE = 64, 16, 16
+PROMPT, PLAN, TAKEAWAY, PAGE = 64, 7, 17, 16
 CASES = [("tiny", width, length) for length in (256, 1024) for width in (1, 2, 3, 4, 5)]
 CASES += [("mid", width, 256) for width in (3,)]
 
 
-def trace(name: str, width: int, length: int) -> list[int]:
-    """A prompt, and a block of `width` steps of `length` tokens each."""
-    text = iter(np.random.default_rng(0).integers(20, SHAPES[name]["vocab"], 100_000).tolist())
+def trace(tags: TagIds, words: range, width: int, length: int) -> list[int]:
+    """A prompt, and a block of `width` steps of `length` tokens each, of random ids of `words`."""
+    rng = np.random.default_rng(0)
+    text = iter(rng.integers(words.start, words.stop, 100_000).tolist())
 
     def some(count: int) -> list[int]:
         return [next(text) for _ in range(count)]
 
-    ids = [*some(PROMPT), TAGS.guideline_open]
+    ids = [*some(PROMPT), tags.guideline_open]
+    for _ in range(width):
+        ids += [tags.plan_open, *some(PLAN), tags.plan_close]
+    ids.append(tags.guideline_close)
     for number in range(width):
-        ids += [TAGS.plan_open, 8 + number, *some(6), TAGS.plan_close]
-    ids.append(TAGS.guideline_close)
-    for number in range(width):
-        head = TAGS.step_headers[number]
-        ids += [*head, *some(length - len(head) - 1), TAGS.step_close]
-    ids += [*TAGS.takeaway_header, *some(TAKEAWAY), NEW_LINE, TAGS.takeaway_close]
-    return ids
+        head = tags.step_headers[number]
+        ids += [*head, *some(length - len(head) - 1), tags.step_close]
+    return [*ids, *tags.takeaway_header, *some(TAKEAWAY), tags.takeaway_close]
 
 
-def engine(model, lanes: int, entries: int) -> Engine:
-    pages = entries // PAGE + 4 * lanes + 8
+def engine_of(model, lanes: int, entries: int) -> Engine:
+    pages = entries // PAGE + 8 * lanes + 8
     config = EngineConfig(
         lanes=lanes, pages=pages + 1, page_size=PAGE, table_pages=pages, steps=32, header_rows=8
     )
@@ -59,10 +60,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     repeats, rows = parser.parse_args().repeats, []
     for name, width, length in CASES:
-        model, ids = make_model(name), trace(name, width, length)
+        words = range(20, SHAPES[name]["vocab"])
+        model, ids = make_model(name), trace(TAGS, words, width, length)
         sides = {
-            "parallel": engine(model, width, len(ids)),
-            "sequential": engine(model, 1, len(ids)),
+            "parallel": engine_of(model, width, len(ids)),
+            "sequential": engine_of(model, 1, len(ids)),
         }
         times: dict[str, list[float]] = {side: [] for side in sides}
         for number in range((1 if name == "mid" else repeats) + 1):

@@ -168,6 +168,38 @@ def gather(q, pool, layer, table, base, ranks, used=None, shared=None) -> jax.Ar
     return out.reshape(num_rows, chunk, heads, dim)
 
 
+def _see(pool, layer, table, base, pages, rows, first, end, q, limit, state):
+    """Goes on over more keys: the columns first[b] to first[b] + `pages` of the tables rows[b], if
+    they are before end[b], for q [B, KV, N, K] that see the ranks up to limit i32[B, N].
+
+    `state`: f32, the largest score and the sum of exponentials [B, KV, N], and the sum of weighted
+    values [B, KV, N, K].
+    """
+    num, kv_heads, _, dim = q.shape
+    size = pool.shape[3]
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    column = first[:, None] + jnp.arange(pages + 1)
+    here = table.at[rows[:, None], column[:, :-1]].get(mode="clip")
+    edges = base.at[rows[:, None], column].get(mode="clip")
+    entry = edges[:, :-1, None] + jnp.arange(size)
+    listed = (entry < edges[:, 1:, None]) & (column[:, :-1] < end[:, None])[:, :, None]
+    entry = jnp.where(listed, entry, FAR).reshape(num, -1)
+    kv = _read(pool, (layer, here), q.dtype).reshape(num, pages, kv_heads, 2, size, dim)
+    k, v = (kv[:, :, :, i].swapaxes(1, 2).reshape(num, kv_heads, -1, dim) for i in (0, 1))
+    # What no query of a row sees weighs 0, but may be anything, and 0 * NaN is NaN.
+    some = entry <= jnp.max(limit, axis=1, keepdims=True)
+    v = jnp.where(some[:, None, :, None], v, 0)
+    scores = product("bnqd,bnsd->bnqs", q, k) * dim**-0.5
+    seen = entry[:, None, :] <= limit[:, :, None]
+    scores = jnp.where(seen[:, None], scores, EMPTY)
+    top, total, acc = state
+    new = jnp.maximum(top, jnp.max(scores, axis=-1))
+    p = jnp.exp(scores - new[..., None])  # 1 while a row sees nothing: scaled away later
+    scale = jnp.exp(top - new)
+    out = product("bnqs,bnsd->bnqd", p.astype(q.dtype), v)
+    return new, total * scale + jnp.sum(p, axis=-1), acc * scale[..., None] + out
+
+
 def blockwise(q, pool, layer, table, base, ranks, used, shared=None) -> jax.Array:
     """A block of pages at a time: first of the runs that rows share, then of what is a row's own,
     a few rows at a time, up to the last page that these rows see.
@@ -180,7 +212,6 @@ def blockwise(q, pool, layer, table, base, ranks, used, shared=None) -> jax.Arra
     group = heads // kv_heads
     shared = jax.tree.map(jnp.asarray, shared or Shared.nothing(num_rows))
     order, width = shared.order, table.shape[1]
-    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
     # From here on rows are in the order in which those that share follow each other.
     # [R, KV, C * G, K]: one matrix per row and key head
@@ -194,29 +225,7 @@ def blockwise(q, pool, layer, table, base, ranks, used, shared=None) -> jax.Arra
         jnp.zeros(q.shape, jnp.float32),
     )
 
-    def see(pages, rows, first, end, q, limit, state):
-        """Goes on with the columns first[b] to first[b] + pages of the tables rows[b], if they are
-        before end[b], for q [B, KV, N, K] that see the ranks up to limit [B, N]."""
-        num = len(rows)
-        column = first[:, None] + jnp.arange(pages + 1)
-        here = table.at[rows[:, None], column[:, :-1]].get(mode="clip")
-        edges = base.at[rows[:, None], column].get(mode="clip")
-        entry = edges[:, :-1, None] + jnp.arange(size)
-        listed = (entry < edges[:, 1:, None]) & (column[:, :-1] < end[:, None])[:, :, None]
-        entry = jnp.where(listed, entry, FAR).reshape(num, 1, -1)
-        kv = _read(pool, (layer, here), q.dtype).reshape(num, pages, kv_heads, 2, size, dim)
-        k, v = (kv[:, :, :, i].swapaxes(1, 2).reshape(num, kv_heads, -1, dim) for i in (0, 1))
-        # What no query of a row sees weighs 0, but may be anything, and 0 * NaN is NaN.
-        some = jnp.any(entry <= jnp.max(limit, axis=1)[:, None, None], axis=1)
-        v = jnp.where(some[:, None, :, None], v, 0)
-        scores = product("bnqd,bnsd->bnqs", q, k) * dim**-0.5
-        scores = jnp.where((entry <= limit[:, :, None])[:, None], scores, EMPTY)
-        top, total, acc = state
-        new = jnp.maximum(top, jnp.max(scores, axis=-1))
-        p = jnp.exp(scores - new[..., None])  # 1 while a row sees nothing: scaled away later
-        scale = jnp.exp(top - new)
-        out = product("bnqs,bnsd->bnqd", p.astype(q.dtype), v)
-        return new, total * scale + jnp.sum(p, axis=-1), acc * scale[..., None] + out
+    see = functools.partial(_see, pool, layer, table, base)
 
     def run(i, state):
         begin, end, first, last = shared.runs[i]

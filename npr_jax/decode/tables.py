@@ -96,7 +96,6 @@ class Tables:
     def shared(self, rows: tuple[int, ...]) -> Shared:
         """What these rows (-1: one that lists nothing) have in common in a compiled step."""
         if rows not in self._found:
-            self._found.clear()
             names = [b"" if row < 0 else self._names[row] for row in rows]
             tables = [self._cells[row, : 0 if row < 0 else self._used[row]] for row in rows]
             self._found[rows] = shared_runs(names, tables, -(-_WORTH // self._size))
