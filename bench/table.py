@@ -239,7 +239,7 @@ def laptop() -> str:
             f"same given tokens, {found['branch_tokens']} a branch, decoded as one line of text "
             f"and with real branches (medians of {found['repeats']}, by turns). The bound is what "
             "a step of one row and a step of n rows allow: every step reads all weights, and n "
-            "rows read them once.",
+            "rows read them once. (`python bench/laptop.py`.)",
             "",
             *markdown([*head, "step of 1 row, ms", "of n rows, ms"], rows),
             "",
