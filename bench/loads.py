@@ -1,6 +1,6 @@
 """Times the engine where it has less to do than it was made for, by turns with one made to measure.
 
-    python bench/loads.py --case narrow table prompt shared occupancy host
+    python bench/loads.py --case narrow table prompt shared occupancy host sampling
 
 narrow: one request on an engine of 64 lanes, against an engine of 1.
 table: the default `table_pages` with a pool of 8,000 pages, against a table as long as needed.
@@ -9,6 +9,7 @@ shared: n answers to one long prompt, which is cached: 65 tokens each, the promp
 for up to eight of them, against each answer reading all of its own.
 occupancy: the part of the computed rows that drew a token, on a load of short lines.
 host: the host's microseconds a visit with 16 and 64 lanes.
+sampling: a draw from the logits of 16 lanes over 151,936 tokens, with filters against without.
 
 Every engine is warmed up, and one round goes uncounted. Prints one JSON line per case, with seconds
 where nothing else is said, and writes bench/results/loads.json; ratios are of medians.
@@ -29,6 +30,7 @@ from models import SHAPES, make_model
 
 from npr_jax import Engine, EngineConfig, SamplingParams
 from npr_jax.decode import tables
+from npr_jax.decode.sampling import LaneSampling, sample
 
 MODEL = "tiny"
 PAGE = 16
@@ -156,7 +158,40 @@ def host(rounds: int) -> dict:
     return found
 
 
-CASES = {f.__name__: f for f in (narrow, table, prompt, shared, occupancy, host)}
+def sampling(rounds: int) -> dict:
+    """Filters against a draw without any."""
+    num, vocab = 16, 151_936
+    rng = np.random.default_rng(0)
+    logits = jax.numpy.asarray(3 * rng.standard_normal((num, vocab), np.float32))
+    positions = jax.numpy.arange(num, dtype=np.int32)
+    given = jax.numpy.full(num, -1, np.int32)
+    key = rng.integers(0, 2**32, (num, 2), dtype=np.uint32)
+
+    def knobs(top_p: float = 1, top_k: int = 0) -> LaneSampling:
+        ones = np.ones(num, np.float32)
+        k, stops = np.full(num, top_k, np.int32), np.full((num, 1), -1, np.int32)
+        return LaneSampling(key, ones, ones * np.float32(top_p), k, 0 * ones, ones, stops)
+
+    def seen():
+        return jax.numpy.zeros((num, vocab), bool)
+
+    draw = jax.jit(lambda logits, lanes: sample(logits, positions, given, lanes, seen))
+    cases = {"plain": knobs(), "top_p": knobs(0.95), "top_k": knobs(1, 50), "both": knobs(0.95, 50)}
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for number in range(rounds + 1):
+        for name, lanes in cases.items():
+            begun = time.perf_counter()
+            jax.block_until_ready(draw(logits, lanes))
+            if number:
+                seconds[name].append(time.perf_counter() - begun)
+    median = {name: statistics.median(some) for name, some in seconds.items()}
+    return {
+        "ms": {name: round(1e3 * some, 1) for name, some in median.items()},
+        "ratio": {name: round(some / median["plain"], 2) for name, some in median.items()},
+    }
+
+
+CASES = {f.__name__: f for f in (narrow, table, prompt, shared, occupancy, host, sampling)}
 
 
 def main() -> None:

@@ -83,23 +83,31 @@ def _filter(logits: jax.Array, lanes: LaneSampling, wanted: jax.Array) -> jax.Ar
 
     Nothing is sorted: the last token that stays is found by bisection.
     """
-    keys, vocab = _keys(logits), logits.shape[-1]
+    vocab = logits.shape[-1]
     weight = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
     top_k = jnp.where(lanes.top_k > 0, jnp.minimum(lanes.top_k, vocab), vocab)
 
     def first_k():
-        last = _largest(keys, lambda kept: jnp.sum(kept, axis=-1) >= top_k)
-        above = keys > last
-        return _with_first(above, keys == last, top_k - jnp.sum(above, axis=-1))
+        keys = _keys(logits)
+        last = _largest(keys.shape[0], lambda key: jnp.sum(keys >= key, axis=-1) >= top_k)
+        return _with_first(keys > last, keys == last, top_k - jnp.sum(keys > last, axis=-1))
 
     def fewest():  # of those that top-k keeps
         mass = jnp.where(keep, weight, 0.0)
+
+        def sum_above(some):
+            return jnp.sum(jnp.where(some, mass, 0.0), axis=-1)
+
         need = jnp.maximum(lanes.top_p - SLACK, SLACK * SLACK) * jnp.sum(mass, axis=-1)
-        last = _largest(keys, lambda kept: jnp.sum(jnp.where(kept, mass, 0.0), axis=-1) >= need)
-        above, equal = keep & (keys > last), keep & (keys == last)
-        each = jnp.max(jnp.where(equal, weight, 0.0), axis=-1)
-        room = jnp.ceil((need - jnp.sum(jnp.where(above, mass, 0.0), axis=-1)) / each)
-        return _with_first(above, equal, jnp.clip(room, 1, vocab).astype(jnp.int32))
+
+        def enough(key):  # a weight's bits are ordered as weights are
+            return sum_above(mass >= jax.lax.bitcast_convert_type(key, jnp.float32)) >= need
+
+        last = jax.lax.bitcast_convert_type(_largest(len(mass), enough, 2), jnp.float32)
+        room = jnp.ceil(
+            (need - sum_above(mass > last)) / jnp.maximum(last[:, 0], jnp.finfo(jnp.float32).tiny)
+        )
+        return _with_first(mass > last, keep & (mass == last), jnp.clip(room, 1, vocab))
 
     keep = jnp.ones(logits.shape, bool)
     keep = jax.lax.cond(jnp.any(wanted & (lanes.top_k > 0)), first_k, lambda: keep)
@@ -116,22 +124,28 @@ def _keys(x: jax.Array) -> jax.Array:
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 
-def _largest(keys: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """The largest key uint32[R, 1] of each row for which `enough(keys >= key)` bool[R] holds; it
-    holds for 0, and for every key below one for which it holds."""
+def _largest(num_rows: int, enough: Callable[[jax.Array], jax.Array], first: int = 0) -> jax.Array:
+    """The largest key uint32[R, 1] for which `enough(key)` bool[R] holds, for each of R rows; it
+    holds for 0, and for every key below one for which it holds. `first` bits of all keys are 0."""
 
     def try_bit(i, found):
         tried = found | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
-        return jnp.where(enough(keys >= tried)[:, None], tried, found)
+        return jnp.where(enough(tried)[:, None], tried, found)
 
-    return jax.lax.fori_loop(0, 32, try_bit, jnp.zeros((len(keys), 1), jnp.uint32))
+    return jax.lax.fori_loop(first, 32, try_bit, jnp.zeros((num_rows, 1), jnp.uint32))
 
 
 def _with_first(above: jax.Array, equal: jax.Array, room: jax.Array) -> jax.Array:
-    """What is above, and of what is equal the first `room` i32[R] by id."""
+    """What is above, and of what is equal the first `room` [R] by id."""
+    num_rows, vocab = equal.shape
 
     def by_id():
-        return above | (equal & (jnp.cumsum(equal, axis=-1) <= room[:, None]))
+        left = jnp.arange(vocab, 0, -1, dtype=jnp.uint32)
+        first = 32 - vocab.bit_length()
+        last = _largest(
+            num_rows, lambda key: jnp.sum(equal & (left >= key), axis=-1) >= room, first
+        )
+        return above | (equal & (left >= last))
 
     more = jnp.any(jnp.sum(equal, axis=-1) > room)
     return jax.lax.cond(more, by_id, lambda: above | equal)
