@@ -180,16 +180,20 @@ class Runner:
             *(functools.partial(self._decode_call, [], width=width) for width in widths),
         ]
         with _fitting(self.config):
-            jobs = [(some.prefill, self._prefill_arguments([], *at)) for some, at in prefills]
-            for width in widths:
-                jobs.append((self._steps.decode, self._decode_arguments([], width=width)[1]))
+            jobs = [
+                (self._steps.decode, self._decode_arguments([], width=width)[1]) for width in widths
+            ]
+            jobs += [(some.prefill, self._prefill_arguments([], *at)) for some, at in prefills]
             self._pool = pool = self._take_pool()
-            lowered = [step.lower(self.params, pool, *arguments) for step, arguments in jobs]
             # Several processes may have to compile the same program at the same time.
             workers = 1 if jax.process_count() > 1 else os.cpu_count()
             with concurrent.futures.ThreadPoolExecutor(workers) as threads:
-                compiled = threads.map(lambda program: program.compile(), lowered)
-                for done, _ in enumerate(compiled, 1):
+                compiled = [
+                    threads.submit(step.lower(self.params, pool, *arguments).compile)
+                    for step, arguments in jobs
+                ]
+                for done, program in enumerate(compiled, 1):
+                    program.result()
                     if progress:
                         progress(done, len(calls))
         for done, call in enumerate(calls, 1):
