@@ -57,7 +57,8 @@ def judged(model, correct, violations=(), seed=0, reason="stop", length=None):
 
 
 def collect(stage, config, groups, monkeypatch, model):
-    monkeypatch.setattr(stage, "roll_out", lambda *_: dict(enumerate(groups)))
+    answers = {(n, i): one for n, group in enumerate(groups) for i, one in enumerate(group)}
+    monkeypatch.setattr(stage, "roll_out", lambda *_: answers)
     return stage.collect_groups(FakeEngine(model), FakeFeed(), 1, config)
 
 

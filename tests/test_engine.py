@@ -39,6 +39,19 @@ def sampled():
     return engine.generate(PROMPTS, params)
 
 
+def test_some_answers_to_a_prompt_are_those_among_all():
+    wanted = [range(4, 6), range(0), range(1, 2), range(6)]
+    params = SamplingParams(n=6, max_tokens=120, seed=(1, 2, 3, 4))
+    engine = Engine(model(), CONFIG)
+    found = engine.generate(PROMPTS, params, samples=wanted)
+    expected = [sampled()[6 * p + i] for p, some in enumerate(wanted) for i in some]
+    assert sum(same(a, b) for a, b in zip(expected, found, strict=True)) <= 1
+    with pytest.raises(ValueError, match=r"samples holds range\(5, 7\), needed .* below n=6"):
+        engine.generate(PROMPTS[:1], SamplingParams(n=6), samples=[range(5, 7)])
+    with pytest.raises(ValueError, match="samples has 1 entries, needed are 4"):
+        engine.generate(PROMPTS, SamplingParams(n=6), samples=[range(6)])
+
+
 def forward_logp(tree, token_ids, params=None):
     """Raw log-probs of one tree-masked forward, padded to a few lengths to compile little."""
     m = model()

@@ -81,6 +81,15 @@ def test_every_replica_works_and_shares_its_prompts():
     assert engine.stats()["prefill_tokens"] - before == 4 * len(prompt)
 
 
+def test_replicas_get_answers_by_what_they_have_to_do():
+    mesh = jax.make_mesh((4, 1), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    engine = Engine(bigram.model(), CONFIG, mesh)
+    for prompts, n, loads in ((3, 2, [2, 1, 2, 1]), (1, 2, [2, 2, 2, 2]), (4, 3, [5, 5, 5, 5])):
+        requests = engine.submit([[12, 13]] * prompts, SamplingParams(n=n, max_tokens=9))
+        assert requests == sorted(requests) and len(requests) == prompts * n
+        assert [scheduler.num_requests for scheduler in engine.schedulers] == loads
+
+
 def test_layouts_that_cannot_be_are_refused():
     config = bigram.model().config
     mesh = jax.make_mesh((1, 8), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)

@@ -21,6 +21,7 @@ docs/architecture.md says who writes which field.
 """
 
 import contextlib
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ from jax.sharding import Mesh
 
 from npr_jax.base.files import json_text
 from npr_jax.decode.config import EngineConfig
+from npr_jax.decode.deal import deal_answers
 from npr_jax.decode.fork_join import ForkJoin
 from npr_jax.decode.outputs import NOT_FINITE, Event, Outputs, Trajectory
 from npr_jax.decode.replay import Replay, replayed_request
@@ -57,7 +59,7 @@ class Engine:
             raise ValueError(f"max_branches is {config.max_branches}, at most {known} have headers")
         self.runner = Runner(model.config, model.params, config, mesh)
         self.schedulers = [Scheduler(config, r * config.lanes) for r in range(self.runner.replicas)]
-        self._maker = RequestMaker(model, config, self.runner.replicas)
+        self._maker = RequestMaker(model, config)
         self._counts = {"sampled_tokens": 0, "forks": 0, "joins": 0}
         self._requests: dict[int, Request] = {}  # whose finish was not told yet
         self._outputs = Outputs(self.tokenizer, self._end, self._requests)
@@ -124,8 +126,8 @@ class Engine:
         Raises ValueError, and queues nothing, where a prompt is empty, is no text or known ids, or
         could not fit the empty pool even without branches, or the sampling cannot be done.
         """
-        groups = self._maker.groups(prompts, sampling or SamplingParams())
-        return self._queue(groups, on_event)
+        dealt = self._maker.dealt(prompts, sampling or SamplingParams(), self._loads())
+        return self._queue(dealt, on_event)
 
     def generate(
         self,
@@ -133,16 +135,19 @@ class Engine:
         sampling: SamplingParams | None = None,
         progress: Callable[[int, int], None] | None = None,
         on_event: Callable[[Event], None] | None = None,
+        samples: Sequence[range] | None = None,
     ) -> list[Trajectory]:
         """Answers every prompt `sampling.n` times: a list in the order of the prompts, n together.
+        With `samples` only those answers to each prompt that have these numbers, of 0 to n - 1.
 
         Returns when these are done; what else was submitted is decoded beside them, and goes on
         with the next call. `progress(done, total)` is called after every answer; `on_event` as in
         `submit`. Raises what `submit` raises, and RuntimeError beside a stream.
         """
         with self._consuming(tokens=True):
-            groups = self._maker.groups(prompts, sampling or SamplingParams())
-            return self._answers(groups, progress, on_event)
+            sampling = sampling or SamplingParams()
+            dealt = self._maker.dealt(prompts, sampling, self._loads(), samples)
+            return self._answers(dealt, progress, on_event)
 
     def stream(
         self,
@@ -157,8 +162,8 @@ class Engine:
         between two events. Closing the iterator aborts what is unfinished. Raises what `submit`
         raises, and RuntimeError while there is another stream, at once.
         """
-        groups = self._maker.groups(prompts, sampling or SamplingParams())
-        events = self._stream(groups, tokens)
+        dealt = self._maker.dealt(prompts, sampling or SamplingParams(), self._loads())
+        events = self._stream(dealt, tokens)
         next(events)  # its first yield is empty: from there on it notices when it is closed
         return cast(Iterator[Event], events)
 
@@ -190,11 +195,13 @@ class Engine:
         ValueError for what is no tree of known ids, lacks a prompt or a response or cannot fit.
         """
         with self._consuming(tokens=True):
-            groups = [
-                [replayed_request(self._maker, trace, parallel, f"trace {i}")]
+            requests = [
+                replayed_request(self._maker, trace, parallel, f"trace {i}")
                 for i, trace in enumerate(traces)
             ]
-            return self._answers(groups)
+            ones = [1] * len(requests)
+            dealt = deal_answers(ones, ones, self._loads())
+            return self._answers([[requests[part.prompt] for part in some] for some in dealt])
 
     def warmup(self, progress: Callable[[int, int], None] | None = None) -> dict[str, float]:
         """Compiles every shape this engine can need.
@@ -216,16 +223,19 @@ class Engine:
         """The ids of a prompt; raises the ValueError with which `generate` would refuse it."""
         return self._maker.check(prompt, sampling, name)
 
-    def _queue(self, groups: list[list[Request]], on_event=None, quiet=False) -> list[int]:
-        """The requests of a group go to the replica with the fewest unfinished ones."""
-        for group in groups:
-            loads = [scheduler.num_requests for scheduler in self.schedulers]
-            replica = loads.index(min(loads))
-            for request in group:
+    def _loads(self) -> list[int]:
+        return [scheduler.num_requests for scheduler in self.schedulers]
+
+    def _queue(self, dealt: list[list[Request]], on_event=None, quiet=False) -> list[int]:
+        """Gives each replica its requests; the ids of all, which are numbered as asked for."""
+        for replica, requests in enumerate(dealt):
+            for request in requests:
                 request.replica, request.on_event, request.quiet = replica, on_event, quiet
-                self._requests[request.id] = request
-                self.schedulers[replica].add(request)
-        return [request.id for group in groups for request in group]
+        ordered = sorted(itertools.chain(*dealt), key=lambda request: request.id)
+        for request in ordered:
+            self._requests[request.id] = request
+            self.schedulers[request.replica].add(request)
+        return [request.id for request in ordered]
 
     @contextlib.contextmanager
     def _consuming(self, tokens: bool):
@@ -239,12 +249,12 @@ class Engine:
             self._consumed = False
             self._outputs.finished.clear()
 
-    def _stream(self, groups, tokens: bool) -> Iterator[Event | None]:
+    def _stream(self, dealt, tokens: bool) -> Iterator[Event | None]:
         events = self._outputs.events
         with self._consuming(tokens):
             yield  # for `stream`
             try:
-                self._queue(groups)
+                self._queue(dealt)
                 while self._requests or events:
                     while events:
                         event = events.popleft()
@@ -258,9 +268,9 @@ class Engine:
                 finally:
                     events.clear()
 
-    def _answers(self, groups, progress=None, on_event=None) -> list[Trajectory]:
+    def _answers(self, dealt, progress=None, on_event=None) -> list[Trajectory]:
         """Decodes until these requests are done; events of others stay for the next stream."""
-        requests = self._queue(groups, on_event, quiet=True)
+        requests = self._queue(dealt, on_event, quiet=True)
         answers: dict[int, Trajectory] = {}
         finished = self._outputs.finished
         try:

@@ -7,6 +7,7 @@ from numbers import Integral
 import numpy as np
 
 from npr_jax.decode.config import EngineConfig
+from npr_jax.decode.deal import deal_answers
 from npr_jax.decode.fork_join import NO_DEPTH_LIMIT
 from npr_jax.decode.keys import branch_keys, seed_keys
 from npr_jax.decode.sampling import SamplingParams
@@ -16,21 +17,23 @@ from npr_jax.tree import Automaton
 
 
 class RequestMaker:
-    """Checks prompts and sampling, and makes requests, which it numbers.
+    """Checks prompts and sampling, and makes requests, which it numbers."""
 
-    `replicas`: among which the samples of one prompt are split where there are more of them than
-    prompts.
-    """
-
-    def __init__(self, model, config: EngineConfig, replicas: int):
+    def __init__(self, model, config: EngineConfig):
         self.config, self.model_config = config, model.config
         self.tokenizer, self.tags = model.tokenizer, model.tags
-        self._replicas = replicas
         self._count = 0
 
-    def groups(self, prompts: abc.Sequence, sampling: SamplingParams) -> list[list[Request]]:
-        """`sampling.n` requests to every prompt, in groups of one prompt and one replica; raises
-        the ValueErrors of `Engine.submit`."""
+    def dealt(
+        self,
+        prompts: abc.Sequence,
+        sampling: SamplingParams,
+        loads: abc.Sequence[int],
+        samples: abc.Sequence[range] | None = None,
+    ) -> list[list[Request]]:
+        """`sampling.n` requests to every prompt, or the `samples` asked for, numbered in order of
+        prompts and samples: those of each replica, which has so many unfinished ones (`loads`).
+        Raises the ValueErrors of `Engine.generate`."""
         if not _is_list(prompts):
             raise ValueError(
                 f"prompts is {type(prompts).__name__}, needed is a list of prompts ([prompt])"
@@ -40,20 +43,32 @@ class RequestMaker:
             seeds = [seeds] * len(prompts)
         if len(seeds) != len(prompts):
             raise ValueError(f"seed has {len(seeds)} entries, needed is one, or {len(prompts)}")
+        samples = [range(sampling.n)] * len(prompts) if samples is None else samples
+        if len(samples) != len(prompts):
+            raise ValueError(f"samples has {len(samples)} entries, needed are {len(prompts)}")
+        for some in samples:
+            if any(not 0 <= sample < sampling.n for sample in some):
+                raise ValueError(f"samples holds {some}, needed are numbers below n={sampling.n}")
         ids = [self.check(prompt, sampling, f"prompt {i}") for i, prompt in enumerate(prompts)]
-        # Fewer prompts than replicas: the answers to one are split among some of them.
-        split = math.ceil(self._replicas / max(1, len(prompts)))
-        size = math.ceil(sampling.n / split)
-        groups = []
-        for prompt, keys in zip(ids, branch_keys(seed_keys(seeds), sampling.n), strict=True):
-            for first in range(0, sampling.n, size):
-                some, cut = keys[first : first + size], len(prompt) - 1
-                if len(some) == 1:  # its own pages can be found by the next turn's prompt
-                    cut -= cut % self.config.page_size
-                shared = Segment(0, ())
-                shared.append_known(prompt[:cut], forced=False)
-                groups.append([self.make(prompt, shared, sampling, key) for key in some])
-        return groups
+        keys = branch_keys(seed_keys(seeds), sampling.n)
+        dealt = deal_answers([len(some) for some in samples], [1] * len(prompts), loads)
+        parts = [
+            (part.prompt, part.samples.start, part.samples.stop, replica)
+            for replica, parts in enumerate(dealt)
+            for part in parts
+        ]
+        requests: list[list[Request]] = [[] for _ in loads]
+        for number, start, stop, replica in sorted(parts):
+            prompt, some = ids[number], samples[number][start:stop]
+            cut = len(prompt) - 1
+            if len(some) == 1:  # its own pages can be found by the next turn's prompt
+                cut -= cut % self.config.page_size
+            shared = Segment(0, ())
+            shared.append_known(prompt[:cut], forced=False)
+            for sample in some:
+                request = self.make(prompt, shared, sampling, keys[number, sample])
+                requests[replica].append(request)
+        return requests
 
     def check(self, prompt: str | abc.Sequence[int], sampling: SamplingParams, name: str):
         """The ids of a prompt; raises the ValueError with which it would be refused."""

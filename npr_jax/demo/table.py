@@ -35,13 +35,12 @@ def evaluate(
     references, seeds = [p.answer for p in problems], (seed, EVALUATION)
     engine.warmup()
     steps, begun = engine.stats()["decode_steps"], time.perf_counter()
-    groups = roll_out(engine, prompts, references, sampling, seeds)
+    answers = roll_out(engine, prompts, references, sampling, seeds)
     seconds = time.perf_counter() - begun
     steps = engine.stats()["decode_steps"] - steps
-    answers = [answer for (answer,) in groups.values()]
-    means = summary(answers)
+    means = summary(list(answers.values()))
     row = {column: means[metric] for column, metric in (RATES | MEANS).items()}
-    return row | {"decode_steps": steps, "seconds": seconds}, answers
+    return row | {"decode_steps": steps, "seconds": seconds}, list(answers.values())
 
 
 # (what it shows, measured from the rows by name, at least)

@@ -305,7 +305,7 @@ def _sample_batch(
         answers = roll_out(engine, prompts, references, sampling, (*seeds, attempt))
         accepted = [
             (lacking[number], answer.trajectory.token_ids.tolist(), answer.trajectory.text)
-            for number, (answer,) in answers.items()
+            for (number, _), answer in answers.items()
             if accepts(answer, engine.tags, row_len)
         ]
         for i in lacking:

@@ -12,7 +12,6 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from npr_jax.base.distributed import gather, gather_all
 from npr_jax.base.fields import Share
 from npr_jax.decode import Engine, SamplingParams, Trajectory
 from npr_jax.evaluate.judge import Answer
@@ -22,7 +21,7 @@ from npr_jax.train import rl
 from npr_jax.train.advantages import batch_std, group_std
 from npr_jax.train.packing import Example
 from npr_jax.train.rewards import papo_reward
-from npr_jax.train.rollout import PAPO, roll_out, sampled_example, summary
+from npr_jax.train.rollout import PAPO, of_all, roll_out, sampled_example, summary
 from npr_jax.train.step import Objective
 from npr_jax.tree import TagIds, TraceError, parse
 from npr_jax.tree.parse import reference_depth
@@ -102,19 +101,14 @@ def collect_groups(engine: Engine, feed: rl.Feed, step: int, config: PapoConfig)
     sampling = SamplingParams(n=config.samples, max_tokens=config.max_tokens, parallel=True)
     prompts, references = feed.take(config.prompts)
     answers = roll_out(engine, prompts, references, sampling, (config.seed, PAPO, step))
-    everything = [answer for group in answers.values() for answer in group]
-    first = everything[: config.samples]
-    kept = [
-        (number, answer, reward)
-        for number, group in answers.items()
-        for answer in group
-        if (reward := reward_of(answer, engine.tags, config)) is not None
-    ]
-    # Advantages are about the rewards of all processes; they come in the order of the prompts.
-    batch = sorted(gather_all([(n, i, reward) for i, (n, _, reward) in enumerate(kept)]))
-    rewards, labels = [reward for *_, reward in batch], [number for number, *_ in batch]
-    filtered = sum(gather(len(everything) - len(kept)))
-    metrics = summary(everything) | {
+    shown = [answer for (number, _), answer in answers.items() if number == 0]
+    own = {key: reward_of(answer, engine.tags, config) for key, answer in answers.items()}
+    # Advantages are about the rewards of all processes.
+    everyones = of_all(own)
+    batch = {key: reward for key, reward in everyones.items() if reward is not None}
+    rewards, labels = list(batch.values()), [number for number, _ in batch]
+    filtered = len(everyones) - len(batch)
+    metrics = summary(list(answers.values())) | {
         # What is left out counts here, or writing no trees would make it better.
         "score": float(np.mean([*rewards, *[MALFORMED_REWARD] * filtered])),
         "filtered": filtered,
@@ -132,18 +126,17 @@ def collect_groups(engine: Engine, feed: rl.Feed, step: int, config: PapoConfig)
             if rewards
             else f"none of {filtered} answers is a whole tree"
         )
-        return rl.Collected([], [], metrics, first)
-    advantages = {
-        entry[:2]: advantage
-        for entry, advantage in zip(
-            batch, ADVANTAGES[config.advantage](rewards, labels), strict=True
-        )
-    }
+        return rl.Collected([], [], metrics, shown)
+    found = ADVANTAGES[config.advantage](rewards, labels)
     groups: dict[int, list[Example]] = {}
-    for i, (number, answer, _) in enumerate(kept):
-        example = example_of(answer.trajectory, advantages[number, i], engine.tags, config)
-        groups.setdefault(number, []).append(example)
-    return rl.Collected(list(groups.values()), rl.places(list(groups)), metrics, first)
+    for (number, sample), advantage in zip(batch, found, strict=True):
+        if answer := answers.get((number, sample)):  # else another process has it
+            example = example_of(answer.trajectory, advantage, engine.tags, config)
+            groups.setdefault(number, []).append(example)
+    places = {number: place for place, number in enumerate(sorted(set(labels)))}
+    return rl.Collected(
+        list(groups.values()), [places[number] for number in groups], metrics, shown
+    )
 
 
 def example_of(

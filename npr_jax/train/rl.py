@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+from typing import ClassVar, Generic, NamedTuple, TypeVar
 
 from npr_jax.base.config import dump_config
 from npr_jax.base.distributed import gather, gather_all, is_main
@@ -137,18 +137,14 @@ class Collected(NamedTuple):
     """A rollout batch: this process's groups to train on (where no process has any, the step is
     skipped, and the metrics say `skipped_because`), the place of each among those of all processes,
     metrics of all of it with the `score` by which `keep_best` judges the weights that sampled it,
-    and the answers to its first problem, for people to look at."""
+    and this process's answers to its first problem, for people to look at.
+
+    A group can lie on several processes in parts, which have the same place."""
 
     groups: Groups
     places: list[int]
     metrics: dict[str, Scalar]
     shown: Sequence[Answer] = ()
-
-
-def places(keys: Sequence[Any]) -> list[int]:
-    """Where each of this process's keys stands among the sorted keys of all processes."""
-    order = {key: place for place, key in enumerate(sorted(gather_all(keys)))}
-    return [order[key] for key in keys]
 
 
 C = TypeVar("C", bound=RLConfig)
@@ -294,10 +290,10 @@ class Policy(Body[TrainState, Path], Generic[C]):
 def minibatches(
     collected: Collected, most: int, row_len: int, depth: int
 ) -> Iterator[list[Row] | None]:
-    """This process's rows, one at least, for each optimizer step: whole groups, dealt by their
-    places. None where every advantage of all processes is 0: such a step has no gradient, and would
-    move the parameters by momentum and decay alone."""
-    for number in range(min(most, sum(gather(len(collected.groups))))):
+    """This process's rows, one at least, for each optimizer step: its parts of groups, which are
+    dealt by their places. None where every advantage of all processes is 0: such a step has no
+    gradient, and would move the parameters by momentum and decay alone."""
+    for number in range(min(most, len(set(gather_all(collected.places))))):
         part = [
             group
             for group, place in zip(collected.groups, collected.places, strict=True)

@@ -1,24 +1,28 @@
 """Rollouts: problems -> prompts -> engine -> judged answers -> examples to train on."""
 
 import dataclasses
-import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from npr_jax.base.distributed import gather_all, mine
+from npr_jax.base.distributed import gather_all
 from npr_jax.base.mesh import decode_mesh, local_decode_mesh
 from npr_jax.base.seeds import derive_seeds
 from npr_jax.data.problems import Problem
 from npr_jax.data.prompts import prompt_ids
 from npr_jax.decode import Engine, SamplingParams, Trajectory
+from npr_jax.decode.deal import deal_answers
 from npr_jax.evaluate.judge import Answer, judge
 from npr_jax.model import ModelConfig
 from npr_jax.model.sharding import to_decode
 from npr_jax.train.packing import Example, loss_mask
 from npr_jax.train.step import cast
+
+T = TypeVar("T")
 
 STAGES = ("zero", "beta", "papo")
 ZERO, BETA, PAPO = range(3)  # in the seed paths of orders and rollouts, after the run's seed
@@ -62,20 +66,31 @@ def roll_out(
     references: Sequence[str],
     sampling: SamplingParams,
     seed_path: Sequence[int],
-) -> dict[int, list[Answer]]:
-    """`sampling.n` judged answers to each prompt, by the prompt's number from 0; of several
-    processes each decodes its own share of the prompts (`distributed.mine`), and gets these.
+) -> dict[tuple[int, int], Answer]:
+    """`sampling.n` judged answers to each prompt, by the numbers of prompt and sample from 0, in
+    this order. Of several processes each decodes its own share of the answers, and gets these: as
+    many as any other but for one, all to be as long as each other as far as anyone knows.
 
     The seeds come from `seed_path` alone and no prompt is cached, so that a resumed run samples
-    the same.
+    the same, on any number of processes.
     """
     engine.drop_prefix_cache()
-    seeds = tuple(mine(derive_seeds(len(prompts), *seed_path)))
-    trajectories = engine.generate(mine(prompts), dataclasses.replace(sampling, seed=seeds))
-    expected = [reference for reference in mine(references) for _ in range(sampling.n)]
-    answers = iter(judge(engine, trajectories, expected))
-    numbers = mine(range(len(prompts)))
-    return {number: list(itertools.islice(answers, sampling.n)) for number in numbers}
+    count = len(prompts)
+    dealt = deal_answers([sampling.n] * count, [1] * count, [0] * jax.process_count())
+    parts, seeds = dealt[jax.process_index()], derive_seeds(count, *seed_path)
+    trajectories = engine.generate(
+        [prompts[part.prompt] for part in parts],
+        dataclasses.replace(sampling, seed=tuple(seeds[part.prompt] for part in parts)),
+        samples=[part.samples for part in parts],
+    )
+    keys = [(part.prompt, sample) for part in parts for sample in part.samples]
+    expected = [references[number] for number, _ in keys]
+    return dict(zip(keys, judge(engine, trajectories, expected), strict=True))
+
+
+def of_all(values: Mapping[tuple[int, int], T]) -> dict[tuple[int, int], T]:
+    """What the processes know of their answers, together, in order of prompts and samples."""
+    return dict(sorted(gather_all(list(values.items()))))
 
 
 def engine_params(config: ModelConfig, params: dict, dtype: str, mesh: Mesh | None) -> dict:

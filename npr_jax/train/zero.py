@@ -7,12 +7,13 @@ correctness alone: this is what teaches the format while hardly any answer is ri
 """
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Annotated, ClassVar
 
 import numpy as np
 
-from npr_jax.base.distributed import gather, gather_all
+from npr_jax.base.distributed import gather_all
 from npr_jax.base.fields import Count, CountOrZero, PositiveOrZero, Range, Share
 from npr_jax.decode import Engine, SamplingParams
 from npr_jax.evaluate.judge import Answer
@@ -21,7 +22,7 @@ from npr_jax.runs.log import Report
 from npr_jax.train import rl
 from npr_jax.train.advantages import group_std
 from npr_jax.train.rewards import RIGHT, WRONG, Rule, zero_reward
-from npr_jax.train.rollout import ZERO, roll_out, sampled_example, summary
+from npr_jax.train.rollout import ZERO, of_all, roll_out, sampled_example, summary
 from npr_jax.train.step import Objective
 
 
@@ -83,35 +84,41 @@ def run(config: ZeroConfig, report: Report | None = None) -> Path:
 def collect_groups(engine: Engine, feed: rl.Feed, step: int, config: ZeroConfig) -> rl.Collected:
     """Samples until there are `prompts` groups with unequal rewards, or the refills are used up."""
     sampling = SamplingParams(n=config.samples, max_tokens=config.max_tokens, parallel=False)
-    groups, keys, everything, all_rewards = [], [], [], []
+    groups, places, everything, own_rewards, rewards, shown = [], [], [], [], [], []
     taken = found = rounds = 0
     while found < config.prompts and rounds <= config.max_refills:
         prompts, references = feed.take(config.prompts - found)
         taken += len(prompts)
         seeds = (config.seed, ZERO, step, rounds)
-        for number, group in roll_out(engine, prompts, references, sampling, seeds).items():
-            rewards = [reward_of(answer, config) for answer in group]
-            everything += group
-            all_rewards += rewards
-            if min(rewards) == max(rewards):
+        answers = roll_out(engine, prompts, references, sampling, seeds)
+        if not rounds:
+            shown = [answer for (number, _), answer in answers.items() if number == 0]
+        own = {key: reward_of(answer, config) for key, answer in answers.items()}
+        everything, own_rewards = [*everything, *answers.values()], [*own_rewards, *own.values()]
+        everyones = of_all(own)
+        rewards += everyones.values()
+        for _, keys in itertools.groupby(everyones, key=lambda key: key[0]):
+            keys = list(keys)
+            values = [everyones[key] for key in keys]
+            if min(values) == max(values):
                 continue
-            advantages = group_std(rewards, [0] * len(group))
-            groups.append(
-                [
-                    sampled_example(answer.trajectory, advantage)
-                    for answer, advantage in zip(group, advantages, strict=True)
-                ]
-            )
-            keys.append((rounds, number))
+            part = [
+                sampled_example(answers[key].trajectory, advantage)
+                for key, advantage in zip(keys, group_std(values, [0] * len(keys)), strict=True)
+                if key in answers  # else another process has it
+            ]
+            if part:
+                groups.append(part)
+                places.append(found)
+            found += 1
         rounds += 1
-        found = sum(gather(len(groups)))
-    reward = float(np.mean(gather_all(all_rewards)))
+    reward = float(np.mean(rewards))
     metrics = summary(everything) | {
         "reward": reward,
         "score": reward,
         **{
             f"reward/{name}": mean
-            for name, mean in reward_parts(everything, all_rewards, config.reward).items()
+            for name, mean in reward_parts(everything, own_rewards, config.reward).items()
         },
         "groups": found,
         "groups_dropped": taken - found,
@@ -119,7 +126,7 @@ def collect_groups(engine: Engine, feed: rl.Feed, step: int, config: ZeroConfig)
     }
     if not found:
         metrics["skipped_because"] = f"in each of {taken} groups all rewards are equal"
-    return rl.Collected(groups, rl.places(keys), metrics, everything[: config.samples])
+    return rl.Collected(groups, places, metrics, shown)
 
 
 def reward_parts(answers: list[Answer], rewards: list[float], rule: str) -> dict[str, float]:
