@@ -1,12 +1,20 @@
 """Run directories: whose they are, what may change when a run goes on, what is refused."""
 
+import copy
+import functools
+import json
 import logging
 import os
+import re
 
 import pytest
+import yaml
 from checkpoint_checks import TEXT, content, make_state
 
 from npr_jax import demo
+from npr_jax.base.config import dump_config
+from npr_jax.base.mesh import AXES
+from npr_jax.plan.plan import stage_config
 from npr_jax.runs import directory as claims
 from npr_jax.runs.checkpoint import Checkpoints
 from npr_jax.runs.directory import SIZES, claim, claim_inputs
@@ -166,6 +174,65 @@ def test_the_configuration_of_a_run_is_never_half_written(tmp_path, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         claims.claim(output, "seed: 1\n")
     assert (output / "config.yaml").read_text() == TEXT
+
+
+# What may change when a stage goes on.
+TRAIN = """micro_rows remat gap_warn gap_stop max_nonfinite checkpoint_every keep_checkpoints
+keep_best"""
+ENGINE = """lanes pages page_size table_pages steps header_rows header_chunk prefill_rows
+prefill_chunk max_stops attention"""
+MAY = {
+    "output",
+    "checkpoints",
+    "steps",
+    "train.row_len",
+    *(f"mesh.{axis}" for axis in AXES),
+    *(f"train.{name}" for name in TRAIN.split()),
+    *(f"engine.{name}" for name in ENGINE.split()),
+}
+MAY |= {f"fit.{key}" for key in MAY if key != "train.row_len"} | {"fit.epochs"}
+
+
+def another(value):
+    match value:
+        case bool():
+            return not value
+        case int() | float():
+            return value + 1
+        case str():
+            return value + "-2"
+        case None:
+            return "something"
+    raise AssertionError(value)
+
+
+@pytest.mark.parametrize("stage", ["zero", "beta", "papo"])
+def test_every_key_may_change_or_says_why_it_may_not(tmp_path, stage):
+    config = yaml.safe_load(dump_config(stage_config(stage, "tiny", ["output=here"])))
+    output, inputs = tmp_path / "run", {key: f"{key} 1" for key in claims.INPUTS if key in config}
+    begun(output, yaml.safe_dump(config))
+    claim_inputs(output, inputs)
+    keys = claims._flat(config)
+    assert len(keys) > 50
+    for key, value in keys.items():
+        changed = copy.deepcopy(config)
+        *outer, name = key.split(".")
+        functools.reduce(dict.__getitem__, outer, changed)[name] = another(value)
+        text = yaml.safe_dump(changed)
+        if key in MAY or key in inputs:  # which have moved
+            claim(output, text, SIZES)
+            claim(output, yaml.safe_dump(config), SIZES)
+            continue
+        was, new = json.dumps(value), json.dumps(another(value))
+        with pytest.raises(ValueError) as caught:
+            claim(output, text, SIZES)
+        told = re.search(
+            rf"\({re.escape(f'{key} was {was}, is {new}')}: (.+)\), and", str(caught.value)
+        )
+        assert told and " " in told[1], caught.value
+    for key, content_of in inputs.items():
+        with pytest.raises(ValueError, match=rf"inputs\.{key} was .*: it holds something else"):
+            claim_inputs(output, {key: content_of + "2"})
 
 
 @pytest.fixture(autouse=True)

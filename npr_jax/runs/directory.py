@@ -1,12 +1,16 @@
 """Whose directory it is: a run goes on only with the config that it was begun with.
 
 What changes no number may change, and the number of steps; a model or a file of problems may move,
-where its content is known from before (`inputs.yaml`).
+where its content is known from before (`inputs.yaml`). A key changes no number if a run without any
+rounding would have the same metrics and parameters with every value of it: it says where something
+lies, what is kept, or in which order and shapes sums are formed. Sums in another order differ by
+rounding, and where two tokens were as good as equal, by which of them is drawn: as on another mesh.
 """
 
 import contextlib
 import json
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -50,10 +54,30 @@ SIZES = (
         )
     ),
 )
+ROW = "train.row_len"  # whole key: that of Beta, below `fit`, says which answers are accepted
 LENGTHS = ("steps", "epochs", "fit.steps", "fit.epochs")  # of a run: whole keys
 INPUTS = ("model", "sampler_model", "problems")  # whole keys of what has a content of its own
 # Whole keys that came after 0.1.0: a run from before has its config without them, and goes on.
 LATER: tuple[str, ...] = ("engine.exact", "train.exact", "fit.train.exact")
+# Why others may not change: of the first pattern that is found in the key.
+_WHY = (
+    (r"^inputs\.", "it holds something else"),
+    (r"^(model|sampler_model|problems)$", "what it held was not written down"),
+    (r"(^|\.)seed$", "all that is random comes from it"),
+    (r"(^|\.)exact$", "a run is exact from its first step on, or it is not"),
+    (r"optimizer\.", "the updates so far were made with it"),
+    (r"compute_dtype$|cache_dtype$", "numbers of another dtype are others"),
+    (r"^engine\.|(^|\.)(max_tokens|temperature|top_p)$", "what is sampled depends on it"),
+    (
+        r"prompt|samples$|problems$|batch|refills|tries$|keep$|row_len$",
+        "which problems and answers a step has depends on it",
+    ),
+    (
+        r"^(malformed|acceleration|advantage|reward|overlong)",
+        "what an answer is worth depends on it",
+    ),
+    (r"^(clip_|dual_clip|objective|layout|train_forced)", "the loss depends on it"),
+)
 _MISFITS = (KeyError, AttributeError)  # PyYAML's for a value that its tag does not fit: !!bool x
 
 
@@ -207,6 +231,7 @@ def same_config(
     later = (new.keys() - old.keys()) & {*LATER}
     changed = [
         f"{key} was {_told(old, key)}, is {_told(new, key)}"
+        + (_why(key) if key in old and key in new else "")
         for key in sorted((old.keys() | new.keys()) - later)
         if _told(old, key) != _told(new, key)
     ]
@@ -218,6 +243,11 @@ def same_config(
         )
     for key in sorted(later):
         _log.warning("%s: the run was begun without %s; it is %s now", directory, key, new[key])
+
+
+def _why(key: str) -> str:
+    """Why that key may not change, to be put behind its values; of other keys nothing is known."""
+    return next((f": {reason}" for pattern, reason in _WHY if re.search(pattern, key)), "")
 
 
 def _told(config: Mapping, key: str) -> str:
@@ -233,7 +263,7 @@ def essence(config: Mapping, free: Sequence[str] = ()) -> dict:
         for key, value in _flat(config).items()
         if not any(f".{key}".endswith(f".{end}") for end in ends)
         and not key.startswith("mesh.")
-        and key not in LENGTHS
+        and key not in (ROW, *LENGTHS)
     }
 
 
