@@ -36,6 +36,10 @@ Overrides = Annotated[
 Output = Annotated[
     Path | None, typer.Option(metavar="DIR", help="Run directory, in place of the config's.")
 ]
+Start = Annotated[
+    str | None,
+    typer.Option("--from", metavar="RUN@STEP", help="Begin with a checkpoint of another run."),
+]
 Instruction = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Replaces the instruction's text.")
 ]
@@ -109,6 +113,7 @@ def zero(
     config: Config,
     overrides: Overrides = None,
     output: Output = None,
+    start: Start = None,
     distributed: Distributed = False,
 ) -> None:
     """Stage 1: DAPO on sequential answers teaches the format.
@@ -117,7 +122,7 @@ def zero(
     """
     from npr_jax.train.zero import ZeroConfig, run
 
-    with _stage(ZeroConfig, config, overrides, output, distributed) as settings:
+    with _stage(ZeroConfig, config, overrides, output, distributed, start) as settings:
         run(settings)
 
 
@@ -143,6 +148,7 @@ def papo(
     config: Config,
     overrides: Overrides = None,
     output: Output = None,
+    start: Start = None,
     distributed: Distributed = False,
 ) -> None:
     """Stage 3: reinforcement learning on answers decoded in parallel.
@@ -151,7 +157,7 @@ def papo(
     """
     from npr_jax.train.papo import PapoConfig, run
 
-    with _stage(PapoConfig, config, overrides, output, distributed) as settings:
+    with _stage(PapoConfig, config, overrides, output, distributed, start) as settings:
         run(settings)
 
 
@@ -405,11 +411,14 @@ def _stage(
     overrides: list[str] | None,
     output: Path | None,
     distributed: bool,
+    start: str | None = None,
 ) -> Iterator[Any]:
     """What is around a stage: its config, the other processes, and at its end the report."""
     from npr_jax.base.config import load_config
 
     options = {} if output is None else {"output": (f"--output {output}", str(output))}
+    if start is not None:
+        options["start"] = (f"--from {start}", start)
     settings = load_config(cls, config, overrides or (), options)
     from npr_jax.base.distributed import ends_together, initialize, is_main
     from npr_jax.base.mesh import describe, make_mesh

@@ -7,6 +7,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from checkpoint_checks import content, flip
 from train_toy import examples, tiny, write_problems
 
 from npr_jax.base.config import load_config
@@ -185,3 +186,66 @@ def test_minibatches_that_teach_nothing_are_left_out_and_counted():
     assert found["minibatches_skipped"] == 1 and found["skipped"] == 0
     assert "minibatches_skipped" not in rl.merged([metrics, metrics], parts=2)
     assert list(rl.minibatches(collected(), 2, 256, 3)) == []
+
+
+def test_a_run_goes_on_from_a_step_of_another_in_a_directory_of_its_own(
+    settings, tmp_path, monkeypatch, capsys
+):
+    """Examples that differ from problem to problem are put in for sampled ones."""
+    model = tiny()
+
+    def collect(engine, feed, step, config):
+        feed.take(2)
+        made = examples(model, 2, seed=feed.position)
+        pair = [
+            dataclasses.replace(made[i], advantage=sign * feed.position)
+            for i, sign in ((0, 1.0), (1, -1.0))
+        ]
+        return rl.Collected([[pair[0]], [pair[1]]], [0, 1], {"score": 0.0, "at": feed.position})
+
+    def run(output, *changes):
+        sizes = "train.row_len=256", "max_tokens=100", "train.gap_stop=1000", "steps=4"
+        kept = "train.checkpoint_every=2", "train.keep_checkpoints=9", "seed=1"
+        config = settings("zero", *sizes, *kept, f"output={tmp_path / output}", *changes)
+        final = loop.run(rl.Policy(config, collect), lambda metrics: None)
+        lines = [
+            {k: v for k, v in line.items() if not k.endswith(("seconds", "per_s", "time_share"))}
+            for line in read_metrics(tmp_path / output)
+        ]
+        return lines, (final / "model.safetensors").read_bytes()
+
+    lines, weights = run("old")
+    assert [line["at"] for line in lines] == [2, 4, 6, 8]
+    before = content(tmp_path / "old")
+    start = f"start={tmp_path / 'old'}@2"
+    assert run("new", start) == (lines[2:], weights)
+    assert f"zero: goes on from step 2 of {tmp_path / 'old'}" in capsys.readouterr().err
+    assert f"start: {tmp_path / 'old'}@2" in (tmp_path / "new" / "config.yaml").read_text()
+    assert content(tmp_path / "old") == before
+    more, other = run("changed", start, "train.optimizer.learning_rate=0.1", "steps=3")
+    assert [line["at"] for line in more] == [6] and other != weights
+    # It has checkpoints of its own then, and needs the other run no more.
+    (tmp_path / "old").rename(tmp_path / "gone")
+    run("new", start, "steps=5")
+    for changes, message in (
+        ([], "start was .*old@2.*, is null: its state"),
+        ([start.replace("@2", "@4")], "start was .*@2.*, is .*@4.*: its state"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run("new", *changes)
+    for changes, message in (
+        (["start=runs@x"], "start is 'runs@x', needed is RUN@STEP"),
+        ([start], "old is no run directory"),
+        ([f"start={tmp_path / 'gone'}@3"], "no checkpoint of step 3, there are 2, 4"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run("none", *changes)
+    assert [path.name for path in (tmp_path / "none").iterdir()] == ["config.yaml"]
+    save(load("tiny", seed=2, tags=True), tmp_path / "other")
+    with pytest.raises(ValueError, match=r"model is weights .*, needed is that with which"):
+        run("none", f"start={tmp_path / 'gone'}@2", f"model={tmp_path / 'other'}")
+    flip(tmp_path / "gone" / "checkpoints" / "2")
+    with pytest.raises(ValueError, match="has done 4 steps, and is to have 3"):
+        run("short", f"start={tmp_path / 'gone'}@4", "steps=3")
+    with pytest.raises(ValueError, match=r"start: checkpoint .*2: .* is not what was written"):
+        run("none", f"start={tmp_path / 'gone'}@2")

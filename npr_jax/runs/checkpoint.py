@@ -43,7 +43,13 @@ class Checkpoints:
 
     The last `keep` of them stay, and the `keep_best` with the largest value. A killed run leaves
     the checkpoint before; its unfinished files are named in a warning, and removed.
+
+    Attributes:
+      start: directory and step of another run's checkpoint, which is restored where this run has
+        none of its own; None is none.
     """
+
+    start: tuple[epath.PathLike, int] | None = None
 
     def __init__(self, directory: epath.PathLike, config_text: str, keep: int, keep_best: int = 0):
         self.directory = _place(directory)
@@ -121,7 +127,7 @@ class Checkpoints:
                 f"every checkpoint in {self.directory} is damaged ({named}): bring back a good "
                 "one, or remove the directory to begin anew"
             )
-        return None
+        return self.start and _read_start(*self.start, state)
 
     def wait(self) -> None:
         """Waits until the last checkpoint is whole on disk. Raises OSError if it cannot be."""
@@ -144,8 +150,7 @@ class Checkpoints:
 
     def _load(self, step: int, state: State) -> tuple[State, dict]:
         path = self.directory / str(step)
-        if fault := gather(find_fault(path) if is_main() else None)[0]:
-            raise _Damaged(fault)
+        _check_whole(path)
         meta = self._read(step, meta=ocp.args.JsonRestore())
         old, new = yaml.safe_load(meta["config"]), yaml.safe_load(self.config_text)
         same_config(old, new, self.directory, SIZES)
@@ -153,11 +158,7 @@ class Checkpoints:
         return self._read(step, state=ocp.args.StandardRestore(target)), meta["position"]
 
     def _read(self, step: int, **item):
-        try:
-            found = self._manager.restore(step, args=ocp.args.Composite(**item))
-        except _ERRORS as error:
-            raise _Damaged(f"it cannot be restored: {error}") from error
-        return found[next(iter(item))]
+        return _restore(self._manager, step, **item)
 
     def _add_digests(self) -> None:
         """Orbax calls it when every file of the checkpoint is there, and commits it afterwards."""
@@ -220,6 +221,36 @@ def read_checkpoint_params(directory: epath.PathLike, step: int, params: dict) -
     except _ERRORS as error:
         fault = f"it cannot be restored: {error}"
     raise ValueError(f"checkpoint {path} is damaged ({fault}): take another step")
+
+
+def _read_start(directory: epath.PathLike, step: int, state: State) -> tuple[int, State, dict]:
+    """(step, state, position) of a checkpoint of another run, whatever its config; nothing is
+    written. Raises ValueError where it is damaged, or of a state of other shapes."""
+    place = _place(directory)
+    try:
+        _check_whole(place / str(step))
+        options = ocp.CheckpointManagerOptions(read_only=True)
+        with ocp.CheckpointManager(place, options=options) as manager:
+            target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+            meta = _restore(manager, step, meta=ocp.args.JsonRestore())
+            found = _restore(manager, step, state=ocp.args.StandardRestore(target))
+    except _Damaged as error:
+        raise ValueError(f"start: checkpoint {place / str(step)}: {error}") from error
+    return step, found, meta["position"]
+
+
+def _restore(manager: ocp.CheckpointManager, step: int, **item):
+    try:
+        found = manager.restore(step, args=ocp.args.Composite(**item))
+    except _ERRORS as error:
+        raise _Damaged(f"it cannot be restored: {error}") from error
+    return found[next(iter(item))]
+
+
+def _check_whole(path: epath.Path) -> None:
+    """Raises _Damaged naming what is wrong with a checkpoint; all processes together."""
+    if fault := gather(find_fault(path) if is_main() else None)[0]:
+        raise _Damaged(fault)
 
 
 def _place(directory: epath.PathLike) -> epath.Path:

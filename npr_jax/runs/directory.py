@@ -58,11 +58,12 @@ ROW = "train.row_len"  # whole key: that of Beta, below `fit`, says which answer
 LENGTHS = ("steps", "epochs", "fit.steps", "fit.epochs")  # of a run: whole keys
 INPUTS = ("model", "sampler_model", "problems")  # whole keys of what has a content of its own
 # Whole keys that came after 0.1.0: a run from before has its config without them, and goes on.
-LATER: tuple[str, ...] = ("engine.exact", "train.exact", "fit.train.exact")
+LATER: tuple[str, ...] = ("engine.exact", "train.exact", "fit.train.exact", "start")
 # Why others may not change: of the first pattern that is found in the key.
 _WHY = (
     (r"^inputs\.", "it holds something else"),
     (r"^(model|sampler_model|problems)$", "what it held was not written down"),
+    (r"^start$", "its state and its place among the problems came from there"),
     (r"(^|\.)seed$", "all that is random comes from it"),
     (r"(^|\.)exact$", "a run is exact from its first step on, or it is not"),
     (r"optimizer\.", "the updates so far were made with it"),
@@ -222,6 +223,8 @@ def same_config(
     """Raises ValueError naming the keys in which two configs differ, where that matters; keys of
     `LATER` that the old one does not have are named in a warning."""
     old, new = essence(old_config, free), essence(new_config, free)
+    for config in (old, new):
+        config.setdefault("start", None)  # a run from before there was one has begun with no other
     for key in INPUTS:
         content = f"inputs.{key}"
         if content in old:  # then its place is of no matter
@@ -231,7 +234,7 @@ def same_config(
     later = (new.keys() - old.keys()) & {*LATER}
     changed = [
         f"{key} was {_told(old, key)}, is {_told(new, key)}"
-        + (_why(key) if key in old and key in new else "")
+        + (_why(key) if (key in old and key in new) or key == "start" else "")
         for key in sorted((old.keys() | new.keys()) - later)
         if _told(old, key) != _told(new, key)
     ]
@@ -246,7 +249,7 @@ def same_config(
 
 
 def _why(key: str) -> str:
-    """Why that key may not change, to be put behind its values; of other keys nothing is known."""
+    """Why that key may not change, to be put behind its values; nothing of other keys."""
     return next((f": {reason}" for pattern, reason in _WHY if re.search(pattern, key)), "")
 
 

@@ -84,6 +84,11 @@ def _read(path: Path) -> tuple[_Begun, str]:
     return begun, begun.checkpoints or str(directory / "checkpoints")
 
 
+def checkpoints_of(run: Path) -> str:
+    """Where the checkpoints of a run directory are, which has a config."""
+    return _read(run / "config.yaml")[1]
+
+
 def _start(run: Path, begun: _Begun, start: str | None) -> Model:
     """A model with the config and the tokenizer of the run's."""
     final = run / "final"

@@ -8,6 +8,7 @@ A stage is its way to collect groups (rewards, advantages, filters) and its obje
 import abc
 import dataclasses
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ from npr_jax.evaluate.judge import Answer
 from npr_jax.evaluate.traces import make_trace, write_traces
 from npr_jax.model.pretrained import load, publish_model
 from npr_jax.runs import sigterm
-from npr_jax.runs.checkpoint import Checkpoints
+from npr_jax.runs.checkpoint import Checkpoints, checkpoint_steps
 from npr_jax.runs.directory import SIZES, claim, claim_inputs
 from npr_jax.runs.guards import check_gap
 from npr_jax.runs.loop import Body
@@ -39,6 +40,7 @@ from npr_jax.train.optimizer import (
 from npr_jax.train.packing import Example, Row, empty_row, make_rows
 from npr_jax.train.rollout import STAGES, encode_problems, engine_params
 from npr_jax.train.rollout_cache import Pending, fingerprint
+from npr_jax.train.start import find_start, parse_start
 from npr_jax.train.step import Objective, TrainConfig, optimize
 
 Groups = list[list[Example]]
@@ -53,6 +55,8 @@ class RLConfig(Checked, abc.ABC):
       problems: JSONL file of problems and answers, or a directory of `npr-jax data prepare`.
       output: run directory; the trained model goes to its `final`.
       checkpoints: where they go, a directory or URL; null: `checkpoints` in the run directory.
+      start: RUN@STEP, a checkpoint of another run of the stage, with whose state and place among
+        the problems this one begins; null: with `model`, at the first problem.
       seed: of the problems' order and of sampling.
       steps (rollout batches): until the end of the run.
       prompts (problems): of a rollout batch.
@@ -71,6 +75,7 @@ class RLConfig(Checked, abc.ABC):
     problems: str
     output: str
     checkpoints: str | None = None
+    start: str | None = None
     seed: Seed = 0
     steps: Count
     prompts: Count = 16
@@ -84,6 +89,8 @@ class RLConfig(Checked, abc.ABC):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.start is not None:
+            parse_start(self.start)
         need = self.max_prompt_tokens + self.max_tokens
         if self.train.row_len < need:
             raise ValueError(
@@ -186,14 +193,22 @@ class Policy(Body[TrainState, Path], Generic[C]):
                 "model": model_content(config.model, model),
                 "problems": problems_content(problems, prompts),
             }
+        place = config.checkpoints or self.directory / "checkpoints"
+        start = None
+        if config.start is not None and not checkpoint_steps(place):
+            start = find_start(config.start, config, contents["model"])
         text = self.text + claim_inputs(self.directory, contents)
         # The state has the parameters from here on, and the engine gets its own in the first step.
         self.model, self.engine = dataclasses.replace(model, params={}), None
         # Each stage has an order of its own: what the stage before has learnt teaches nothing.
         self.feed = Feed(problems, prompts, config.seed, STAGES.index(config.command))
-        place = config.checkpoints or self.directory / "checkpoints"
         self.pending = Pending(f"{place}/rollouts", text)
         self.checkpoints = Checkpoints(place, text, train.keep_checkpoints, train.keep_best)
+        if start:
+            self.checkpoints.start = start.checkpoints, start.step
+            if is_main():
+                told = f"{self.name}: goes on from step {start.step} of {start.run}"
+                print(told, file=sys.stderr)
         return state, self.checkpoints
 
     def position(self) -> dict[str, int]:

@@ -1,0 +1,52 @@
+"""Where a run begins that goes on from a step of another one: `start: RUN@STEP`, `--from`."""
+
+import dataclasses
+from pathlib import Path
+from typing import NamedTuple
+
+from npr_jax.base.fields import Checked
+from npr_jax.runs.checkpoint import checkpoint_steps
+from npr_jax.runs.directory import known_inputs, read_config
+from npr_jax.train.export import checkpoints_of
+
+
+class Start(NamedTuple):
+    """A step of a run, and the directory or URL of the run's checkpoints."""
+
+    run: Path
+    step: int
+    checkpoints: str
+
+
+def parse_start(text: str) -> tuple[Path, int]:
+    """The run directory and the step of RUN@STEP. Raises ValueError for other texts."""
+    run, _, step = text.rpartition("@")
+    if not run or not step.isascii() or not step.isdigit() or not 0 < int(step) < 10**9:
+        raise ValueError(f"start is {text!r}, needed is RUN@STEP: runs/papo@120")
+    return Path(run), int(step)
+
+
+def find_start(text: str, config: Checked, model: str) -> Start:
+    """The checkpoint that is named by RUN@STEP, for a new run of that config and model content.
+
+    Raises ValueError where there is none, or it is of another stage or of another model.
+    """
+    run, step = parse_start(text)
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise ValueError(f"start is {text}: {run} is no run directory, for it has no config.yaml")
+    if foreign := read_config(path).keys() - {field.name for field in dataclasses.fields(config)}:
+        raise ValueError(
+            f"start is {text}: {run} is a run of another stage, for it has {min(foreign)}"
+        )
+    known = known_inputs(run).get("model", model)
+    if known != model:
+        raise ValueError(
+            f"start is {text}: model is {model}, needed is that with which {run} began, {known}"
+        )
+    place = checkpoints_of(run)
+    steps = checkpoint_steps(place)
+    if step not in steps:
+        there = f"there are {', '.join(map(str, steps))}" if steps else f"there is none in {place}"
+        raise ValueError(f"start is {text}: {run} has no checkpoint of step {step}, {there}")
+    return Start(run, step, place)
