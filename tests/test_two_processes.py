@@ -8,10 +8,13 @@ import time
 import numpy as np
 import pytest
 import two_processes
+from checkpoint_checks import TEXT, make_state, same
 from train_toy import write_problems
 
 from npr_jax.base.config import load_config
 from npr_jax.model.pretrained import load
+from npr_jax.runs.checkpoint import Checkpoints
+from npr_jax.runs.digest import find_fault
 from npr_jax.runs.metrics import read_metrics
 from npr_jax.train import zero
 
@@ -106,3 +109,26 @@ def _wait_for_step(output, step, processes):
         ]
         time.sleep(0.1)
     raise AssertionError(f"{output} has not come to step {step}")
+
+
+def test_each_process_takes_the_digests_of_what_it_has_written(tmp_path):
+    outs = two_processes.run("tests/two_checkpoints.py", str(tmp_path))
+    first, second = (json.loads(out.splitlines()[-1]) for out in outs)
+    for when in ("saved", "restored"):
+        for told, process, other in ((first, 0, 1), (second, 1, 0)):
+            mine = [path for path in told[when] if f"/ocdbt.process_{process}/" in path]
+            assert mine and not any(f"/ocdbt.process_{other}/" in path for path in told[when])
+        assert all("/ocdbt.process_1/" in path for path in second[when])
+    # What the first reads for all is small.
+    (whole,) = [path for path in tmp_path.iterdir() if path.name == "1"]
+    sizes = {p: p.stat().st_size for p in whole.rglob("*") if p.is_file()}
+    own = [size for path, size in sizes.items() if "ocdbt.process_" in path.as_posix()]
+    assert sum(own) > 0.9 * sum(sizes.values()), sizes
+    names = {path.name for path in whole.iterdir()}
+    assert "digests.json" in names and not any(name.startswith("digests-") for name in names)
+    # One process reads it too, and finds the bit that is wrong.
+    with Checkpoints(tmp_path, TEXT, keep=2) as checkpoints:
+        step, state, position = checkpoints.restore(make_state(0))
+    assert (step, position) == (1, {"problem": 7}) and same(state, make_state(1))
+    (damaged,) = tmp_path.glob("damaged-2*")
+    assert re.search(r"ocdbt\.process_1/.* is not what was written", find_fault(damaged))

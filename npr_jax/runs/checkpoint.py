@@ -24,7 +24,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 from npr_jax.base.distributed import gather, is_main, wait
 from npr_jax.base.files import REMEDY, is_url, numbered, writing
 from npr_jax.model.params import check_finite
-from npr_jax.runs.digest import find_fault, write_digests
+from npr_jax.runs.digest import find_fault, write_digests, write_part
 from npr_jax.runs.directory import SIZES, same_config
 
 State = TypeVar("State")  # a pytree of arrays
@@ -32,6 +32,9 @@ _log = logging.getLogger(__name__)
 # Orbax logs an error with its traceback at every place that it passes, and then raises it.
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
 _ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError)  # Orbax's and TensorStore's
+
+
+_WRITTEN = "async_write_complete"  # in the key of Orbax's barrier behind the files of a process
 
 
 class _Damaged(Exception):
@@ -63,7 +66,9 @@ class Checkpoints:
             preservation_policy=AnyPreservationPolicy(policies),
             best_fn=_value,
             cleanup_tmp_directories=True,
-            async_options=ocp.options.AsyncOptions(post_finalization_callback=self._add_digests),
+            async_options=ocp.options.AsyncOptions(
+                barrier_sync_fn=self._barrier, post_finalization_callback=self._add_digests
+            ),
         )
         try:
             with writing(self.directory, "set `checkpoints` or `output` to another directory"):
@@ -160,11 +165,23 @@ class Checkpoints:
     def _read(self, step: int, **item):
         return _restore(self._manager, step, **item)
 
+    def _barrier(self, *, key: str, timeout_ms: int) -> None:
+        """Orbax waits here for the other processes, in the background; the first time of a save
+        when this one's files are there, and all digests of them with this."""
+        if _WRITTEN in key:
+            write_part(self._unfinished(), jax.process_index())
+        ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
+
     def _add_digests(self) -> None:
-        """Orbax calls it when every file of the checkpoint is there, and commits it afterwards."""
+        """Orbax calls it when every file of the checkpoint is there, and commits it afterwards; in
+        the first process alone."""
+        write_digests(self._unfinished(), jax.process_count())
+
+    def _unfinished(self) -> epath.Path:
+        """Where the checkpoint that is being saved is until it is committed."""
         path = self.directory / f"{self.last}{ocp.utils.TMP_DIR_SUFFIX}"
         # Object stores have no rename: there the files are where they will be.
-        write_digests(path if path.exists() else self.directory / str(self.last))
+        return path if path.exists() else self.directory / str(self.last)
 
     def _set_aside(self, damaged: Mapping[int, str]) -> None:
         for step, fault in damaged.items() if is_main() else ():
@@ -249,7 +266,8 @@ def _restore(manager: ocp.CheckpointManager, step: int, **item):
 
 def _check_whole(path: epath.Path) -> None:
     """Raises _Damaged naming what is wrong with a checkpoint; all processes together."""
-    if fault := gather(find_fault(path) if is_main() else None)[0]:
+    faults = gather(find_fault(path, jax.process_index(), jax.process_count()))
+    if fault := next(filter(None, faults), None):
         raise _Damaged(fault)
 
 

@@ -1,10 +1,9 @@
 """Where a run begins that goes on from a step of another one: `start: RUN@STEP`, `--from`."""
 
-import dataclasses
+from collections.abc import Set
 from pathlib import Path
 from typing import NamedTuple
 
-from npr_jax.base.fields import Checked
 from npr_jax.runs.checkpoint import checkpoint_steps
 from npr_jax.runs.directory import known_inputs, read_config
 from npr_jax.train.export import checkpoints_of
@@ -26,8 +25,9 @@ def parse_start(text: str) -> tuple[Path, int]:
     return Path(run), int(step)
 
 
-def find_start(text: str, config: Checked, model: str) -> Start:
-    """The checkpoint that is named by RUN@STEP, for a new run of that config and model content.
+def find_start(text: str, keys: Set[str], model: str) -> Start:
+    """The checkpoint that is named by RUN@STEP, for a new run whose config has these keys, and of a
+    model of that content.
 
     Raises ValueError where there is none, or it is of another stage or of another model.
     """
@@ -35,7 +35,7 @@ def find_start(text: str, config: Checked, model: str) -> Start:
     path = run / "config.yaml"
     if not path.is_file():
         raise ValueError(f"start is {text}: {run} is no run directory, for it has no config.yaml")
-    if foreign := read_config(path).keys() - {field.name for field in dataclasses.fields(config)}:
+    if foreign := read_config(path).keys() - keys:
         raise ValueError(
             f"start is {text}: {run} is a run of another stage, for it has {min(foreign)}"
         )
