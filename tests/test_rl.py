@@ -16,6 +16,8 @@ from npr_jax.runs import loop
 from npr_jax.runs.metrics import read_metrics
 from npr_jax.train import beta, fit, rl, zero
 from npr_jax.train.fit import FitConfig
+from npr_jax.train.optimizer import OptimizerConfig
+from npr_jax.train.step import TrainConfig
 
 
 class FakeEngine:
@@ -179,13 +181,19 @@ def test_where_every_advantage_is_zero_no_step_is_made(settings, tmp_path, caplo
 
 
 def test_minibatches_that_teach_nothing_are_left_out_and_counted():
-    dealt = list(rl.minibatches(collected(0.0, 1.0, 0.0, -1.0, 0.0), 2, 256, 3))
-    assert dealt[0] is None and sum(row["loss_mask"].any() for row in dealt[1]) == len(dealt[1])
+    train = TrainConfig(OptimizerConfig(1e-3), row_len=256)
+    empty, dealt = rl.minibatches(collected(0.0, 1.0, 0.0, -1.0, 0.0), 2, train, 3)
+    assert not empty.parts and empty.left_out == 3 and empty.count > 0
+    assert dealt.left_out == 0 and dealt.count == dealt.computed
+    assert dealt.count == sum(int(part["loss_mask"].sum()) for part in dealt.parts)
     metrics = {"loss": 1.0, "logp_gap": 0.1, "logp_gap_max": 0.2, "loss_tokens": 7, "nonfinite": 0}
+    metrics |= {"row_tokens": 90, "slots": 100, "micro_batches": 1}
     found = rl.merged([metrics], parts=2)
     assert found["minibatches_skipped"] == 1 and found["skipped"] == 0
-    assert "minibatches_skipped" not in rl.merged([metrics, metrics], parts=2)
-    assert list(rl.minibatches(collected(), 2, 256, 3)) == []
+    both = rl.merged([metrics, metrics | {"row_tokens": 10}], parts=2)
+    assert "minibatches_skipped" not in both
+    assert (both["slots"], both["micro_batches"], both["slot_use"]) == (200, 2, 0.5)
+    assert list(rl.minibatches(collected(), 2, train, 3)) == []
 
 
 def test_a_run_goes_on_from_a_step_of_another_in_a_directory_of_its_own(

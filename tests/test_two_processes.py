@@ -20,7 +20,8 @@ from npr_jax.train import zero
 
 pytestmark = pytest.mark.slow
 
-TIMES = ("seconds", "per_s", "time_share")
+# And what the number of shards decides.
+TIMES = ("seconds", "per_s", "time_share", "slot_use", "slots", "row_tokens", "micro_batches")
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ thing that XLA moves between them inside a step. Process 0 writes what a run tel
 """
 
 import contextlib
+import functools
 import os
 import pickle
 import sys
@@ -13,11 +14,14 @@ from typing import TypeVar
 
 import jax
 import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 T = TypeVar("T")
 
 _VARIABLES = ("NPR_COORDINATOR", "NPR_PROCESSES", "NPR_PROCESS")
 HEARTBEAT_SECONDS = 30
+_PIECE = 1 << 22  # bytes that a process sends to another at a time
 
 
 def initialize() -> None:
@@ -78,6 +82,46 @@ def gather(value: T) -> list[T]:
 def gather_all(items: Sequence[T]) -> list[T]:
     """The items of all processes, those of process 0 first."""
     return [item for part in gather(list(items)) for item in part]
+
+
+def exchange(values: Sequence[T]) -> list[T]:
+    """Sends values[p] to every process p; what each process sends to this one, in their order.
+
+    All make the call together. For large values, of which each has one receiver: the devices send
+    them in all-to-alls of at most `_PIECE` bytes for each pair of processes, so that few shapes are
+    compiled, and nobody holds what is for others.
+    """
+    processes = jax.process_count()
+    if processes == 1:
+        return [values[0]]
+    sent = [np.frombuffer(pickle.dumps(value, protocol=5), np.uint8) for value in values]
+    sizes = np.array(gather([len(data) for data in sent]))  # [sender, receiver]
+    size = min(_PIECE, 1 << int(sizes.max() - 1).bit_length())
+    rounds = -(-int(sizes.max()) // size)
+    padded = np.zeros((processes, rounds * size), np.uint8)
+    for row, data in zip(padded, sent, strict=True):
+        row[: len(data)] = data
+    mesh, turn = _all_to_all()
+    received = []
+    for first in range(0, rounds * size, size):
+        piece = padded[None, :, first : first + size]
+        array = jax.make_array_from_process_local_data(NamedSharding(mesh, P("process")), piece)
+        received.append(np.asarray(turn(array).addressable_data(0))[:, 0])
+    whole = np.concatenate(received, axis=1)
+    return [
+        pickle.loads(data[:size].tobytes())
+        for data, size in zip(whole, sizes[:, jax.process_index()], strict=True)
+    ]
+
+
+@functools.cache
+def _all_to_all() -> tuple[Mesh, Callable]:
+    """A mesh of one device a process, and u8[senders, receivers, L] split over senders -> the same
+    split over receivers."""
+    first = {device.process_index: device for device in reversed(jax.devices())}
+    devices = np.array([first[process] for process in range(jax.process_count())])
+    mesh = Mesh(devices, ("process",), axis_types=(AxisType.Auto,))
+    return mesh, jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, P(None, "process")))
 
 
 def to_host(tree):

@@ -9,8 +9,8 @@ from pathlib import Path
 from jax.sharding import Mesh
 
 from npr_jax.base.config import dump_config
-from npr_jax.base.distributed import mine
 from npr_jax.base.fields import Checked, Count, CountOrZero, PositiveOrZero
+from npr_jax.base.mesh import batch_shards
 from npr_jax.base.progress import Scalar, numeric
 from npr_jax.data.problems import shuffled
 from npr_jax.model.pretrained import Model
@@ -19,6 +19,8 @@ from npr_jax.runs.checkpoint import Checkpoints
 from npr_jax.runs.directory import SIZES, claim
 from npr_jax.runs.log import Report
 from npr_jax.runs.loop import Body
+from npr_jax.train.batch import facts, make_batch
+from npr_jax.train.deal import ALL
 from npr_jax.train.optimizer import (
     TrainState,
     learning_rate,
@@ -26,7 +28,7 @@ from npr_jax.train.optimizer import (
     state_shardings,
     warn_untrained,
 )
-from npr_jax.train.packing import Example, empty_row, make_rows
+from npr_jax.train.packing import Example
 from npr_jax.train.step import Objective, TrainConfig, optimize
 
 
@@ -79,7 +81,7 @@ def fit(
     """Trains a copy of the model on examples (log-likelihood of their loss tokens).
 
     On a mesh the model has been loaded onto it. Several processes have the same examples, and each
-    lays out its own share of every batch. `depth`: hidden intervals per token of a row; None is
+    lays out the rows that are dealt to it. `depth`: hidden intervals per token of a row; None is
     what the examples need.
 
     Metrics and checkpoints go to `directory`; the same call again goes on where it stopped.
@@ -138,8 +140,15 @@ class Fit(Body[TrainState, Model]):
         begun = time.perf_counter()
         first = (number - 1) * config.batch
         batch = [self.examples[self.order[first + i]] for i in range(config.batch)]
-        rows = make_rows([[example] for example in mine(batch)], train.row_len, self.depth)
-        rows = rows or [empty_row(train.row_len, self.depth)]
+        known = [facts(example, ALL, group) for group, example in enumerate(batch)]
+        rows = make_batch(
+            known,
+            dict(enumerate(batch)),
+            train.shapes(self.mesh),
+            batch_shards(self.mesh),
+            self.depth,
+            every=True,
+        )
         model_config = train.model(self.model.config)
         rate = learning_rate(train.optimizer, number - 1, self.total)
         state, metrics = optimize(state, rows, model_config, train, config.loss, rate, self.mesh)

@@ -75,7 +75,34 @@ def make_rows(groups: Sequence[Sequence[Example]], row_len: int, depth: int) -> 
     """
     # A group that fills more than half a row leaves room that few others fit: halves may do better.
     rows = min((_lay(groups, row_len, part) for part in (row_len, row_len // 2)), key=len)
-    return [_row(row, row_len, depth) for row in rows]
+    return [make_row(row, row_len, depth) for row in rows]
+
+
+def make_row(documents: Sequence[Sequence[Example]], row_len: int, depth: int) -> Row:
+    """One row of documents, each of examples that have the same prompt; else as `make_rows`."""
+    for number, document in enumerate(documents):
+        _check_prompts(document, number)
+    row = tree.pack([tree.group([e.layout for e in doc]) for doc in documents], row_len)
+
+    def column(name: str) -> np.ndarray:
+        parts = []
+        for doc in documents:
+            prompt_len = doc[0].layout.prompt_len
+            parts.append(getattr(doc[0], name)[:prompt_len])
+            parts += [getattr(example, name)[prompt_len:] for example in doc]
+        values = np.concatenate(parts)
+        return np.pad(values, (0, row_len - len(values)))
+
+    return {
+        "tokens": column("token_ids"),
+        "positions": row.positions,
+        "hidden": _fit_depth(row.hidden, depth),
+        "pred": row.pred,
+        # A first token that nothing predicts has no log-prob.
+        "loss_mask": column("loss_mask") & (row.pred >= 0),
+        "advantages": column("advantage"),
+        "old_logp": column("old_logp"),
+    }
 
 
 def stack(rows: Sequence[Row], micro_rows: int, used: int) -> Row:
@@ -115,7 +142,7 @@ def count_loss_tokens(rows: Sequence[Row]) -> int:
     return sum(int(row["loss_mask"].sum()) for row in rows)
 
 
-def _best_fit(sizes: Sequence[int], room: int) -> list[list[int]]:
+def best_fit(sizes: Sequence[int], room: int) -> list[list[int]]:
     """Bins of at most `room`, as lists of indices: the longest first, each into the fullest bin."""
     bins: list[list[int]] = []
     left: list[int] = []
@@ -140,7 +167,7 @@ def _lay(
     for number, group in enumerate(groups):
         documents += _split(group, row_len, part_len, number)
     sizes = [_length(document) for document in documents]
-    return [[documents[i] for i in members] for members in _best_fit(sizes, row_len)]
+    return [[documents[i] for i in members] for members in best_fit(sizes, row_len)]
 
 
 def _split(
@@ -155,41 +182,22 @@ def _split(
                 f"example {i} of group {number} has {len(example.layout)} tokens, a row has "
                 f"{row_len}: raise row_len"
             )
-        prompt = example.token_ids[: example.layout.prompt_len]
-        if not np.array_equal(prompt, first.token_ids[:prompt_len]):
-            raise ValueError(f"examples 0 and {i} of group {number} have different prompts")
+    _check_prompts(group, number)
     sizes = [len(example.layout) - prompt_len for example in group]
     room = max(part_len - prompt_len, *sizes)
-    return [[group[i] for i in members] for members in _best_fit(sizes, room)]
+    return [[group[i] for i in members] for members in best_fit(sizes, room)]
+
+
+def _check_prompts(group: Sequence[Example], number: int) -> None:
+    prompts = [example.token_ids[: example.layout.prompt_len] for example in group]
+    for i, prompt in enumerate(prompts):
+        if not np.array_equal(prompt, prompts[0]):
+            raise ValueError(f"examples 0 and {i} of group {number} have different prompts")
 
 
 def _length(document: Sequence[Example]) -> int:
     prompt_len = document[0].layout.prompt_len
     return prompt_len + sum(len(example.layout) - prompt_len for example in document)
-
-
-def _row(documents: Sequence[Sequence[Example]], row_len: int, depth: int) -> Row:
-    row = tree.pack([tree.group([e.layout for e in doc]) for doc in documents], row_len)
-
-    def column(name: str) -> np.ndarray:
-        parts = []
-        for doc in documents:
-            prompt_len = doc[0].layout.prompt_len
-            parts.append(getattr(doc[0], name)[:prompt_len])
-            parts += [getattr(example, name)[prompt_len:] for example in doc]
-        values = np.concatenate(parts)
-        return np.pad(values, (0, row_len - len(values)))
-
-    return {
-        "tokens": column("token_ids"),
-        "positions": row.positions,
-        "hidden": _fit_depth(row.hidden, depth),
-        "pred": row.pred,
-        # A first token that nothing predicts has no log-prob.
-        "loss_mask": column("loss_mask") & (row.pred >= 0),
-        "advantages": column("advantage"),
-        "old_logp": column("old_logp"),
-    }
 
 
 def _fit_depth(hidden: np.ndarray, depth: int) -> np.ndarray:

@@ -14,10 +14,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, Generic, NamedTuple, TypeVar
 
+import jax
+from jax.sharding import Mesh
+
 from npr_jax.base.config import dump_config
 from npr_jax.base.distributed import gather, gather_all, is_main
 from npr_jax.base.fields import Checked, Count, Seed
-from npr_jax.base.mesh import MeshConfig, local_decode_mesh, make_mesh
+from npr_jax.base.mesh import MeshConfig, batch_shards, local_decode_mesh, make_mesh
 from npr_jax.base.progress import Scalar, numeric
 from npr_jax.data.problems import Problem, read_problems, shuffled
 from npr_jax.decode import Engine, EngineConfig
@@ -29,6 +32,7 @@ from npr_jax.runs.checkpoint import Checkpoints, checkpoint_steps
 from npr_jax.runs.directory import SIZES, claim, claim_inputs
 from npr_jax.runs.guards import check_gap
 from npr_jax.runs.loop import Body
+from npr_jax.train.batch import Batch, facts, make_batch
 from npr_jax.train.inputs import model_content, problems_content
 from npr_jax.train.optimizer import (
     TrainState,
@@ -37,7 +41,7 @@ from npr_jax.train.optimizer import (
     state_shardings,
     warn_untrained,
 )
-from npr_jax.train.packing import Example, Row, empty_row, make_rows
+from npr_jax.train.packing import Example
 from npr_jax.train.rollout import STAGES, encode_problems, engine_params
 from npr_jax.train.rollout_cache import Pending, fingerprint
 from npr_jax.train.start import find_start, parse_start
@@ -231,12 +235,14 @@ class Policy(Body[TrainState, Path], Generic[C]):
         decoded = engine.stats()["sampled_tokens"] - decoded
         model_config = train.model(self.model.config)
         history = []
-        parts = list(minibatches(collected, config.minibatches, train.row_len, config.depth))
-        for rows in filter(None, parts):
+        parts = list(minibatches(collected, config.minibatches, train, config.depth, self.mesh))
+        for batch in parts:
+            if not batch.parts:
+                continue
             total = config.steps * config.minibatches
             rate = learning_rate(train.optimizer, int(state.step), total)
             state, metrics = optimize(
-                state, rows, model_config, train, config.loss, rate, self.mesh
+                state, batch, model_config, train, config.loss, rate, self.mesh
             )
             history.append(metrics)
         trained = time.perf_counter()
@@ -244,6 +250,7 @@ class Policy(Body[TrainState, Path], Generic[C]):
         return state, {
             **collected.metrics,
             **updates,
+            "zero_advantage": sum(batch.left_out for batch in parts),
             "rollout_seconds": sampled - begun,
             "rollout_tokens_per_s": decoded / (sampled - begun),
             "train_seconds": trained - sampled,
@@ -303,22 +310,34 @@ class Policy(Body[TrainState, Path], Generic[C]):
 
 
 def minibatches(
-    collected: Collected, most: int, row_len: int, depth: int
-) -> Iterator[list[Row] | None]:
-    """This process's rows, one at least, for each optimizer step: its parts of groups, which are
-    dealt by their places. None where every advantage of all processes is 0: such a step has no
-    gradient, and would move the parameters by momentum and decay alone."""
-    for number in range(min(most, len(set(gather_all(collected.places))))):
-        part = [
-            group
-            for group, place in zip(collected.groups, collected.places, strict=True)
-            if place % most == number
-        ]
-        teaches = any((e.advantage * e.loss_mask).any() for group in part for e in group)
-        if not any(gather(bool(teaches))):
-            yield None
-        else:
-            yield make_rows(part, row_len, depth) or [empty_row(row_len, depth)]
+    collected: Collected,
+    most: int,
+    train: TrainConfig,
+    depth: int,
+    mesh: Mesh | None = None,
+    every: bool = False,
+) -> Iterator[Batch]:
+    """The batch of each optimizer step: whole groups, by their places, of which several processes
+    may have parts. Examples whose advantage is 0 are counted and not computed, if not `every` one
+    is to be. Without parts where that leaves none: such a step has no gradient, and would move the
+    parameters by momentum and decay alone."""
+    own = [
+        (place, example)
+        for place, group in zip(collected.places, collected.groups, strict=True)
+        for example in group
+    ]
+    process = jax.process_index()
+    known = gather_all([(facts(e, process, place), i) for i, (place, e) in enumerate(own)])
+    known.sort(key=lambda entry: (entry[0].item.group, entry[0].item.process, entry[1]))
+    groups = sorted({fact.item.group for fact, _ in known})
+    most = min(most, len(groups))
+    number_of = {group: i % most for i, group in enumerate(groups)}
+    for number in range(most):
+        part = [(fact, i) for fact, i in known if number_of[fact.item.group] == number]
+        here = {j: own[i][1] for j, (fact, i) in enumerate(part) if fact.item.process == process}
+        yield make_batch(
+            [fact for fact, _ in part], here, train.shapes(mesh), batch_shards(mesh), depth, every
+        )
 
 
 def merged(history: Sequence[Mapping[str, float]], parts: int) -> dict[str, Scalar]:
@@ -332,8 +351,9 @@ def merged(history: Sequence[Mapping[str, float]], parts: int) -> dict[str, Scal
         key: sum(metrics[key] for metrics in history) / len(history) for key in history[0]
     }
     found |= {key: history[0][key] for key in ("logp_gap", "logp_gap_max")}
-    for key in ("loss_tokens", "nonfinite"):
+    for key in ("loss_tokens", "nonfinite", "row_tokens", "slots", "micro_batches"):
         found[key] = sum(metrics[key] for metrics in history)
+    found["slot_use"] = numeric(found, "row_tokens") / numeric(found, "slots")
     found |= {"skipped": 0, "off_policy_steps": len(history) - 1}
     if len(history) < parts:
         found["minibatches_skipped"] = parts - len(history)

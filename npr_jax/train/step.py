@@ -8,7 +8,7 @@ one batch gives, however their token counts differ.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Literal
 
 import jax
@@ -25,6 +25,8 @@ from npr_jax.model import ModelConfig, token_loss
 from npr_jax.model.config import Remat
 from npr_jax.model.score import Figures
 from npr_jax.train import losses
+from npr_jax.train.batch import Batch
+from npr_jax.train.deal import Shapes, shapes
 from npr_jax.train.optimizer import OptimizerConfig, TrainState, make_optimizer, state_shardings
 from npr_jax.train.packing import Row, count_loss_tokens, stack
 
@@ -83,6 +85,11 @@ class TrainConfig(Checked):
                 f"{name}.row_len is {self.row_len}, needed is a multiple of mesh.sequence={parts}"
             )
 
+    def shapes(self, mesh: Mesh | None) -> Shapes:
+        """The shapes of micro-batches; one where `exact` asks each shape of the machine."""
+        sequence = mesh.shape["sequence"] if mesh else 1
+        return shapes(self.row_len, self.micro_rows, sequence, fixed=self.exact)
+
     def model(self, config: ModelConfig) -> ModelConfig:
         """The model's config as it is trained."""
         attention = "exact" if self.exact else config.attention
@@ -106,7 +113,7 @@ def cast(params: dict, dtype: str) -> dict:
 
 def optimize(
     state: TrainState,
-    rows: Sequence[Row],
+    rows: Batch | Sequence[Row],
     model_config: ModelConfig,
     config: TrainConfig,
     objective: Objective,
@@ -115,40 +122,61 @@ def optimize(
 ) -> tuple[TrainState, dict[str, float]]:
     """One optimizer step over `rows`: the new state (the old one is used up) and metrics.
 
-    Of several processes each gives rows of its own, one at least (`packing.empty_row`), and all
-    make the call together. Metrics are means over the loss tokens of all, beside `grad_norm`
-    (before the clip), `loss_tokens`, `learning_rate` and, where the rows carry log-probs of the
-    sampler, the mean and largest gap to them, `logp_gap` and `logp_gap_max`. Where the loss, the
-    norm of its gradient or anything of the new state is not finite, `nonfinite` is 1 and the new
-    state is the old one.
+    A `Batch` has rows of all processes that were dealt to all (`batch.make_batch`). Else each of
+    several processes gives rows of its own, one at least (`packing.empty_row`), and all run as many
+    micro-batches as the one with the most rows. All make the call together.
+
+    Metrics are means over the loss tokens that are computed, of all processes (`loss` over those
+    that are not, too), beside `grad_norm` (before the clip), `loss_tokens` (all), `learning_rate`,
+    what the batch says of its rows and, where the rows carry log-probs of the sampler, the mean and
+    largest gap to them, `logp_gap` and `logp_gap_max`. Where the loss, the norm of its gradient or
+    anything of the new state is not finite, `nonfinite` is 1 and the new state is the old one.
 
     Raises ValueError if there is no token to train on.
     """
-    size = config.micro_rows * batch_shards(mesh) // jax.process_count()
+    batch = rows if isinstance(rows, Batch) else _own_rows(rows, config.micro_rows, mesh)
+    if not batch.computed:
+        raise ValueError("none of the examples to compute has a token that counts in the loss")
+    numbers = np.float32(batch.count), np.float32(rate)
+    optimizer = dataclasses.replace(config.optimizer, learning_rate=0.0)  # it is an argument
+    kind = model_config, optimizer, objective, config.compute_dtype, mesh
+    if batch.fused:
+        (part,) = _placed(batch, mesh)
+        found = compiled_step(*kind)(state, part, np.int32(batch.used), *numbers)
+    else:
+        add, total = compiled_sums(*kind), None
+        for part in _placed(batch, mesh):
+            total = add(state.params, part, total)
+        found = compiled_update(*kind)(state, total, *numbers)
+    state, sums, largest, norm, finite = found
+    metrics = {name: float(value) / batch.computed for name, value in sums.items()}
+    metrics["loss"] = float(sums["loss"]) / batch.count
+    metrics |= {name: float(value) for name, value in largest.items()}
+    metrics |= {"grad_norm": float(norm), "loss_tokens": batch.count, "learning_rate": rate}
+    return state, {**metrics, **batch.figures, "nonfinite": int(not finite)}
+
+
+def _own_rows(rows: Sequence[Row], micro_rows: int, mesh: Mesh | None) -> Batch:
+    """This process's own rows, of which all run as many micro-batches as the fullest process."""
+    size = micro_rows * batch_shards(mesh) // jax.process_count()
     counts = gather((count_loss_tokens(rows), -(-len(rows) // size)))
     count, used = sum(count for count, _ in counts), max(used for _, used in counts)
     if not count:
         raise ValueError(f"none of the {len(rows)} rows has a token that counts in the loss")
-    batch = stack(rows, size, used)
-    if mesh is not None:
-        batch = {
-            name: jax.make_array_from_process_local_data(NamedSharding(mesh, _BATCH), values)
-            for name, values in batch.items()
-        }
-    step = compiled_step(
-        model_config,
-        dataclasses.replace(config.optimizer, learning_rate=0.0),  # it is an argument
-        objective,
-        config.compute_dtype,
-        mesh,
-    )
-    state, sums, largest, norm, finite = step(
-        state, batch, np.int32(used), np.float32(count), np.float32(rate)
-    )
-    metrics = {name: float(value) / count for name, value in sums.items()}
-    metrics |= {name: float(value) for name, value in largest.items()}
-    metrics |= {"grad_norm": float(norm), "loss_tokens": count, "learning_rate": rate}
-    return state, metrics | {"nonfinite": int(not finite)}
+    return Batch((stack(rows, size, used),), used, count, count, fused=True)
+
+
+def _placed(batch: Batch, mesh: Mesh | None) -> Iterator[dict]:
+    """The parts of a batch, where a mesh wants them."""
+    for part in batch.parts:
+        if mesh is None:
+            yield part
+        else:
+            sharding = NamedSharding(mesh, _BATCH)
+            yield {
+                name: jax.make_array_from_process_local_data(sharding, values)
+                for name, values in part.items()
+            }
 
 
 def _loss(objective: Objective, logp: jax.Array, row: dict) -> losses.Loss:
@@ -197,6 +225,9 @@ def _measure(objective: Objective, logp, entropy, row: dict) -> tuple[jax.Array,
 _BATCH = P(None, BATCH, "sequence")  # [M, B, T, ...] on a training mesh
 
 
+Sums = tuple[dict, Figures]  # gradient, and figures, of the tokens so far
+
+
 @functools.cache
 def compiled_step(
     model_config: ModelConfig,
@@ -213,43 +244,12 @@ def compiled_step(
     and new state are finite (bool); where they are not, the state is the old one.
     """
     shardings = None if mesh is None else state_shardings(model_config, config, mesh)
-
-    def update(state, grads, rate):
-        updates, opt_state = make_optimizer(config).update(grads, state.opt_state, state.params)
-        params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
-        return TrainState(params, opt_state, state.step + 1)
+    gradient = _gradient(model_config, objective, compute_dtype, mesh, shardings)
 
     def step(state, batch, used, count, rate):
-        def gradient(i):
-            rows = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), batch)
-            function = jax.grad(loss_sums, has_aux=True)
-            grads, figures = function(
-                state.params, rows, model_config, objective, compute_dtype, mesh
-            )
-            if shardings is not None:  # or every device would hold the whole gradient
-                grads = jax.lax.with_sharding_constraint(grads, shardings.params)
-            return grads, figures
-
-        def add(i, total):
-            grads, (sums, largest) = gradient(i)
-            return (
-                jax.tree.map(jnp.add, total[0], grads),
-                (
-                    jax.tree.map(jnp.add, total[1][0], sums),
-                    jax.tree.map(jnp.maximum, total[1][1], largest),
-                ),
-            )
-
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, 0))
-        grads, (sums, largest) = jax.lax.fori_loop(0, used, add, zeros)
-        grads = jax.tree.map(lambda g: g / count, grads)
-        norm = optax.tree.norm(grads)
-        # The new state is made twice: here it melts into the check, and no memory is taken for it.
-        values = [norm, sums["loss"], *jax.tree.leaves(update(state, grads, rate))]
-        finite = functools.reduce(jnp.logical_and, [jnp.isfinite(x).all() for x in values])
-        # A branch, since choosing between new and old moments would copy the old ones first.
-        new = jax.lax.cond(finite, update, lambda state, *_: state, state, grads, rate)
-        return new, sums, largest, norm, finite
+        total = _zeros(gradient, state.params, batch)
+        total = _add(gradient, state.params, batch, used, total)
+        return _finish(config, state, total, count, rate)
 
     if mesh is None:
         return jax.jit(step, donate_argnums=0)
@@ -260,3 +260,122 @@ def compiled_step(
         in_shardings=(shardings, batch, everywhere, everywhere, everywhere),
         out_shardings=(shardings, everywhere, everywhere, everywhere, everywhere),
     )
+
+
+@functools.cache
+def compiled_sums(
+    model_config: ModelConfig,
+    config: OptimizerConfig,
+    objective: Objective,
+    compute_dtype: str,
+    mesh: Mesh | None,
+) -> Callable:
+    """The compiled add(params, batch, total), which uses `total` up: `Sums` with all micro-batches
+    of batch [M, B, T, ...] added; None is zero. A program for every shape of the batch, where
+    `compiled_step` has all in one for one shape."""
+    shardings = None if mesh is None else state_shardings(model_config, config, mesh)
+    gradient = _gradient(model_config, objective, compute_dtype, mesh, shardings)
+
+    def add(params, batch, total):
+        return _add(gradient, params, batch, len(batch["tokens"]), total)
+
+    def zeros(params, batch):
+        return _zeros(gradient, params, batch)
+
+    if mesh is None or shardings is None:
+        add, zeros = jax.jit(add, donate_argnums=2), jax.jit(zeros)
+    else:
+        everywhere, batch = NamedSharding(mesh, P()), NamedSharding(mesh, _BATCH)
+        sums = shardings.params, everywhere
+        add = jax.jit(
+            add,
+            donate_argnums=2,
+            in_shardings=(shardings.params, batch, sums),
+            out_shardings=sums,
+        )
+        zeros = jax.jit(zeros, in_shardings=(shardings.params, batch), out_shardings=sums)
+    return lambda params, batch, total: add(
+        params, batch, zeros(params, batch) if total is None else total
+    )
+
+
+@functools.cache
+def compiled_update(
+    model_config: ModelConfig,
+    config: OptimizerConfig,
+    objective: Objective,
+    compute_dtype: str,
+    mesh: Mesh | None,
+) -> Callable:
+    """The compiled update(state, total, count, rate), which uses the state up: what `compiled_step`
+    does once it has the `Sums` of all micro-batches."""
+    update = functools.partial(_finish, config)
+    if mesh is None:
+        return jax.jit(update, donate_argnums=0)
+    shardings, everywhere = state_shardings(model_config, config, mesh), NamedSharding(mesh, P())
+    return jax.jit(
+        update,
+        donate_argnums=0,
+        in_shardings=(shardings, (shardings.params, everywhere), everywhere, everywhere),
+        out_shardings=(shardings, everywhere, everywhere, everywhere, everywhere),
+    )
+
+
+def _gradient(
+    model_config: ModelConfig,
+    objective: Objective,
+    compute_dtype: str,
+    mesh: Mesh | None,
+    shardings,
+) -> Callable:
+    """(params, batch, i) -> `Sums` of micro-batch i."""
+
+    def gradient(params, batch, i):
+        rows = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), batch)
+        function = jax.grad(loss_sums, has_aux=True)
+        grads, figures = function(params, rows, model_config, objective, compute_dtype, mesh)
+        if shardings is not None:  # or every device would hold the whole gradient
+            grads = jax.lax.with_sharding_constraint(grads, shardings.params)
+        return grads, figures
+
+    return gradient
+
+
+def _zeros(gradient: Callable, params: dict, batch: dict) -> Sums:
+    shapes = jax.eval_shape(lambda: gradient(params, batch, 0))
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+
+def _add(gradient: Callable, params: dict, batch: dict, used, total: Sums) -> Sums:
+    """`total` and the sums of the first `used` micro-batches."""
+
+    def add(i, total):
+        grads, (sums, largest) = gradient(params, batch, i)
+        return (
+            jax.tree.map(jnp.add, total[0], grads),
+            (
+                jax.tree.map(jnp.add, total[1][0], sums),
+                jax.tree.map(jnp.maximum, total[1][1], largest),
+            ),
+        )
+
+    return jax.lax.fori_loop(0, used, add, total)
+
+
+def _finish(config: OptimizerConfig, state: TrainState, total: Sums, count, rate) -> tuple:
+    """The division, the clip and the update; what `compiled_step` returns."""
+    grads, (sums, largest) = total
+
+    def update(state, grads, rate):
+        updates, opt_state = make_optimizer(config).update(grads, state.opt_state, state.params)
+        params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
+        return TrainState(params, opt_state, state.step + 1)
+
+    grads = jax.tree.map(lambda g: g / count, grads)
+    norm = optax.tree.norm(grads)
+    # The new state is made twice: here it melts into the check, and no memory is taken for it.
+    values = [norm, sums["loss"], *jax.tree.leaves(update(state, grads, rate))]
+    finite = functools.reduce(jnp.logical_and, [jnp.isfinite(x).all() for x in values])
+    # A branch, since choosing between new and old moments would copy the old ones first.
+    new = jax.lax.cond(finite, update, lambda state, *_: state, state, grads, rate)
+    return new, sums, largest, norm, finite
