@@ -128,6 +128,33 @@ def test_zero_says_why_there_is_nothing_to_train_on(model, monkeypatch):
     assert metrics["score"] == metrics["reward"] == 1
 
 
+def test_refills_ask_by_the_rate_of_what_was_kept_and_leave_out_what_is_too_much(
+    model, monkeypatch
+):
+    config = load_config(zero.ZeroConfig, "tiny_zero", ["prompts=3", "samples=2", "refill=rate"])
+    asked = [zero.to_ask(config, *known) for known in ((0, 0), (3, 0), (3, 1), (3, 2), (5, 2))]
+    assert asked == [3, 3, 3, 2, 3]
+    missing = dataclasses.replace(config, refill="missing")
+    assert [zero.to_ask(missing, *known) for known in ((0, 0), (3, 0), (5, 2))] == [3, 3, 1]
+    same, other = [judged(model, True)] * 2, [judged(model, True), judged(model, False)]
+    rounds, sizes = iter(([same, other, same], [same, other, other], [other])), []
+
+    def roll_out(engine, prompts, *_):
+        sizes.append(len(prompts))
+        return {(n, i): one for n, group in enumerate(next(rounds)) for i, one in enumerate(group)}
+
+    monkeypatch.setattr(zero, "roll_out", roll_out)
+    collected = zero.collect_groups(FakeEngine(model), FakeFeed(), 1, config)
+    assert sizes == [3, 3] and collected.places == [0, 1, 2]
+    figures = [collected.metrics[f"groups{name}"] for name in ("", "_dropped", "_surplus")]
+    assert figures == [3, 3, 0]
+    rounds = iter(([same, other, other], [other, other]))
+    collected = zero.collect_groups(FakeEngine(model), FakeFeed(), 1, config)
+    assert sizes[2:] == [3, 2] and len(collected.groups) == 3
+    figures = [collected.metrics[f"groups{name}"] for name in ("", "_dropped", "_surplus")]
+    assert figures == [3, 1, 1]
+
+
 def test_what_the_engine_forced_is_not_trained_on(model, monkeypatch):
     config = load_config(papo.PapoConfig, "tiny_papo")
     groups = [[judged(model, True), judged(model, False)]]

@@ -73,10 +73,18 @@ def without_times(directory):
     ]
 
 
-@pytest.mark.parametrize("stage", spread(["papo", "zero"], test=1))
-def test_a_cut_off_run_ends_as_if_nothing_had_happened(home, tmp_path, monkeypatch, stage):
+CASES = [
+    ("papo",),
+    ("zero",),
+    ("zero", "oversample=0.5", "refill=rate"),
+]
+
+
+@pytest.mark.parametrize("case", spread(CASES, test=1), ids=" ".join)
+def test_a_cut_off_run_ends_as_if_nothing_had_happened(home, tmp_path, monkeypatch, case):
+    stage, *changes = case
     run = {"zero": zero.run, "papo": papo.run}[stage]
-    changes = ("steps=3",)
+    changes = (*changes, "steps=3")
     whole = run(config(home, stage, tmp_path / "whole", *changes))
     start = load({"zero": home / "seed", "papo": home / "tree"}[stage])
     assert not np.array_equal(load(whole).params["embed"], start.params["embed"])

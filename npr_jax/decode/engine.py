@@ -136,18 +136,21 @@ class Engine:
         progress: Callable[[int, int], None] | None = None,
         on_event: Callable[[Event], None] | None = None,
         samples: Sequence[range] | None = None,
+        watch: Callable[[list[int], list[bool]], list[int]] | None = None,
     ) -> list[Trajectory]:
         """Answers every prompt `sampling.n` times: a list in the order of the prompts, n together.
         With `samples` only those answers to each prompt that have these numbers, of 0 to n - 1.
 
         Returns when these are done; what else was submitted is decoded beside them, and goes on
         with the next call. `progress(done, total)` is called after every answer; `on_event` as in
-        `submit`. Raises what `submit` raises, and RuntimeError beside a stream.
+        `submit`. `watch(lengths, finished)` is called before every visit: how many tokens the
+        longest path of each answer has so far, and which are finished; it returns the indices of
+        those to abort. Raises what `submit` raises, and RuntimeError beside a stream.
         """
         with self._consuming(tokens=True):
             sampling = sampling or SamplingParams()
             dealt = self._maker.dealt(prompts, sampling, self._loads(), samples)
-            return self._answers(dealt, progress, on_event)
+            return self._answers(dealt, progress, on_event, watch)
 
     def stream(
         self,
@@ -268,7 +271,7 @@ class Engine:
                 finally:
                     events.clear()
 
-    def _answers(self, dealt, progress=None, on_event=None) -> list[Trajectory]:
+    def _answers(self, dealt, progress=None, on_event=None, watch=None) -> list[Trajectory]:
         """Decodes until these requests are done; events of others stay for the next stream."""
         requests = self._queue(dealt, on_event, quiet=True)
         answers: dict[int, Trajectory] = {}
@@ -283,9 +286,19 @@ class Engine:
                         progress(len(answers), len(requests))
                 if len(answers) == len(requests):
                     return [answers[request] for request in requests]
+                if watch and self._abort(self._unwanted(watch, requests, answers)):
+                    continue
                 self._visit()
         finally:
             self._abort(requests)
+
+    def _unwanted(self, watch, requests: list[int], answers: dict[int, Trajectory]) -> list[int]:
+        finished = [request in answers for request in requests]
+        lengths = [
+            answers[request].stats["critical_path"] if done else self._requests[request].length
+            for request, done in zip(requests, finished, strict=True)
+        ]
+        return [requests[i] for i in watch(lengths, finished)]
 
     @contextlib.contextmanager
     def _guarded(self):

@@ -162,6 +162,12 @@ class Request:
         self.preempted = self.passed = 0
         self.refused: list[str] = []
 
+    @property
+    def length(self) -> int:
+        """Tokens on the longest path of the response, as far as it has come."""
+        last = max((sequence.position for sequence in self.growing()), default=0)
+        return max(0, last + 1 - self.prompt_len)
+
     def growing(self) -> Iterator[Sequence]:
         """The sequences that can go on: not ended, not waiting for branches."""
 

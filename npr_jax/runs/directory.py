@@ -58,7 +58,14 @@ ROW = "train.row_len"  # whole key: that of Beta, below `fit`, says which answer
 LENGTHS = ("steps", "epochs", "fit.steps", "fit.epochs")  # of a run: whole keys
 INPUTS = ("model", "sampler_model", "problems")  # whole keys of what has a content of its own
 # Whole keys that came after 0.1.0: a run from before has its config without them, and goes on.
-LATER: tuple[str, ...] = ("engine.exact", "train.exact", "fit.train.exact", "start")
+LATER: tuple[str, ...] = (
+    "engine.exact",
+    "train.exact",
+    "fit.train.exact",
+    "start",
+    "oversample",
+    "refill",
+)
 # Why others may not change: of the first pattern that is found in the key.
 _WHY = (
     (r"^inputs\.", "it holds something else"),
@@ -70,7 +77,7 @@ _WHY = (
     (r"compute_dtype$|cache_dtype$", "numbers of another dtype are others"),
     (r"^engine\.|(^|\.)(max_tokens|temperature|top_p)$", "what is sampled depends on it"),
     (
-        r"prompt|samples$|problems$|batch|refills|tries$|keep$|row_len$",
+        r"prompt|samples$|problems$|batch|refill|oversample|tries$|keep$|row_len$",
         "which problems and answers a step has depends on it",
     ),
     (

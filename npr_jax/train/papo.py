@@ -21,7 +21,7 @@ from npr_jax.train import rl
 from npr_jax.train.advantages import batch_std, group_std
 from npr_jax.train.packing import Example
 from npr_jax.train.rewards import papo_reward
-from npr_jax.train.rollout import PAPO, of_all, roll_out, sampled_example, summary
+from npr_jax.train.rollout import PAPO, first_of, of_all, roll_out, sampled_example, summary
 from npr_jax.train.step import Objective
 from npr_jax.tree import TagIds, TraceError, parse
 from npr_jax.tree.parse import reference_depth
@@ -99,12 +99,13 @@ def collect_groups(engine: Engine, feed: rl.Feed, step: int, config: PapoConfig)
     No groups come back where fewer than two answers are left or all rewards are equal.
     """
     sampling = SamplingParams(n=config.samples, max_tokens=config.max_tokens, parallel=True)
-    prompts, references = feed.take(config.prompts)
-    answers = roll_out(engine, prompts, references, sampling, (config.seed, PAPO, step))
-    shown = [answer for (number, _), answer in answers.items() if number == 0]
+    prompts, references = feed.take(config.asked(config.prompts))
+    seeds = (config.seed, PAPO, step)
+    answers = roll_out(engine, prompts, references, sampling, seeds, config.prompts)
     own = {key: reward_of(answer, engine.tags, config) for key, answer in answers.items()}
     # Advantages are about the rewards of all processes.
     everyones = of_all(own)
+    shown = first_of(answers, everyones)
     batch = {key: reward for key, reward in everyones.items() if reward is not None}
     rewards, labels = list(batch.values()), [number for number, _ in batch]
     filtered = len(everyones) - len(batch)
@@ -112,12 +113,14 @@ def collect_groups(engine: Engine, feed: rl.Feed, step: int, config: PapoConfig)
         # What is left out counts here, or writing no trees would make it better.
         "score": float(np.mean([*rewards, *[MALFORMED_REWARD] * filtered])),
         "filtered": filtered,
-        "groups_equal": len(prompts)
+        "groups_equal": config.prompts
         - sum(
             len({r for r, label in zip(rewards, labels, strict=True) if label == number}) > 1
             for number in set(labels)
         ),
     }
+    if config.oversample:
+        metrics["groups_late"] = len(prompts) - config.prompts
     if rewards:
         metrics["reward"] = float(np.mean(rewards))
     if len(set(rewards)) < 2:

@@ -19,12 +19,11 @@ from jax.sharding import Mesh
 
 from npr_jax.base.config import dump_config
 from npr_jax.base.distributed import gather, gather_all, is_main
-from npr_jax.base.fields import Checked, Count, Seed
+from npr_jax.base.fields import Checked, Count, PositiveOrZero, Seed
 from npr_jax.base.mesh import MeshConfig, batch_shards, local_decode_mesh, make_mesh
 from npr_jax.base.progress import Scalar, numeric
 from npr_jax.data.problems import Problem, read_problems, shuffled
 from npr_jax.decode import Engine, EngineConfig
-from npr_jax.evaluate.judge import Answer
 from npr_jax.evaluate.traces import make_trace, write_traces
 from npr_jax.model.pretrained import load, publish_model
 from npr_jax.runs import sigterm
@@ -42,7 +41,7 @@ from npr_jax.train.optimizer import (
     warn_untrained,
 )
 from npr_jax.train.packing import Example
-from npr_jax.train.rollout import STAGES, encode_problems, engine_params
+from npr_jax.train.rollout import STAGES, Shown, encode_problems, engine_params
 from npr_jax.train.rollout_cache import Pending, fingerprint
 from npr_jax.train.start import find_start, parse_start
 from npr_jax.train.step import Objective, TrainConfig, optimize
@@ -65,6 +64,10 @@ class RLConfig(Checked, abc.ABC):
       steps (rollout batches): until the end of the run.
       prompts (problems): of a rollout batch.
       samples (answers): to each problem of a batch.
+      oversample: share of problems that are asked beyond those needed. Nobody waits for the groups
+        whose longest answers are longest: they are given up as soon as enough others are finished.
+        The bias: problems that take long answers are trained on less, all the less the larger this
+        is, which favours short answers; and the metrics are of the groups that are kept. 0 is off.
       minibatches (optimizer steps): per rollout batch; each one after the first is off-policy.
       max_prompt_tokens (tokens): problems with longer prompts are left out.
       max_tokens (tokens): the most that an answer may have, all its branches together.
@@ -84,6 +87,7 @@ class RLConfig(Checked, abc.ABC):
     steps: Count
     prompts: Count = 16
     samples: Count = 16
+    oversample: PositiveOrZero = 0.0
     minibatches: Count = 1
     max_prompt_tokens: Count = 2048
     max_tokens: Count
@@ -117,6 +121,10 @@ class RLConfig(Checked, abc.ABC):
     def loss(self) -> Objective:
         """What a train step minimises."""
 
+    def asked(self, wanted: int) -> int:
+        """Problems that are asked where `wanted` groups are needed."""
+        return wanted + math.ceil(self.oversample * wanted)
+
     @property
     def rows(self) -> int:
         """Rows of an optimizer step whose answers are all as long as can be."""
@@ -148,14 +156,14 @@ class Collected(NamedTuple):
     """A rollout batch: this process's groups to train on (where no process has any, the step is
     skipped, and the metrics say `skipped_because`), the place of each among those of all processes,
     metrics of all of it with the `score` by which `keep_best` judges the weights that sampled it,
-    and this process's answers to its first problem, for people to look at.
+    and what people are shown of it.
 
     A group can lie on several processes in parts, which have the same place."""
 
     groups: Groups
     places: list[int]
     metrics: dict[str, Scalar]
-    shown: Sequence[Answer] = ()
+    shown: Shown = Shown()
 
 
 C = TypeVar("C", bound=RLConfig)
@@ -286,7 +294,8 @@ class Policy(Body[TrainState, Path], Generic[C]):
 
     def _sample(self, engine: Engine, state: TrainState, number: int) -> Collected:
         """The groups of a step: pending ones, or new ones, which are pending from then on. Of new
-        ones of a step that is saved, the answers to the first problem are written as traces."""
+        ones of a step that is saved, the first process writes its answers to the first problem as
+        traces."""
         feed, version = self.feed, fingerprint(state.params)
         with sigterm.interruptible():
             found = self.pending.load(number, version)
@@ -295,13 +304,15 @@ class Policy(Body[TrainState, Path], Generic[C]):
                 groups, metrics, position = found
                 feed.position = position["problem"]
                 return Collected(groups, position["places"], metrics)
-            first = feed.problem(feed.position)
+            begun = feed.position
             collected = self.collect(engine, feed, number, self.config)
-        if is_main() and (number % self.every == 0 or number == self.total):
+        place, answers = collected.shown
+        if is_main() and answers and (number % self.every == 0 or number == self.total):
             path = self.directory / f"traces/step-{number:06d}.jsonl"
+            problem = feed.problem(begun + place)
             kept = [
-                make_trace(answer, engine.tokenizer, first, id=path.stem, sample=sample)
-                for sample, answer in enumerate(collected.shown)
+                make_trace(answer, engine.tokenizer, problem, id=path.stem, sample=sample)
+                for sample, answer in answers.items()
             ]
             write_traces(path, kept)
         position = {"problem": feed.position, "places": collected.places}

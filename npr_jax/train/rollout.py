@@ -2,8 +2,9 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -20,6 +21,7 @@ from npr_jax.evaluate.judge import Answer, judge
 from npr_jax.model import ModelConfig
 from npr_jax.model.sharding import to_decode
 from npr_jax.train.packing import Example, loss_mask
+from npr_jax.train.race import Race
 from npr_jax.train.step import cast
 
 T = TypeVar("T")
@@ -66,10 +68,12 @@ def roll_out(
     references: Sequence[str],
     sampling: SamplingParams,
     seed_path: Sequence[int],
+    first: int | None = None,
 ) -> dict[tuple[int, int], Answer]:
     """`sampling.n` judged answers to each prompt, by the numbers of prompt and sample from 0, in
     this order. Of several processes each decodes its own share of the answers, and gets these: as
-    many as any other but for one, all to be as long as each other as far as anyone knows.
+    many as any other but for one, all to be as long as each other as far as anyone knows. With
+    `first` the answers of so many prompts, those that are finished first (train/race.py).
 
     The seeds come from `seed_path` alone and no prompt is cached, so that a resumed run samples
     the same, on any number of processes.
@@ -78,19 +82,39 @@ def roll_out(
     count = len(prompts)
     dealt = deal_answers([sampling.n] * count, [1] * count, [0] * jax.process_count())
     parts, seeds = dealt[jax.process_index()], derive_seeds(count, *seed_path)
+    keys = [(part.prompt, sample) for part in parts for sample in part.samples]
+    race = Race(keys, count, first) if first is not None and first < count else None
     trajectories = engine.generate(
         [prompts[part.prompt] for part in parts],
         dataclasses.replace(sampling, seed=tuple(seeds[part.prompt] for part in parts)),
         samples=[part.samples for part in parts],
+        watch=race and race.watch,
     )
-    keys = [(part.prompt, sample) for part in parts for sample in part.samples]
-    expected = [references[number] for number, _ in keys]
-    return dict(zip(keys, judge(engine, trajectories, expected), strict=True))
+    found = dict(zip(keys, trajectories, strict=True))
+    if race:
+        winners = race.winners([made.stats["critical_path"] for made in trajectories])
+        found = {key: made for key, made in found.items() if key[0] in winners}
+    expected = [references[number] for number, _ in found]
+    return dict(zip(found, judge(engine, list(found.values()), expected), strict=True))
 
 
 def of_all(values: Mapping[tuple[int, int], T]) -> dict[tuple[int, int], T]:
     """What the processes know of their answers, together, in order of prompts and samples."""
     return dict(sorted(gather_all(list(values.items()))))
+
+
+class Shown(NamedTuple):
+    """Answers for people to look at, by their samples' numbers: those of this process to one
+    problem, which is the `number`th of its rollout batch, from 0."""
+
+    number: int = 0
+    answers: Mapping[int, Answer] = MappingProxyType({})
+
+
+def first_of(own: Mapping[tuple[int, int], Answer], everyones: Iterable[tuple[int, int]]) -> Shown:
+    """This process's `own` answers to the first problem that is answered by any."""
+    first = min(number for number, _ in everyones)
+    return Shown(first, {i: answer for (number, i), answer in own.items() if number == first})
 
 
 def engine_params(config: ModelConfig, params: dict, dtype: str, mesh: Mesh | None) -> dict:

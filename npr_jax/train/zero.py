@@ -8,8 +8,9 @@ correctness alone: this is what teaches the format while hardly any answer is ri
 
 import dataclasses
 import itertools
+import math
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from npr_jax.runs.log import Report
 from npr_jax.train import rl
 from npr_jax.train.advantages import group_std
 from npr_jax.train.rewards import RIGHT, WRONG, Rule, zero_reward
-from npr_jax.train.rollout import ZERO, of_all, roll_out, sampled_example, summary
+from npr_jax.train.rollout import ZERO, Shown, first_of, of_all, roll_out, sampled_example, summary
 from npr_jax.train.step import Objective
 
 
@@ -32,6 +33,10 @@ class ZeroConfig(rl.RLConfig):
 
     Attributes:
       max_refills (rounds): of further problems for dropped groups.
+      refill: how many problems such a round asks: as many as are "missing"; or at the "rate" at
+        which groups of this batch were kept so far, a batch of them at most, so that a round keeps
+        many lanes at work and few rounds are needed. What is then kept beyond `prompts` is left
+        out, those that come last.
       clip_low: the policy loss is clipped where a token has become less likely by this share
         (`losses.dapo`).
       clip_high: the same where it has become more likely.
@@ -46,6 +51,7 @@ class ZeroConfig(rl.RLConfig):
 
     minibatches: Count = 2
     max_refills: CountOrZero = 3
+    refill: Literal["missing", "rate"] = "missing"
     clip_low: Share = 0.2
     clip_high: PositiveOrZero = 0.28
     dual_clip: Annotated[float, Range(gt=1)] = 10.0
@@ -84,23 +90,28 @@ def run(config: ZeroConfig, report: Report | None = None) -> Path:
 def collect_groups(engine: Engine, feed: rl.Feed, step: int, config: ZeroConfig) -> rl.Collected:
     """Samples until there are `prompts` groups with unequal rewards, or the refills are used up."""
     sampling = SamplingParams(n=config.samples, max_tokens=config.max_tokens, parallel=False)
-    groups, places, everything, own_rewards, rewards, shown = [], [], [], [], [], []
-    taken = found = rounds = 0
+    groups, places, everything, own_rewards, rewards = [], [], [], [], []
+    taken = found = surplus = late = rounds = 0
+    shown = Shown()
     while found < config.prompts and rounds <= config.max_refills:
-        prompts, references = feed.take(config.prompts - found)
-        taken += len(prompts)
+        wanted = to_ask(config, taken, found)
+        prompts, references = feed.take(config.asked(wanted))
+        taken, late = taken + wanted, late + len(prompts) - wanted
         seeds = (config.seed, ZERO, step, rounds)
-        answers = roll_out(engine, prompts, references, sampling, seeds)
-        if not rounds:
-            shown = [answer for (number, _), answer in answers.items() if number == 0]
+        answers = roll_out(engine, prompts, references, sampling, seeds, wanted)
         own = {key: reward_of(answer, config) for key, answer in answers.items()}
         everything, own_rewards = [*everything, *answers.values()], [*own_rewards, *own.values()]
         everyones = of_all(own)
+        if not rounds:
+            shown = first_of(answers, everyones)
         rewards += everyones.values()
         for _, keys in itertools.groupby(everyones, key=lambda key: key[0]):
             keys = list(keys)
             values = [everyones[key] for key in keys]
             if min(values) == max(values):
+                continue
+            if found == config.prompts:
+                surplus += 1
                 continue
             part = [
                 sampled_example(answers[key].trajectory, advantage)
@@ -121,12 +132,28 @@ def collect_groups(engine: Engine, feed: rl.Feed, step: int, config: ZeroConfig)
             for name, mean in reward_parts(everything, own_rewards, config.reward).items()
         },
         "groups": found,
-        "groups_dropped": taken - found,
+        "groups_dropped": taken - found - surplus,
         "rounds": rounds,
     }
+    if config.refill == "rate":
+        metrics["groups_surplus"] = surplus
+    if config.oversample:
+        metrics["groups_late"] = late
     if not found:
         metrics["skipped_because"] = f"in each of {taken} groups all rewards are equal"
     return rl.Collected(groups, places, metrics, shown)
+
+
+def to_ask(config: ZeroConfig, taken: int, found: int) -> int:
+    """Problems of the next round, where `found` of `taken` groups were kept before.
+
+    It follows from the config and the answers, not from lanes or hosts, so that these change no
+    number.
+    """
+    missing = config.prompts - found
+    if config.refill == "missing" or not taken:
+        return missing
+    return min(config.prompts, math.ceil(missing * taken / max(1, found)))
 
 
 def reward_parts(answers: list[Answer], rewards: list[float], rule: str) -> dict[str, float]:
