@@ -1,8 +1,10 @@
 """The loop of every run, on states in plain Python: what it saves, when, and how it goes on."""
 
+import json
 import os
 import signal
 
+import jax.numpy as jnp
 import pytest
 
 from npr_jax.runs import loop, sigterm
@@ -144,3 +146,51 @@ def test_the_progress_line_says_why_a_step_was_skipped(tmp_path, capsys, metrics
     *before, last = read_metrics(tmp_path)
     assert last["skipped_because"].startswith(reason)
     assert not any("skipped_because" in line for line in before)
+
+
+def test_a_step_that_fails_again_and_again_is_told_with_its_work(tmp_path, caplog):
+    store = Memory()
+
+    def work(end, tokens=(30, 12)):
+        def event():
+            body.tell_work({"'1+1'": list(tokens), "'2+2'": [7]})
+            end()
+
+        return event
+
+    def run(**events):
+        nonlocal body
+        caplog.clear()
+        events = {int(name[1:]): event for name, event in events.items()}
+        body = Digits(tmp_path, store, events)
+        body.remedies = lambda training: f"set {'train' if training else 'engine'}.size=1"
+        return loop.run(body, lambda metrics: None)
+
+    body = None
+    with pytest.raises(Cut):
+        run(_4=cut)
+    assert not caplog.records and json.loads((tmp_path / "attempt.json").read_text())["step"] == 4
+    with pytest.raises(Cut):
+        run(_4=work(cut))
+    assert "step 4 was begun once before and not finished. Answers were being" in caplog.text
+    assert "Where memory ran out: set engine.size=1." in caplog.text
+    with pytest.raises(Cut):
+        run(_3=cut)  # on the way there: step 2 is the last that is saved
+    with pytest.raises(sigterm.Preempted):
+        run(_4=interrupted)  # an orderly end is no attempt
+    told = "step 4 was begun 2 times before and not finished. It trained on '1+1': 30, 12 tokens; "
+    assert told + "'2+2': 7 tokens (" in caplog.text and "set train.size=1" in caplog.text
+    with pytest.raises(OSError, match=r"step 4: there is no room in memory\. It trained on") as err:
+        run(_4=work(lambda: jnp.zeros(1 << 45, jnp.uint8)))  # 32 TiB: the device's own error
+    assert "RESOURCE_EXHAUSTED" in str(err.value) and "train.size=1" in str(err.value)
+    assert "step 4 was begun 2 times before" in caplog.text
+    assert run()[0] == "12345"
+    assert "step 4 was begun 3 times before" in caplog.text
+    assert not (tmp_path / "attempt.json").exists()
+
+
+@pytest.mark.parametrize("text", ["", "[", "[1]", "{}", '{"step": "x", "attempts": 1}'])
+def test_a_file_of_attempts_that_is_none_is_of_no_use(tmp_path, caplog, text):
+    (tmp_path / "attempt.json").write_text(text)
+    assert loop.run(Digits(tmp_path, Memory()), lambda metrics: None)[0] == "12345"
+    assert not caplog.records and not (tmp_path / "attempt.json").exists()

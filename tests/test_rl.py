@@ -18,6 +18,7 @@ from npr_jax.train import beta, fit, rl, zero
 from npr_jax.train.fit import FitConfig
 from npr_jax.train.optimizer import OptimizerConfig
 from npr_jax.train.step import TrainConfig
+from npr_jax.tree import layout
 
 
 class FakeEngine:
@@ -257,3 +258,37 @@ def test_a_run_goes_on_from_a_step_of_another_in_a_directory_of_its_own(
         run("short", f"start={tmp_path / 'gone'}@4", "steps=3")
     with pytest.raises(ValueError, match=r"start: checkpoint .*2: .* is not what was written"):
         run("none", f"start={tmp_path / 'gone'}@2")
+
+
+def test_what_a_step_trains_on_is_told_when_it_fails_again(settings, monkeypatch, caplog):
+    model, before = tiny(), rl.optimize
+
+    def collect(engine, feed, step, config):
+        (prompt,), _ = feed.take(1)
+        made = examples(model, 2, seed=3)
+        (text,) = feed.names(feed.position - 1).values()
+        ids = np.concatenate([prompt, made[0].token_ids[made[0].layout.prompt_len :]])
+        laid = layout(len(ids), prompt_len=len(prompt))
+        mask = np.arange(len(ids)) >= len(prompt)
+        known.append((text, len(ids)))
+        one = rl.Example(ids, laid, mask, 1.0)
+        return rl.Collected([[one, dataclasses.replace(one, advantage=-1.0)]], [0], {"score": 0.0})
+
+    def fails(*_):
+        raise KeyboardInterrupt
+
+    known = []
+    changes = "train.row_len=256", "max_tokens=100", "max_prompt_tokens=100", "train.remat=dots"
+    config = settings("zero", *changes, "train.gap_stop=1000", "steps=1", "minibatches=1")
+    monkeypatch.setattr(rl, "optimize", fails)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            loop.run(rl.Policy(config, collect), lambda metrics: None)
+    ((text, size),) = known
+    told = f"begun once before and not finished. It trained on {text}: {size}, {size} tokens ("
+    assert told in caplog.text
+    assert "train.remat=full (it is dots)" in caplog.text
+    assert "train.row_len=200 (it is 256)" in caplog.text and "--set seed=" in caplog.text
+    monkeypatch.setattr(rl, "optimize", before)
+    final = loop.run(rl.Policy(config, collect), lambda metrics: None)
+    assert final.exists() and not (final.parent / "attempt.json").exists()

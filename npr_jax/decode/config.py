@@ -60,6 +60,13 @@ class EngineConfig(Checked):
                 "to null, or exact to false"
             )
 
+    def smaller(self) -> str:
+        """Which settings make decoding need less memory."""
+        return (
+            f"set fewer engine.pages (there are {self.pages}) or engine.lanes (there are "
+            f"{self.lanes}), or a larger mesh.tensor"
+        )
+
     @property
     def widths(self) -> tuple[int, ...]:
         """Numbers of lanes for which decoding is compiled: a line alone, the branches of a block,

@@ -13,13 +13,14 @@ by SIGTERM, ends as one that nobody has touched.
 import contextlib
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 from npr_jax.base.distributed import is_main
 from npr_jax.base.progress import Scalar
 from npr_jax.runs import sigterm
+from npr_jax.runs.attempts import Attempts, Work
 from npr_jax.runs.guards import NonfiniteGuard
 from npr_jax.runs.log import Report, RunLog
 
@@ -92,6 +93,13 @@ class Body(ABC, Generic[State, Result]):
     def move(self, position: Mapping[str, Any]) -> None:
         """Goes to where `position` says."""
 
+    tell_work: Callable[[Work], None] = staticmethod(lambda work: None)
+    """Set by the loop: a step that trains calls it first, with what it trains on."""
+
+    def remedies(self, training: bool) -> str:
+        """Which keys make a step need less memory: where it trains, or where it samples."""
+        return "take devices with more memory"
+
     def value(self, metrics: Mapping[str, Scalar]) -> float | None:
         """How good the state before a step's update is, the larger, the better, as far as the step
         has measured it; None if it has not. It is kept with the state after it."""
@@ -107,7 +115,8 @@ def run(body: Body[State, Result], report: Report | None = None) -> Result:
     Args:
       report: called with the metrics of every step, in place of a progress line.
 
-    Raises ValueError for a directory of another run, OSError where it cannot write,
+    Raises ValueError for a directory of another run, OSError where it cannot write or a device has
+    no room for a step (`Attempts` says for which, and what would help),
     FloatingPointError after `max_nonfinite` steps, Preempted after SIGTERM or Ctrl-C.
     """
     if (result := body.claim()) is not None:
@@ -126,11 +135,14 @@ def run(body: Body[State, Result], report: Report | None = None) -> Result:
                     f"{body.total}: needed are {start} or more, or another output"
                 )
             arguments = body.name, body.directory, body.total, start, body.shown, report, body.unit
+            attempts = Attempts(body.directory, body.remedies)
+            body.tell_work = attempts.tell
             with RunLog(*arguments) as log:
                 for number in range(start + 1, body.total + 1):
                     position = _position(body, guard)
                     try:
-                        state, metrics = body.step(state, number)
+                        with attempts.step(number):
+                            state, metrics = body.step(state, number)
                     except sigterm.Preempted:
                         store.save(number - 1, state, position, value)
                         raise

@@ -224,6 +224,9 @@ class Sampling(Body[list[Record], list[Record]]):
     def finish(self, state: list[Record]) -> list[Record]:
         return state
 
+    def remedies(self, training: bool) -> str:
+        return self.config.engine.smaller()
+
     def _engine(self) -> Engine:
         """An engine that has the only copy of the weights that is left."""
         model, dtype = self.model, self.config.fit.train.compute_dtype

@@ -139,7 +139,11 @@ class Fit(Body[TrainState, Model]):
         config, train = self.config, self.config.train
         begun = time.perf_counter()
         first = (number - 1) * config.batch
-        batch = [self.examples[self.order[first + i]] for i in range(config.batch)]
+        numbers = [int(self.order[first + i]) for i in range(config.batch)]
+        batch = [self.examples[i] for i in numbers]
+        self.tell_work(
+            {f"example {i + 1}": [len(self.examples[i].layout)] for i in sorted(set(numbers))}
+        )
         known = [facts(example, ALL, group) for group, example in enumerate(batch)]
         rows = make_batch(
             known,
@@ -155,6 +159,9 @@ class Fit(Body[TrainState, Model]):
         seconds = time.perf_counter() - begun
         tokens = sum(len(example.layout) for example in batch)
         return state, {**metrics, "seconds": seconds, "tokens_per_s": tokens / seconds}
+
+    def remedies(self, training: bool) -> str:
+        return self.config.train.smaller("fit.train" if self.name == "beta" else "train")
 
     def value(self, metrics: Mapping[str, Scalar]) -> float:
         return -numeric(metrics, "loss")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import ClassVar, Generic, NamedTuple, TypeVar
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from npr_jax.base.config import dump_config
@@ -145,11 +146,20 @@ class Feed:
         """The problem that stands there."""
         return self._problems[int(self._order[position])]
 
+    def names(self, first: int) -> dict[bytes, str]:
+        """How the problems from the position `first` up to here begin, by their prompts."""
+        numbers = {int(self._order[place]) for place in range(first, self.position)}
+        return {_key(self._prompts[i]): repr(self._problems[i].problem[:40]) for i in numbers}
+
     def take(self, num: int) -> tuple[list[list[int]], list[str]]:
         """The next `num` prompts and their answers."""
         chosen = [int(self._order[self.position + i]) for i in range(num)]
         self.position += num
         return [self._prompts[i] for i in chosen], [self._problems[i].answer for i in chosen]
+
+
+def _key(prompt: Sequence[int] | np.ndarray) -> bytes:
+    return np.asarray(prompt, np.int32).tobytes()
 
 
 class Collected(NamedTuple):
@@ -236,11 +246,13 @@ class Policy(Body[TrainState, Path], Generic[C]):
         begun = time.perf_counter()
         engine = self._set_params(state)
         decoded = engine.stats()["sampled_tokens"]
+        first = self.feed.position
         collected = self._sample(engine, state, number)
         if sigterm.wanted():
             raise sigterm.Preempted
         sampled = time.perf_counter()
         decoded = engine.stats()["sampled_tokens"] - decoded
+        self.tell_work(self._work(first, collected.groups))
         model_config = train.model(self.model.config)
         history = []
         parts = list(minibatches(collected, config.minibatches, train, config.depth, self.mesh))
@@ -274,12 +286,30 @@ class Policy(Body[TrainState, Path], Generic[C]):
             return None
         return numeric(metrics, "score")
 
+    def remedies(self, training: bool) -> str:
+        config = self.config
+        if training:
+            return config.train.smaller(need=config.max_prompt_tokens + config.max_tokens) + (
+                "; to go around these answers, begin another run with a checkpoint of this one and "
+                f"another seed (--from {self.directory}@STEP --set seed={config.seed + 1})"
+            )
+        return config.engine.smaller()
+
     def finish(self, state: TrainState) -> Path:
         warn_untrained(state, self.total)
         final = self.directory / "final"
         self.pending.drop(self.total)
         publish_model(dataclasses.replace(self.model, params=state.params), final)
         return final
+
+    def _work(self, first: int, groups: Groups) -> dict[str, list[int]]:
+        """The tokens of each answer of this process, by how its problem begins."""
+        names, work = self.feed.names(first), {}
+        for group in groups:
+            prompt = group[0].token_ids[: group[0].layout.prompt_len]
+            name = names.get(_key(prompt), "another problem")  # put in by a caller's own `collect`
+            work.setdefault(name, []).extend(len(example.layout) for example in group)
+        return work
 
     def _set_params(self, state: TrainState) -> Engine:
         """The engine with the weights of the state; here nothing holds on to its copy of them."""

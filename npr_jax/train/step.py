@@ -90,6 +90,19 @@ class TrainConfig(Checked):
         sequence = mesh.shape["sequence"] if mesh else 1
         return shapes(self.row_len, self.micro_rows, sequence, fixed=self.exact)
 
+    def smaller(self, name: str = "train", need: int | None = None) -> str:
+        """Which of these settings make a step need less memory; none of them changes a number of a
+        run that goes on. `name`: of the settings; `need` (tokens): the least that a row may have,
+        None if it may not change."""
+        ways = ["a larger mesh.fsdp, mesh.sequence or mesh.tensor"]
+        if need is not None and need < self.row_len:
+            ways.insert(0, f"{name}.row_len={need} (it is {self.row_len})")
+        if self.micro_rows > 1:
+            ways.insert(0, f"{name}.micro_rows={self.micro_rows // 2} (it is {self.micro_rows})")
+        if self.remat != "full":
+            ways.insert(0, f"{name}.remat=full (it is {self.remat})")
+        return f"set {', or '.join(ways)}"
+
     def model(self, config: ModelConfig) -> ModelConfig:
         """The model's config as it is trained."""
         attention = "exact" if self.exact else config.attention
