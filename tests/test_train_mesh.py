@@ -31,6 +31,7 @@ MESHES = {
     "fsdp": MeshConfig(fsdp=8),
     "fsdp-tensor": MeshConfig(data=2, fsdp=2, tensor=2),
     "sequence": MeshConfig(data=2, sequence=4),
+    "slices": MeshConfig(slices=2, fsdp=-1, tensor=2),
     "all-but-data": MeshConfig(fsdp=-1, sequence=2, tensor=2),
 }
 CONFIG = TrainConfig(OptimizerConfig(1e-3, weight_decay=0.1), row_len=256, micro_rows=1)
@@ -93,6 +94,7 @@ CASES = [
     ("fsdp", "sft"),
     ("fsdp-tensor", "papo"),
     ("sequence", "sft"),
+    ("slices", "papo"),
     ("all-but-data", "sft"),
 ]
 

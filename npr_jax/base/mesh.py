@@ -3,6 +3,9 @@
     training  data, fsdp, sequence, tensor    batch rows over data and fsdp, tokens over sequence
     decoding  data, tensor                    a replica per `data`, with lanes and pages of its own
 
+Slices that a slow network joins (`slices`) have the same mesh each, and `data` goes over all of
+them: nothing but the sum of the gradients leaves a slice.
+
 The devices of one process hold whole batch rows and whole decoding replicas, so that a process
 feeds its own rows and decodes its own requests without a word to the others.
 """
@@ -19,7 +22,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
-from npr_jax.base.fields import Checked, Range
+from npr_jax.base.fields import Checked, Count, Range
 
 AXES = ("data", "fsdp", "sequence", "tensor")
 BATCH = ("data", "fsdp")  # what the rows of a batch are split over
@@ -30,15 +33,18 @@ Axis = Annotated[int, Range(ge=1, also=-1)]
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig(Checked):
-    """Sizes of the mesh axes; one of them may be -1: what the others leave.
+    """Sizes of the mesh axes, in each slice; one of them may be -1: what the others leave.
 
     Attributes:
+      slices: TPU slices, or groups of nodes, that are joined by a slower network than their chips:
+        each has a copy of the parameters at least.
       data (devices): copies of the parameters, each with rows of its own.
       fsdp (devices): parts of parameters and optimizer state; rows are split over it too.
       tensor (devices): parts of heads, hidden layer and vocabulary.
       sequence (devices): parts of a row's tokens (context parallelism).
     """
 
+    slices: Count = 1
     data: Axis = 1
     fsdp: Axis = 1
     tensor: Axis = 1
@@ -46,12 +52,18 @@ class MeshConfig(Checked):
 
     def __post_init__(self):
         super().__post_init__()
-        sizes = dataclasses.asdict(self)
+        sizes = {axis: getattr(self, axis) for axis in AXES}
         if sum(size == -1 for size in sizes.values()) > 1:
             raise ValueError(f"mesh is {_text(sizes)}, needed is -1 for one axis at most")
 
     def sizes(self, num_devices: int) -> dict[str, int]:
-        """The size of every axis on that many devices. Raises ValueError where they do not fit."""
+        """The size of every axis on that many devices, of which `data` goes over all slices. Raises
+        ValueError where they do not fit."""
+        if num_devices % self.slices:
+            raise ValueError(
+                f"mesh.slices is {self.slices}: {num_devices} devices do not divide by that"
+            )
+        num_devices //= self.slices
         sizes = {axis: getattr(self, axis) for axis in AXES}
         known = math.prod(size for size in sizes.values() if size != -1)
         if -1 in sizes.values():
@@ -64,8 +76,9 @@ class MeshConfig(Checked):
         elif known > num_devices:
             raise ValueError(
                 f"mesh is {_text(sizes)}, which is {known} devices; there are {num_devices}"
+                + (f" in each of {self.slices} slices" if self.slices > 1 else "")
             )
-        return sizes
+        return sizes | {"data": sizes["data"] * self.slices}
 
 
 def parse_mesh(text: str) -> MeshConfig:
@@ -73,10 +86,10 @@ def parse_mesh(text: str) -> MeshConfig:
     sizes = {}
     for part in text.split(","):
         axis, _, size = part.strip().partition("=")
-        if axis not in AXES or axis in sizes or not re.fullmatch("-?[0-9]{1,9}", size):
+        if axis not in ("slices", *AXES) or axis in sizes or not re.fullmatch("-?[0-9]{1,9}", size):
             raise ValueError(
                 f"mesh {text!r}: {part!r} is not understood, needed is AXIS=SIZE, once per axis of "
-                f"{', '.join(AXES)}"
+                f"slices, {', '.join(AXES)}"
             )
         sizes[axis] = int(size)
     return MeshConfig(**sizes)
@@ -104,17 +117,22 @@ def make_mesh(config: MeshConfig, devices: Sequence | None = None) -> Mesh | Non
     if total == 1:
         return None
     shape = tuple(sizes.values())
-    try:
-        ordered = mesh_utils.create_device_mesh(
-            shape, devices[:total], allow_split_physical_axes=True
+    if config.slices > 1 and total < len(devices):
+        raise ValueError(
+            f"mesh is {_text(sizes)}, which is {total} devices; the {config.slices} slices have "
+            f"{len(devices)}: set one axis to -1"
         )
-    except NotImplementedError:  # no order of its own for this shape
-        ordered = np.array(devices[:total]).reshape(shape)
+    parts = _slices(devices[:total], config.slices)
+    ordered = np.concatenate(
+        [_ordered((shape[0] // len(parts), *shape[1:]), part) for part in parts]
+    )
     auto = (AxisType.Auto,) * len(AXES)
     mesh = Mesh(ordered, AXES, axis_types=auto)
     if not _rows_are_whole(mesh):  # the order with the best links splits rows among processes
-        devices = sorted(devices, key=lambda device: (device.process_index, device.id))
-        mesh = Mesh(np.array(devices).reshape(shape), AXES, axis_types=auto)
+        parts = [
+            sorted(part, key=lambda device: (device.process_index, device.id)) for part in parts
+        ]
+        mesh = Mesh(np.array(parts).reshape(shape), AXES, axis_types=auto)
     if not _rows_are_whole(mesh):
         raise ValueError(
             f"mesh is {_text(sizes)}: sequence x tensor = {shape[2] * shape[3]} devices share a "
@@ -122,6 +140,43 @@ def make_mesh(config: MeshConfig, devices: Sequence | None = None) -> Mesh | Non
             "row is split among processes"
         )
     return mesh
+
+
+def _slices(devices: list, number: int) -> list[list]:
+    """The devices of each slice: as the devices know it, else neighbours in the order of their
+    processes."""
+    if number == 1:
+        return [devices]
+    known = {getattr(device, "slice_index", None) for device in devices}
+    if len(known) > 1:
+        if len(known) != number:
+            raise ValueError(f"mesh.slices is {number}, the devices are in {len(known)} slices")
+        parts = [[d for d in devices if d.slice_index == part] for part in sorted(known)]
+    else:
+        devices = sorted(devices, key=_place)
+        size = len(devices) // number
+        parts = [devices[i : i + size] for i in range(0, len(devices), size)]
+    processes = [len({device.process_index for device in part}) for part in parts]
+    if len({len(part) for part in parts}) > 1 or (
+        sum(processes) != len({device.process_index for device in devices}) > 1
+    ):
+        raise ValueError(
+            f"mesh.slices is {number}, and the devices of one process would be in two of them: "
+            "needed is a number of whole processes in each"
+        )
+    return parts
+
+
+def _place(device) -> tuple[int, int]:
+    return device.process_index, device.id
+
+
+def _ordered(shape: tuple[int, ...], devices: list) -> np.ndarray:
+    """Devices of a slice in the order that has the best links."""
+    try:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    except NotImplementedError:  # no order of its own for this shape
+        return np.array(devices).reshape(shape)
 
 
 def batch_shards(mesh: Mesh | None) -> int:
