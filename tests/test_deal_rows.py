@@ -22,6 +22,7 @@ from train_toy import example, problem, tiny
 from npr_jax.base import distributed
 from npr_jax.base.mesh import MeshConfig, make_mesh
 from npr_jax.model.sharding import place_params, train_shardings
+from npr_jax.plan.plan import stage_config
 from npr_jax.train import rl
 from npr_jax.train.batch import facts, make_batch, visible_pairs
 from npr_jax.train.deal import ALL, GAIN, Item, deal, least_slots, shapes, used_tokens
@@ -284,6 +285,21 @@ def test_errors_name_the_row_and_the_prompts(groups):
         list(rl.minibatches(collected(groups[:2], [0, 0]), 1, CONFIG, 3))
     with pytest.raises(ValueError, match="need 3 hidden intervals per token, depth is 2"):
         list(rl.minibatches(collected(groups, range(5)), 1, CONFIG, 2))
+
+
+def test_a_step_that_is_smaller_than_the_mesh_says_what_helps():
+    config = stage_config("zero", "qwen3-4b")
+    assert config.advice(16) == ""
+    assert config.advice(64) == (
+        "an optimizer step has 16 examples for 64 parts of the batch (mesh.data x mesh.fsdp): 48 "
+        "or more of them compute empty rows. Set minibatches to 8 or less, or mesh.sequence or "
+        "mesh.tensor 4 times as large and mesh.fsdp as much smaller, which leaves 16 parts"
+    )
+    # What it names helps.
+    assert dataclasses.replace(config, minibatches=8).advice(64) == ""
+    assert "prompts to 64 or more and minibatches to 1" in config.advice(1024)
+    assert dataclasses.replace(config, prompts=64, minibatches=1).advice(1024) == ""
+    assert "fit.batch to 256 or more" in stage_config("beta", "qwen3-4b").advice(256)
 
 
 def test_exact_mode_has_one_shape():

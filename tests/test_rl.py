@@ -146,6 +146,16 @@ def test_a_run_goes_on_with_its_model_elsewhere_and_more_steps(settings, tmp_pat
         run(f"model={tmp_path / 'b'}", "steps=3")
 
 
+def test_a_run_that_is_smaller_than_its_mesh_says_so_once(settings, caplog):
+    changes = "mesh.fsdp=8", "prompts=4", "samples=4", "minibatches=4"
+    rl.Policy(settings("zero", *changes), nothing)
+    (record,) = caplog.records
+    assert "has 4 examples for 8 parts" in record.message
+    assert "Set minibatches to 2 or less" in record.message
+    rl.Policy(settings("zero", *changes, "minibatches=2"), nothing)
+    assert len(caplog.records) == 1
+
+
 def collected(*advantages):
     """A group for every number, of one example that has it as its advantage."""
     made = examples(tiny(), len(advantages), seed=3)

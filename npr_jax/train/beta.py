@@ -126,6 +126,10 @@ class BetaConfig(Checked):
         """Rows of an optimizer step whose answers are all as long as can be."""
         return self.fit.batch
 
+    def advice(self, shards: int) -> str:
+        """What helps where an optimizer step has fewer examples than the batch has parts."""
+        return self.fit.advice(shards, "fit.batch")
+
     @property
     def depth(self) -> int:
         """Hidden intervals per token of a row: the tree's, and one for the row."""

@@ -128,6 +128,20 @@ def used_tokens(items: Sequence[Item], dealt: Sequence[MicroBatch]) -> int:
     return sum(_row_length(items, row) for part in dealt for rows in part.rows for row in rows)
 
 
+def advice(examples: int, shards: int, more: str) -> str:
+    """What helps where an optimizer step has fewer examples than the batch has parts, so that some
+    compute empty rows; "" where it has not. `more`: a setting that gives a step more examples."""
+    if examples >= shards:
+        return ""
+    parts = next(n for n in range(min(examples, shards), 0, -1) if shards % n == 0)
+    return (
+        f"an optimizer step has {examples} examples for {shards} parts of the batch (mesh.data x "
+        f"mesh.fsdp): {shards - examples} or more of them compute empty rows. Set {more}, or "
+        f"mesh.sequence or mesh.tensor {shards // parts} times as large and mesh.fsdp as much "
+        f"smaller, which leaves {parts} parts"
+    )
+
+
 class _Option(NamedTuple):
     """A packing: rows by falling length, how they go into micro-batches (rows a shard, row length),
     their tokens and slots, and how many shapes other than the largest they take, and how many of

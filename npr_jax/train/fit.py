@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from jax.sharding import Mesh
 
 from npr_jax.base.config import dump_config
+from npr_jax.base.distributed import is_main
 from npr_jax.base.fields import Checked, Count, CountOrZero, PositiveOrZero
 from npr_jax.base.mesh import batch_shards
 from npr_jax.base.progress import Scalar, numeric
@@ -20,7 +22,7 @@ from npr_jax.runs.directory import SIZES, claim
 from npr_jax.runs.log import Report
 from npr_jax.runs.loop import Body
 from npr_jax.train.batch import facts, make_batch
-from npr_jax.train.deal import ALL
+from npr_jax.train.deal import ALL, advice
 from npr_jax.train.optimizer import (
     TrainState,
     learning_rate,
@@ -30,6 +32,8 @@ from npr_jax.train.optimizer import (
 )
 from npr_jax.train.packing import Example
 from npr_jax.train.step import Objective, TrainConfig, optimize
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +65,10 @@ class FitConfig(Checked):
     def loss(self) -> Objective:
         """What a train step minimises."""
         return Objective("sft")
+
+    def advice(self, shards: int, key: str = "batch") -> str:
+        """What helps where a step has fewer examples than the batch has parts; else ""."""
+        return advice(self.batch, shards, f"{key} to {shards} or more")
 
     def num_steps(self, num_examples: int) -> int:
         """Optimizer steps for that many examples."""
@@ -119,6 +127,8 @@ class Fit(Body[TrainState, Model]):
         deepest = max(example.layout.hidden.shape[1] for example in examples)
         self.depth: int = deepest + 1 if depth is None else depth
         self.order = shuffled(len(examples), seed)
+        if is_main() and (text := config.advice(batch_shards(mesh))):
+            _log.warning("%s: %s", name, text)
         self.text = f"{dump_config(config)}seed: {seed}\nexamples: {_digest(examples)}\n"
 
     def claim(self) -> None:

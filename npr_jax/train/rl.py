@@ -7,6 +7,7 @@ A stage is its way to collect groups (rewards, advantages, filters) and its obje
 
 import abc
 import dataclasses
+import logging
 import math
 import sys
 import time
@@ -33,6 +34,7 @@ from npr_jax.runs.directory import SIZES, claim, claim_inputs
 from npr_jax.runs.guards import check_gap
 from npr_jax.runs.loop import Body
 from npr_jax.train.batch import Batch, facts, make_batch
+from npr_jax.train.deal import advice
 from npr_jax.train.inputs import model_content, problems_content
 from npr_jax.train.optimizer import (
     TrainState,
@@ -48,6 +50,7 @@ from npr_jax.train.start import find_start, parse_start
 from npr_jax.train.step import Objective, TrainConfig, optimize
 
 Groups = list[list[Example]]
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,6 +136,16 @@ class RLConfig(Checked, abc.ABC):
         rows = self.prompts * math.ceil(self.samples / in_a_row)
         return math.ceil(rows / self.minibatches)
 
+    def advice(self, shards: int) -> str:
+        """What helps where a minibatch has fewer answers than the batch has parts; else ""."""
+        answers = self.samples * max(1, self.prompts // self.minibatches)
+        needed = math.ceil(shards / self.samples)  # problems of a minibatch
+        if needed <= self.prompts:
+            more = f"minibatches to {self.prompts // needed} or less"
+        else:
+            more = f"prompts to {needed} or more and minibatches to 1"
+        return advice(answers, shards, more)
+
 
 class Feed:
     """Prompts and reference answers in a shuffled, endless order; `position` is all its state."""
@@ -197,6 +210,8 @@ class Policy(Body[TrainState, Path], Generic[C]):
         config.train.check(self.mesh)
         self.text = dump_config(config)
         self.directory = Path(config.output)
+        if is_main() and (text := config.advice(batch_shards(self.mesh))):
+            _log.warning("%s", text)
 
     def claim(self) -> Path | None:
         final = claim(self.config.output, self.text, SIZES) / "final"
