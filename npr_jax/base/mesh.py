@@ -147,7 +147,7 @@ def _slices(devices: list, number: int) -> list[list]:
     processes."""
     if number == 1:
         return [devices]
-    known = {getattr(device, "slice_index", None) for device in devices}
+    known = {getattr(device, "slice_index", 0) for device in devices}
     if len(known) > 1:
         if len(known) != number:
             raise ValueError(f"mesh.slices is {number}, the devices are in {len(known)} slices")
