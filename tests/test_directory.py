@@ -186,6 +186,7 @@ MAY = {
     "checkpoints",
     "steps",
     "train.row_len",
+    "mesh.slices",
     *(f"mesh.{axis}" for axis in AXES),
     *(f"train.{name}" for name in TRAIN.split()),
     *(f"engine.{name}" for name in ENGINE.split()),
