@@ -1,7 +1,9 @@
 """Tree attention: dense against numpy, blockwise against dense, forward and backward."""
 
+import dataclasses
 import functools
 import re
+from types import SimpleNamespace
 
 import chex
 import jax
@@ -9,7 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from npr_jax.model.attention import _skip, blockwise, dense
+from npr_jax.base.mesh import MeshConfig, make_mesh
+from npr_jax.model import PRESETS
+from npr_jax.model.attention import (
+    _skip,
+    blockwise,
+    chunk_order,
+    dense,
+    take_chunks,
+    tree_attend,
+)
 
 
 def inputs(length, batch=2, heads=4, kv_heads=2, dim=8, depth=3, seed=0, dtype=np.float32):
@@ -127,3 +138,29 @@ def test_the_loops_copy_no_gradient_of_all_queries(backward_text):
     whole = "f32[8,1,1,2,128,8]"
     assert whole in backward_text
     assert not re.search(rf"{re.escape(whole)}\S* copy\(%get-tuple-element", backward_text)
+
+
+@pytest.mark.parametrize("length", [64, 68])  # eight equal chunks, and none
+def test_parts_of_a_row_attend_as_the_whole_row(length):
+    mesh, (q, k, v, hidden) = make_mesh(MeshConfig(sequence=4)), inputs(length)
+    order = chunk_order(mesh, length)
+    assert bool(order) == (length == 64)
+
+    def stand(x):
+        return take_chunks(jnp.asarray(x), order) if order else jnp.asarray(x)
+
+    config = dataclasses.replace(PRESETS["tiny"], attention="blockwise", attention_block=8)
+    attend = tree_attend(config, jnp.asarray(hidden), mesh)
+    out, _ = jax.jit(lambda *x: attend(*x, 0, None))(stand(q), stand(k), stand(v))
+    np.testing.assert_allclose(out, stand(dense(q, k, v, hidden)), atol=1e-5)
+
+
+@pytest.mark.parametrize("parts", [2, 4, 16])
+def test_parts_of_a_row_see_as_many_keys(parts):
+    """Under a causal mask; in one piece the last part would see nearly twice the mean."""
+    length = 64 * parts
+    order = chunk_order(SimpleNamespace(shape={"sequence": parts}), length)
+    place = take_chunks(jnp.arange(length)[None], order)[0]
+    assert sorted(place.tolist()) == list(range(length))
+    seen = np.asarray(place + 1).reshape(parts, -1).sum(axis=1)  # of every part's queries
+    assert seen.max() == seen.min()

@@ -6,13 +6,17 @@ recomputation backward, as FlashAttention), and skips what no query of a block c
 are kernels for TPU and GPU that do so too (kernels/tree_tpu.py, kernels/tree_gpu.py).
 
 On a mesh every device attends with its own rows, heads and queries; keys and values are gathered
-over `sequence` (context parallelism).
+over `sequence` (context parallelism). Of N parts each has two of the 2N chunks of a row's queries,
+the i-th and the i-th from the end: late queries see most keys, so parts in one piece would wait for
+the last (`chunk_order`).
 """
 
 import functools
+from typing import cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
@@ -32,17 +36,40 @@ def kernel():
     return flash
 
 
+def chunk_order(mesh: Mesh | None, length: int) -> list[int]:
+    """Which of a row's equal chunks stands at each place of rows of `length` tokens, so that the
+    parts of `sequence` attend alike; [] where rows stand as they are."""
+    parts = mesh.shape["sequence"] if mesh else 1
+    if parts == 1 or length % (2 * parts):
+        return []
+    return [chunk for part in range(parts) for chunk in (part, 2 * parts - 1 - part)]
+
+
+def take_chunks(x: jax.Array, order: list[int]) -> jax.Array:
+    """x [B, T, ...] in equal chunks, in this order."""
+    chunks = x.reshape(x.shape[0], len(order), -1, *x.shape[2:])
+    return chunks[:, np.array(order)].reshape(x.shape)
+
+
 def tree_attend(config: ModelConfig, hidden: jax.Array, mesh: Mesh | None = None):
-    """The model's `attend` for whole rows, under `hidden` i32[B, T, D, 2]."""
+    """The model's `attend` for whole rows, under `hidden` i32[B, T, D, 2]; on a mesh the tokens of
+    q, k and v stand in `chunk_order`, those of `hidden` as they are."""
     if mesh is None:
         return lambda q, k, v, layer, state: (_one_device(config, q, k, v, hidden, 0), state)
+    order = chunk_order(mesh, hidden.shape[1])
 
     def part(q, k, v, hidden):
-        offset = jax.lax.axis_index("sequence") * q.shape[1]
+        number, size = jax.lax.axis_index("sequence"), q.shape[1]
         k, v, hidden = (
             jax.lax.all_gather(x, "sequence", axis=1, tiled=True) for x in (k, v, hidden)
         )
-        return _one_device(config, q, k, v, hidden, offset)
+        if not order:
+            return _one_device(config, q, k, v, hidden, number * size)
+        k, v = (take_chunks(x, np.argsort(order).tolist()) for x in (k, v))
+        first, last = number * size // 2, (len(order) - 1 - number) * size // 2
+        halves = zip(jnp.split(q, 2, axis=1), (first, last), strict=True)
+        found = [_one_device(config, half, k, v, hidden, offset) for half, offset in halves]
+        return jnp.concatenate(cast(list[jax.Array], found), axis=1)
 
     heads, tokens = P(BATCH, "sequence", "tensor"), activations(mesh)
     whole = jax.shard_map(

@@ -5,11 +5,12 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from npr_jax.base.mesh import BATCH, activations
-from npr_jax.model.attention import tree_attend
+from npr_jax.model.attention import chunk_order, take_chunks, tree_attend
 from npr_jax.model.config import ModelConfig
 from npr_jax.model.exact import check, require
 from npr_jax.model.forward import forward, head, log_sum_exp, unembed
@@ -92,9 +93,14 @@ def _predictors(config, params, tokens, positions, hidden, pred, mesh=None) -> j
     if config.attention == "exact":
         require(config, mesh, "exact")
         check(config, (tokens.size, config.logp_chunk), few=False)
-    attend = tree_attend(config, hidden, mesh)
+    attend, pred = tree_attend(config, hidden, mesh), jnp.maximum(pred, 0)
+    if order := chunk_order(mesh, tokens.shape[1]):
+        places = np.argsort(order) * (tokens.shape[1] // len(order))  # of the chunks' first tokens
+        chunk, rest = jnp.divmod(pred, tokens.shape[1] // len(order))
+        pred = jnp.asarray(places, jnp.int32)[chunk] + rest
+        tokens, positions = take_chunks(tokens, order), take_chunks(positions, order)
     x, _ = forward(config, params, tokens, positions, attend, None, mesh)
-    return jnp.take_along_axis(x, jnp.maximum(pred, 0)[..., None], axis=1)
+    return jnp.take_along_axis(x, pred[..., None], axis=1)
 
 
 def _chunks(config: ModelConfig, x, columns: dict) -> tuple[jax.Array, dict]:
