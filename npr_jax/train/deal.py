@@ -104,7 +104,7 @@ def deal(items: Sequence[Item], shards: int, processes: int, allowed: Shapes) ->
     options = list(_options(items, shards, allowed))
     most = GAIN * min(option.slots for option in options)
     chosen = min(
-        (o for o in options if o.slots <= max(most, o.tokens / ENOUGH)),
+        (option for option in options if option.full or option.slots <= most),
         key=lambda option: (*option.others, option.slots, len(option.blocks)),
     )
     return _place(items, chosen, shards, processes, allowed)
@@ -153,6 +153,11 @@ class _Option(NamedTuple):
     slots: int
     others: tuple[int, int]
 
+    @property
+    def full(self) -> bool:
+        """Whether enough of the slots are used."""
+        return self.tokens >= ENOUGH * self.slots
+
 
 def _options(items: Sequence[Item], shards: int, allowed: Shapes) -> Iterator[_Option]:
     """Packings: into rows of the full length alone, and into ever more tokens of other lengths up
@@ -172,6 +177,8 @@ def _options(items: Sequence[Item], shards: int, allowed: Shapes) -> Iterator[_O
     while not (found := list(packed([row_len] * number))):
         number += micro_rows
     yield from found
+    if any(option.others == (0, 0) and option.full for option in found):
+        return  # as it will be chosen
     best = min(option.slots for option in found)
     size, tried = max(-(-tokens // shards), longest), set()
     while size * shards < best:
