@@ -4,7 +4,8 @@
 
 An answer takes as many decode steps as there are tokens on its longest path, and a group as many as
 its longest answer; this is what counts, and not a clock. So lanes, neighbours, replicas and hosts
-change when a loser is given up, but never who wins: the same seed gives the same groups.
+change when a loser is given up, but never who wins: the same seed gives the same groups (but for
+answers that end because the engine has no pages left, which is a matter of what is beside them).
 """
 
 from collections.abc import Sequence
