@@ -1,10 +1,12 @@
-"""Plans PAPO for every preset on TPU slices, and writes the tables of docs/plan.md and launch.md.
+"""Plans PAPO for every preset on TPU slices, all stages for the presets' model on GPUs, and writes
+the tables of docs/plan.md and launch.md.
 
     make libtpu
     PYTHONPATH=build/libtpu JAX_PLATFORMS=cpu python bench/plan.py
 
 Writes bench/results/plan.json after every case; cases that it has are not compiled again, unless
-they are named: `python bench/plan.py qwen3-4b`. No TPU is needed, and nothing is run.
+they are named: `python bench/plan.py qwen3-4b`. No TPU is needed, and nothing is run. GPUs are
+planned by arithmetic, anew each time.
 """
 
 import argparse
@@ -15,7 +17,8 @@ from pathlib import Path
 
 from npr_jax.base.mesh import parse_mesh
 from npr_jax.model import PRESETS
-from npr_jax.plan.plan import GIB, plan, stage_config
+from npr_jax.plan.chips import GIB
+from npr_jax.plan.plan import plan, stage_config
 
 RESULTS = Path(__file__).parent / "results" / "plan.json"
 PAGE = Path(__file__).parents[1] / "docs" / "plan.md"
@@ -24,6 +27,9 @@ ONE_HOST = "v6e:2x4"  # of docs/launch.md, for the model of the presets
 TINY = {"v5e:4x4": "data=8", "v5p:4x4x4": "data=32", "v6e:16x16": "data=128"}
 BEGIN, END = "<!-- plans: made by bench/plan.py -->", "<!-- end of plans -->"
 LAUNCH = PAGE.with_name("launch.md")
+GPUS = ("h100:8", "h200:8", "h100:8x2", "h100:8x4", "h200:8x4")
+LENGTHS, PROMPT, PROBLEMS = "lognormal:4000:0.8", 200, 8000  # of the table of whole steps
+WHOLE = "<!-- steps: made by bench/plan.py -->", "<!-- end of steps -->"
 MESHES = "<!-- meshes: made by bench/plan.py -->", "<!-- end of meshes -->"
 
 
@@ -58,6 +64,7 @@ def main() -> None:
             }
             RESULTS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     put(PAGE, (BEGIN, END), table(known))
+    put(PAGE, WHOLE, steps())
     put(LAUNCH, MESHES, meshes(known))
 
 
@@ -81,6 +88,39 @@ def meshes(known: dict) -> str:
                 f"| {settings}: `fsdp` = {case['mesh']['fsdp']} "
                 f"| {case['pages']:,} | {case['pages_wanted']:,} |"
             )
+    return "\n".join(lines) + "\n"
+
+
+def steps() -> str:
+    """Whole steps of the presets on GPUs, with the longest answers and with such as are likely."""
+    lines = [
+        "| GPUs | stage | answers | KV pages | wanted | rollout, s | training, s | slots used "
+        "| checkpoint, s | disk, GiB | hours | fits |",
+        "| --- " * 12 + "|",
+    ]
+    for topology in GPUS:
+        for stage in ("zero", "beta", "papo"):
+            config = stage_config(stage, "qwen3-4b")
+            for name, changes in (
+                ("longest", {}),
+                (LENGTHS, {"lengths": LENGTHS, "prompt": PROMPT}),
+            ):
+                found = plan("qwen3-4b", config, topology, problems=PROBLEMS, **changes)
+                cells = [
+                    f"`{topology}`",
+                    stage,
+                    name,
+                    f"{found['pages']:,}",
+                    f"{found['pages_wanted']:,}",
+                    f"{found['rollout_s']:,.0f}",
+                    f"{found['train_s']:,.0f}",
+                    f"{100 * found['row_use']:.0f}%",
+                    f"{found['checkpoint_write_s']:.0f}",
+                    f"{found['disk'] / GIB:.0f}",
+                    f"{found['hours']:.1f}",
+                    "yes" if found["fits"] else f"no: {found['advice'].rsplit(' (', 1)[0]}",
+                ]
+                lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -108,7 +148,7 @@ def table(known: dict) -> str:
                 f"{case['collectives'] / GIB:.1f}" if case["collectives"] else "",  # no program
                 f"{case['flops'] / 1e12:.1f}",
                 f"{case['least_s']:.2f}",
-                f"{case['step_least_s']:.1f}",
+                f"{case['train_s'] if 'train_s' in case else case['step_least_s']:.1f}",
                 "yes" if case["fits"] else f"no: {case['advice'].rsplit(' (', 1)[0]}",
             ]
             lines.append("| " + " | ".join(cells) + " |")

@@ -37,7 +37,7 @@ from npr_jax import EngineConfig
 from npr_jax.decode.attention import Shared
 from npr_jax.decode.tables import pages_read
 from npr_jax.model import PRESETS, ModelConfig, abstract_params
-from npr_jax.plan.plan import CHIPS
+from npr_jax.plan.chips import CHIPS
 from npr_jax.plan.traffic import Program
 
 RESULTS = Path(__file__).parent / "results"

@@ -313,15 +313,31 @@ def report(
 def plan(
     model: Annotated[str, typer.Option(metavar="PRESET", help="Such as qwen3-4b.")],
     stage: Annotated[str, typer.Option(help="zero, beta or papo.")],
-    topology: Annotated[str, typer.Option(metavar="SLICE", help="Such as v5p:4x4x4.")],
+    topology: Annotated[
+        str, typer.Option(metavar="CHIPS", help="Such as v5p:4x4x4, h100:8 or h100:8x4 (4 nodes).")
+    ],
     mesh: Annotated[
         str | None, typer.Option(metavar="AXIS=SIZE,...", help="By default fsdp over all chips.")
     ] = None,
+    lengths: Annotated[
+        str,
+        typer.Option(
+            metavar="TOKENS",
+            help="Of answers: max, 500,2000,8000, lognormal:MEDIAN:SIGMA or a file of numbers.",
+        ),
+    ] = "max",
+    prompt_tokens: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Of a prompt; by default the most.")
+    ] = None,
+    problems: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="That Beta samples, if all are.")
+    ] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Compile a stage for a TPU slice, and say what it takes there and whether it fits.
+    """Say whether a stage fits TPUs or GPUs, and how long its steps take there at least.
 
-    No TPU is needed, only the TPU compiler (libtpu). Exit code 3: it does not fit.
+    For TPUs its programs are compiled; none is needed, only the TPU compiler (libtpu). For GPUs it
+    is arithmetic. Exit code 3: it does not fit.
     """
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # or JAX would look for a TPU
     from npr_jax.base.mesh import parse_mesh
@@ -330,7 +346,8 @@ def plan(
 
     tell = functools.partial(typer.echo, err=True)
     sizes = parse_mesh(mesh) if mesh else None
-    found = run(model, stage_config(stage, model, overrides or ()), topology, sizes, tell)
+    settings = stage_config(stage, model, overrides or ())
+    found = run(model, settings, topology, sizes, tell, lengths, prompt_tokens, problems)
     typer.echo(report(found))
     sys.exit(0 if found["fits"] else 3)
 

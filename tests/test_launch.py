@@ -182,12 +182,15 @@ def test_a_machine_installs_once_and_runs_what_it_was_given(tmp_path, script, ex
     venv = tmp_path / "venv"
     installed = tmp_path / "installed"
     stand_in(venv / "bin", "python", f'echo "$@" >> {installed}')
-    stand_in(venv / "bin", "npr-jax", 'printf "%s\\n" "$@" $JAX_COMPILATION_CACHE_DIR')
+    told = 'printf "%s\\n" "$@" $JAX_COMPILATION_CACHE_DIR $XLA_PYTHON_CLIENT_MEM_FRACTION'
+    stand_in(venv / "bin", "npr-jax", told)
     stand_in(tmp_path, "nvidia-smi", "")
     settings = {"VENV": str(venv), "PYTHON": sys.executable, "path": [tmp_path]}
     for _ in range(2):
         result = run(LAUNCH / script, "papo", "a b", **settings)
-        assert result.stdout.splitlines() == ["papo", "a b", "/none/.cache/npr_jax/compiled"]
+        fraction = ["0.92"] if extra == "cuda" else []
+        cache = "/none/.cache/npr_jax/compiled"
+        assert result.stdout.splitlines() == ["papo", "a b", cache, *fraction]
     (line,) = installed.read_text().splitlines()
     assert f"-e {ROOT}[{extra}] etils[epath-gcs] -c {ROOT}/constraints.txt" in line
 

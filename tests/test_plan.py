@@ -23,18 +23,11 @@ from npr_jax.decode import runner as runner_module
 from npr_jax.decode.steps import compiled_steps
 from npr_jax.model import PRESETS, abstract_params
 from npr_jax.model.config import REMAT
+from npr_jax.plan.chips import CHIPS, GIB
+from npr_jax.plan.flops import train_flops
 from npr_jax.plan.hlo import collective_bytes
-from npr_jax.plan.plan import (
-    CHIPS,
-    GIB,
-    architecture,
-    decode_step,
-    plan,
-    report,
-    stage_config,
-    train_flops,
-    train_step,
-)
+from npr_jax.plan.plan import plan, report, stage_config
+from npr_jax.plan.programs import architecture, decode_step, train_step
 from npr_jax.train import beta, papo, rl, zero
 from npr_jax.train import step as step_module
 from npr_jax.train.packing import empty_row
@@ -317,6 +310,12 @@ def test_qwen3_4b_is_planned_for_64_chips(tpu_compiler, report):
     [
         (("qwen3-5b", "v5p:4x4x4", None), "model is 'qwen3-5b', needed is one of qwen3-0.6b"),
         (("tiny", "v7:4x4", None), "topology is 'v7:4x4', needed is one of v5e, v5p, v6e"),
+        (("tiny", "h100:8x", None), "topology is 'h100:8x'.*; or one of h100, h200, how many"),
+        (("tiny", "h100:8", "fsdp=4"), "h100:8x1 are 8 GPUs, and the mesh takes 4"),
+        (
+            ("tiny", "h100:8x2", "data=1,sequence=8,tensor=2"),
+            "16 GPUs share a row, and a node has 8",
+        ),
         (("tiny", "v5e", None), "and a shape"),
         (("tiny", "v5p:4x4x4", "fsdp=-1"), "embed=96 does not divide by fsdp=64"),
         (("tiny", "v5e:4x4", "tensor=8,fsdp=2"), "a process has 4"),
@@ -327,6 +326,20 @@ def test_what_cannot_be_is_refused(tpu_compiler, arguments, message):
     model, topology, mesh = arguments
     with pytest.raises(ValueError, match=message):
         plan(model, stage_config("papo", "tiny"), topology, mesh and parse_mesh(mesh))
+
+
+@pytest.mark.slow
+def test_two_slices_are_compiled_for(tpu_compiler):
+    mesh = parse_mesh("slices=2,fsdp=2,tensor=2")
+    two = plan("tiny", stage_config("papo", "tiny"), "v5e:2x2", mesh)
+    one = plan("tiny", stage_config("papo", "tiny"), "v5e:2x2", parse_mesh("fsdp=2,tensor=2"))
+    assert two["compiled"] and two["hosts"] == 2 and two["micro_batch"] == 2 * one["micro_batch"]
+    same = "params", "optimizer", "engine_weights", "page", "flops", "decode_temp"
+    assert {name: two[name] for name in same} == {name: one[name] for name in same}
+    # Within a slice a part of the sum over both is made: at most a gradient for each of two.
+    assert 0 <= two["collectives"] - one["collectives"] < 0.2 * one["collectives"]
+    assert (one["network"], two["network"]) == (0, one["params"])  # a sum over two
+    assert "2 slices, mesh data=2,fsdp=2,tensor=2" in report(two)
 
 
 def test_settings_that_are_not_understood_are_refused():

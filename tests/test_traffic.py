@@ -11,7 +11,8 @@ from jax.sharding import AxisType, Mesh, SingleDeviceSharding
 
 from npr_jax.decode.steps import compiled_steps
 from npr_jax.model import PRESETS
-from npr_jax.plan.plan import decode_step, stage_config
+from npr_jax.plan.plan import stage_config
+from npr_jax.plan.programs import decode_step
 from npr_jax.plan.traffic import Program
 
 # A loop that runs as often as an input says; in it a loop of 4 over a stack of weights, and a

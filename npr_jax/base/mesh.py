@@ -151,7 +151,10 @@ def _slices(devices: list, number: int) -> list[list]:
     if len(known) > 1:
         if len(known) != number:
             raise ValueError(f"mesh.slices is {number}, the devices are in {len(known)} slices")
-        parts = [[d for d in devices if d.slice_index == part] for part in sorted(known)]
+        parts = [
+            [d for d in devices if d.slice_index == part]
+            for part in sorted({d.slice_index for d in devices})
+        ]
     else:
         devices = sorted(devices, key=_place)
         size = len(devices) // number

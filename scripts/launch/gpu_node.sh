@@ -9,6 +9,9 @@ set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 VENV=${VENV:-$here/../../.venv}
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$HOME/.cache/npr_jax/compiled}
+# JAX would take three quarters of the memory. This much is what `plan` counts with; NCCL and
+# the driver need the rest.
+export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}
 
 (($#)) || { echo "gpu_node.sh: no arguments for npr-jax, for example: papo qwen3_4b_papo" >&2; exit 2; }
 if [[ ${NPR_COORDINATOR:-}${NPR_PROCESSES:-}${NPR_PROCESS:-} ]]; then
