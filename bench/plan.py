@@ -15,9 +15,9 @@ import math
 from importlib.metadata import version
 from pathlib import Path
 
+from npr_jax.base.chips import GIB
 from npr_jax.base.mesh import parse_mesh
 from npr_jax.model import PRESETS
-from npr_jax.plan.chips import GIB
 from npr_jax.plan.plan import plan, stage_config
 
 RESULTS = Path(__file__).parent / "results" / "plan.json"

@@ -34,10 +34,10 @@ from models import SHAPES
 from tpu_steps import TOPOLOGIES, chips, lower_decode, tensor_mesh
 
 from npr_jax import EngineConfig
+from npr_jax.base.chips import CHIPS
 from npr_jax.decode.attention import Shared
 from npr_jax.decode.tables import pages_read
 from npr_jax.model import PRESETS, ModelConfig, abstract_params
-from npr_jax.plan.chips import CHIPS
 from npr_jax.plan.traffic import Program
 
 RESULTS = Path(__file__).parent / "results"

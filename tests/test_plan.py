@@ -17,14 +17,14 @@ from typer.testing import CliRunner
 
 import npr_jax
 from npr_jax import tree
+from npr_jax.base.chips import CHIPS, GIB
 from npr_jax.base.mesh import local_decode_mesh, make_mesh, parse_mesh
 from npr_jax.cli import app
 from npr_jax.decode import runner as runner_module
 from npr_jax.decode.steps import compiled_steps
 from npr_jax.model import PRESETS, abstract_params
 from npr_jax.model.config import REMAT
-from npr_jax.plan.chips import CHIPS, GIB
-from npr_jax.plan.flops import train_flops
+from npr_jax.model.flops import train_flops
 from npr_jax.plan.hlo import collective_bytes
 from npr_jax.plan.plan import plan, report, stage_config
 from npr_jax.plan.programs import architecture, decode_step, train_step

@@ -10,11 +10,12 @@ import pytest
 from train_toy import example, tiny
 from typer.testing import CliRunner
 
+from npr_jax.base.chips import GIB, GPU_FRACTION
 from npr_jax.base.mesh import AXES, parse_mesh
 from npr_jax.cli import app
 from npr_jax.model import PRESETS
 from npr_jax.plan import arithmetic
-from npr_jax.plan.chips import GIB, GPU_FRACTION, find_place
+from npr_jax.plan.places import find_place
 from npr_jax.plan.plan import plan, report, stage_config
 from npr_jax.plan.programs import architecture
 from npr_jax.plan.whole import read_lengths, rollout_seconds, rows_of

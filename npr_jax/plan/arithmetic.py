@@ -9,9 +9,9 @@ import jax.numpy as jnp
 
 from npr_jax.base.mesh import batch_shards
 from npr_jax.model import ModelConfig, abstract_params, num_params
+from npr_jax.model.flops import train_flops
 from npr_jax.model.sharding import decode_shardings
-from npr_jax.plan.chips import array_bytes
-from npr_jax.plan.flops import train_flops
+from npr_jax.plan.places import array_bytes
 from npr_jax.train.beta import BetaConfig
 from npr_jax.train.rl import RLConfig
 from npr_jax.train.step import TrainConfig

@@ -11,11 +11,12 @@ computes, or the engine's next weights. Pages are given what is left.
 import math
 from collections.abc import Callable, Sequence
 
+from npr_jax.base.chips import GIB
 from npr_jax.base.config import load_config
 from npr_jax.base.mesh import MeshConfig, batch_shards
 from npr_jax.model import PRESETS
 from npr_jax.plan import arithmetic
-from npr_jax.plan.chips import GIB, Place, array_bytes, find_place
+from npr_jax.plan.places import Place, array_bytes, find_place
 from npr_jax.plan.programs import architecture, decode_figures, train_figures, train_step
 from npr_jax.plan.whole import DISK_RATE, HOST_RATE, whole_step
 from npr_jax.train.beta import BetaConfig

@@ -24,10 +24,10 @@ from npr_jax.decode.steps import Rows, compiled_steps, pool_shape, pool_spec
 from npr_jax.decode.tables import Tables
 from npr_jax.kernels import choose_attention
 from npr_jax.model import ModelConfig, abstract_params
+from npr_jax.model.flops import train_flops
 from npr_jax.model.sharding import decode_shardings
-from npr_jax.plan.chips import array_bytes
-from npr_jax.plan.flops import train_flops
 from npr_jax.plan.hlo import collective_bytes
+from npr_jax.plan.places import array_bytes
 from npr_jax.plan.traffic import Program
 from npr_jax.train.beta import BetaConfig
 from npr_jax.train.optimizer import abstract_state

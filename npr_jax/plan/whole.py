@@ -16,9 +16,9 @@ from pathlib import Path
 
 from npr_jax.model import ModelConfig, num_params
 from npr_jax.plan.arithmetic import prefill_flops, token_flops
-from npr_jax.plan.chips import Place
+from npr_jax.plan.places import Place
 from npr_jax.train.beta import BetaConfig
-from npr_jax.train.packing import _best_fit
+from npr_jax.train.packing import best_fit
 from npr_jax.train.rl import RLConfig
 
 DISK_RATE = 1e9  # bytes/s that a host writes to where checkpoints go; an assumption
@@ -69,9 +69,9 @@ def rows_of(groups: Sequence[Sequence[int]], prompt: int, row_len: int) -> int:
     def lay(part: int) -> int:
         documents = []
         for group in groups:
-            bins = _best_fit(group, max(part - prompt, *group))
+            bins = best_fit(group, max(part - prompt, *group))
             documents += [prompt + sum(group[i] for i in members) for members in bins]
-        return len(_best_fit(documents, row_len))
+        return len(best_fit(documents, row_len))
 
     return min(lay(row_len), lay(row_len // 2))
 

@@ -1,6 +1,5 @@
 """What is planned for: kinds of chips, and slices and nodes of them, which need not be there."""
 
-import dataclasses
 import importlib.util
 import math
 import os
@@ -11,41 +10,14 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
+from npr_jax.base.chips import CHIPS, GPUS, Chip
 from npr_jax.base.mesh import AXES, MeshConfig, local_decode_mesh, make_mesh
 
-GIB = 2**30
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """A kind of chip: the slice that a host of a larger one has (TPUs), bytes of memory that a
-    program may use, bf16 FLOP/s, and bytes/s of memory and of all links of a chip (the vendor's
-    figures)."""
-
-    host: str
-    hbm: float
-    flops: float
-    hbm_rate: float
-    link_rate: float
-
-
-CHIPS = {
-    "v5e": Chip("v5e:2x2", 15.75 * GIB, 197e12, 819e9, 200e9),
-    "v5p": Chip("v5p:2x2x1", 95.74 * GIB, 459e12, 2765e9, 600e9),
-    "v6e": Chip("v6e:2x2", 31.25 * GIB, 918e12, 1640e9, 448e9),
-}
-# Of a GPU's memory, what scripts/launch lets JAX take (XLA_PYTHON_CLIENT_MEM_FRACTION).
-GPU_FRACTION = 0.92
-# SXM modules; links are NVLink, in one direction.
-GPUS = {
-    "h100": Chip("", GPU_FRACTION * 79.65 * GIB, 989e12, 3350e9, 450e9),
-    "h200": Chip("", GPU_FRACTION * 140.4 * GIB, 989e12, 4800e9, 450e9),
-}
 # Bytes/s of a chip's share of the network between slices or nodes, in one direction.
 NETWORK = {"v5e": 3.1e9, "v5p": 6.25e9, "v6e": 12.5e9, "h100": 50e9, "h200": 50e9}
 
 
-# What libtpuwould ask a TPU's host for: where there is none it logs errors that mean nothing here.
+# What libtpu would ask a TPU's host for: where there is none it logs errors that mean nothing here.
 # Slices are planned by their names, whatever these say.
 _NO_HOST = {
     "TPU_SKIP_MDS_QUERY": "1",
