@@ -66,10 +66,7 @@ def read(directory: str | Path, most: int = 1000) -> Content:
     results = directory / "results.json"
     if results.exists():
         content.results = read_results(results)
-    for pattern in ("", "*/", "*/*/"):
-        for path in sorted(directory.glob(f"{pattern}metrics.jsonl")):
-            name = path.parent.relative_to(directory).as_posix()
-            content.curves["" if name == "." else name] = read_metrics(path.parent)
+    content.curves = read_curves(directory)
     add_traces(content, sorted(directory.glob("traces/*.jsonl")), most)
     if not (content.results or content.curves or content.figures):
         raise ValueError(
@@ -77,6 +74,16 @@ def read(directory: str | Path, most: int = 1000) -> Content:
             "the directory of `npr-jax eval` or of a training run"
         )
     return content
+
+
+def read_curves(directory: Path) -> dict[str, list[dict[str, Scalar]]]:
+    """Lines of metrics by run directory, "" for the directory itself."""
+    found = {}
+    for pattern in ("", "*/", "*/*/"):
+        for path in sorted(directory.glob(f"{pattern}metrics.jsonl")):
+            name = path.parent.relative_to(directory).as_posix()
+            found["" if name == "." else name] = read_metrics(path.parent)
+    return found
 
 
 def add_traces(content: Content, paths: list[Path], most: int) -> None:

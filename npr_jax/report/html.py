@@ -14,7 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from npr_jax.base.files import json_text, write_atomically, writing
+from npr_jax.base.progress import Scalar
 from npr_jax.evaluate.judge import Figures
+from npr_jax.report.alarms import alarms
 from npr_jax.report.content import Content, read
 from npr_jax.report.curves import curve_charts
 from npr_jax.report.lines import visible
@@ -48,6 +50,7 @@ def page(content: Content, sections: Mapping[str, str] | None = None) -> str:
             "<p>There is no results.json yet: this is what the answers so far tell.</p>"
         )
     if content.curves:
+        found["Alarms"] = alarm_list(content.curves)
         found["Learning curves"] = curve_charts(content.curves)
     elif content.figures:
         found["Answers in figures"] = answer_charts(content.figures)
@@ -68,6 +71,19 @@ def page(content: Content, sections: Mapping[str, str] | None = None) -> str:
         f'</head><body><header class="top"><h1>{escape(content.title)}</h1>'
         f"<nav>{links}</nav></header><main>{body}</main></body></html>\n"
     )
+
+
+def alarm_list(curves: Mapping[str, Sequence[Mapping[str, Scalar]]]) -> str:
+    """What is wrong with runs, by their directories, or that nothing is."""
+    items = [
+        f"<li><strong>{escape(f'{name}: ' if name else '')}{escape(alarm.name)}</strong>, step "
+        f"{alarm.step}: {escape(alarm.text)}</li>"
+        for name, metrics in curves.items()
+        for alarm in alarms(metrics)
+    ]
+    if not items:
+        return "<p>None.</p>"
+    return f'<ul class="alarms">{"".join(items)}</ul>'
 
 
 def escape(text: str) -> str:
