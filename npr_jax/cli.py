@@ -255,6 +255,9 @@ def export(
     step: Annotated[
         int | None, typer.Option(metavar="N", help="Of the checkpoint; by default the last.")
     ] = None,
+    best: Annotated[
+        bool, typer.Option("--best", help="The best checkpoint (train.keep_best).")
+    ] = False,
     model: Annotated[
         str | None,
         typer.Option(metavar="DIR", help="Model that the run began with, if it has moved."),
@@ -266,7 +269,7 @@ def export(
     """
     from npr_jax.train.export import export as write_model
 
-    done = write_model(run, output, step, model)
+    done = write_model(run, output, step, model, best)
     typer.echo(f"model of step {done}: {output}")
 
 
@@ -302,11 +305,14 @@ def report(
 
     Also of a run that is not over yet; it reads what is there.
     """
+    from npr_jax.report.alarms import alarm_lines
     from npr_jax.report.html import write
 
     if answers < 0:
         raise ValueError(f"--answers is {answers}, needed is 0 or more")
     typer.echo(f"Report: {write(directory, answers)}")
+    for line in alarm_lines(directory):
+        typer.echo(line)
 
 
 @app.command()
@@ -450,8 +456,11 @@ def _stage(
         with alone_in(settings.output):
             yield settings
             if is_main():
+                from npr_jax.report.alarms import alarm_lines
                 from npr_jax.report.html import write as write_report
 
                 report = write_report(settings.output)
+                for line in alarm_lines(settings.output):
+                    typer.echo(line, err=True)
                 final = Path(settings.output) / "final"
                 typer.echo(f"final model, a Hugging Face directory: {final}; report: {report}")

@@ -67,6 +67,7 @@ CASES = {
 # What is never the same: times, what depends on them or on what was compiled before. Settings hold
 # paths, and gain keys.
 TIMES = ("seconds", "per_s", "time_share", "wall_clock", "host_share", "wait_share", "per_visit")
+MACHINE = ("seconds/", "memory/", "engine/", "mfu")
 UNLIKE = ("timing", "settings", "versions", "device", "compilations")
 
 
@@ -306,7 +307,7 @@ def _flat(value, name: str) -> Iterator[tuple[str, str]]:
     """(dotted key, value as Python writes it, which is exact for floats) but for what is unlike."""
     if isinstance(value, dict):
         for key, item in value.items():
-            if not key.endswith(TIMES) and key not in UNLIKE:
+            if not key.endswith(TIMES) and not key.startswith(MACHINE) and key not in UNLIKE:
                 yield from _flat(item, f"{name}.{key}".lstrip("."))
     elif isinstance(value, list):
         yield f"{name}.length", str(len(value))

@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from npr_jax.runs.metrics import read_metrics
+from npr_jax.runs.metrics import is_measured, read_metrics
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results" / "crash_points.json"
@@ -62,7 +62,6 @@ SETTINGS = {
         "fit.train.keep_checkpoints": 1,
     },
 }
-TIMES = ("seconds", "per_s", "time_share")
 
 
 class Point(NamedTuple):
@@ -133,7 +132,7 @@ class Tiny:
         for path in files:
             if path.name == "metrics.jsonl":
                 found[str(path.relative_to(output))] = [
-                    {k: v for k, v in line.items() if not k.endswith(TIMES)}
+                    {k: v for k, v in line.items() if not is_measured(k)}
                     for line in read_metrics(path.parent)
                 ]
         names = {_plain(path.relative_to(output)) for path in files}

@@ -18,8 +18,10 @@ from npr_jax.base.fields import Checked, Range, hints, meanings
 from npr_jax.base.mesh import MeshConfig
 from npr_jax.base.reference import page, template
 from npr_jax.decode import EngineConfig, SamplingParams
+from npr_jax.runs.profile import ProfileConfig
 from npr_jax.train.beta import SampleConfig
 from npr_jax.train.configs import CONFIGS
+from npr_jax.train.evaluation import EvaluateConfig
 from npr_jax.train.optimizer import OptimizerConfig
 
 
@@ -243,11 +245,12 @@ def configs_of(cls) -> set[type]:
     return {cls}.union(*map(configs_of, nested))
 
 
-EVERY = sorted(set().union(*map(configs_of, CONFIGS.values())), key=lambda cls: cls.__name__)
+BESIDE_NULL = {EvaluateConfig, ProfileConfig}
+EVERY = sorted(BESIDE_NULL.union(*map(configs_of, CONFIGS.values())), key=lambda cls: cls.__name__)
 
 
 def test_every_number_of_every_config_has_a_range():
-    assert len(EVERY) == 12 and len(NUMBERS) > 150
+    assert len(EVERY) == 14 and len(NUMBERS) > 150
     for cls in EVERY:
         assert issubclass(cls, Checked), cls
         for name, hint in hints(cls).items():

@@ -15,7 +15,7 @@ import time
 import pytest
 from conftest import examples, spread
 
-from npr_jax.runs.metrics import read_metrics
+from npr_jax.runs.metrics import is_measured, read_metrics
 
 pytestmark = pytest.mark.slow
 OPTIMISED = True
@@ -49,7 +49,6 @@ SETTINGS = {
     },
 }
 METRICS = {"zero": ["."], "papo": ["."], "beta": ["sampling", "fit"]}
-TIMES = ("seconds", "per_s", "time_share")
 
 
 class Run:
@@ -93,7 +92,7 @@ class Run:
     def result(self, stage):
         """Metrics without times, and the trained parameters."""
         lines = [
-            {k: v for k, v in line.items() if not k.endswith(TIMES)}
+            {k: v for k, v in line.items() if not is_measured(k)}
             for name in METRICS[stage]
             for line in read_metrics(self.output / name)
         ]

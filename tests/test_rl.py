@@ -14,7 +14,7 @@ from npr_jax.base.config import load_config
 from npr_jax.model.pretrained import load, save
 from npr_jax.runs import loop
 from npr_jax.runs.metrics import read_metrics
-from npr_jax.train import beta, fit, rl, zero
+from npr_jax.train import beta, fit, policy, rl, zero
 from npr_jax.train.fit import FitConfig
 from npr_jax.train.optimizer import OptimizerConfig
 from npr_jax.train.step import TrainConfig
@@ -31,14 +31,15 @@ class FakeEngine:
         self.params = params
 
     def stats(self):
-        return {"sampled_tokens": 0}
+        counts = "sampled_tokens preemptions cached_tokens prefill_tokens decode_tokens decode_rows"
+        return dict.fromkeys(counts.split(), 0)
 
 
 @pytest.fixture
 def settings(tmp_path, monkeypatch):
     """(stage, changes) -> a config of the tiny model, the engine of which decodes nothing."""
     write_problems(tmp_path / "problems.jsonl", 16)
-    monkeypatch.setattr(rl, "Engine", FakeEngine)
+    monkeypatch.setattr(policy, "Engine", FakeEngine)
     monkeypatch.setattr(beta, "Engine", FakeEngine)
 
     def make(stage, *changes):
@@ -70,7 +71,7 @@ def test_the_engine_has_the_only_copy_of_its_weights(settings):
         return nothing(engine, feed, step, config)
 
     before = arrays("float32"), arrays("bfloat16")
-    loop.run(rl.Policy(config, collect), lambda metrics: None)
+    loop.run(policy.Policy(config, collect), lambda metrics: None)
     assert [np.subtract(count, before).tolist() for count in counts] == [[3, 1]] * 3
 
 
@@ -123,7 +124,7 @@ def test_a_run_goes_on_with_its_model_elsewhere_and_more_steps(settings, tmp_pat
 
     def run(*changes):
         config = settings("zero", *changes)
-        return loop.run(rl.Policy(config, nothing), lambda metrics: None)
+        return loop.run(policy.Policy(config, nothing), lambda metrics: None)
 
     def done():
         return [line["step"] for line in read_metrics(tmp_path / "zero")]
@@ -148,11 +149,11 @@ def test_a_run_goes_on_with_its_model_elsewhere_and_more_steps(settings, tmp_pat
 
 def test_a_run_that_is_smaller_than_its_mesh_says_so_once(settings, caplog):
     changes = "mesh.fsdp=8", "prompts=4", "samples=4", "minibatches=4"
-    rl.Policy(settings("zero", *changes), nothing)
+    policy.Policy(settings("zero", *changes), nothing)
     (record,) = caplog.records
     assert "has 4 examples for 8 parts" in record.message
     assert "Set minibatches to 2 or less" in record.message
-    rl.Policy(settings("zero", *changes, "minibatches=2"), nothing)
+    policy.Policy(settings("zero", *changes, "minibatches=2"), nothing)
     assert len(caplog.records) == 1
 
 
@@ -180,7 +181,7 @@ def test_where_every_advantage_is_zero_no_step_is_made(settings, tmp_path, caplo
     def collect(engine, feed, step, config):
         return collected(0.0, 0.0)
 
-    final = loop.run(rl.Policy(config, collect), lambda metrics: None)
+    final = loop.run(policy.Policy(config, collect), lambda metrics: None)
     lines = read_metrics(tmp_path / "zero")
     assert [line["skipped"] for line in lines] == [1, 1]
     assert {line["skipped_because"] for line in lines} == {
@@ -226,7 +227,7 @@ def test_a_run_goes_on_from_a_step_of_another_in_a_directory_of_its_own(
         sizes = "train.row_len=256", "max_tokens=100", "train.gap_stop=1000", "steps=4"
         kept = "train.checkpoint_every=2", "train.keep_checkpoints=9", "seed=1"
         config = settings("zero", *sizes, *kept, f"output={tmp_path / output}", *changes)
-        final = loop.run(rl.Policy(config, collect), lambda metrics: None)
+        final = loop.run(policy.Policy(config, collect), lambda metrics: None)
         lines = [
             {k: v for k, v in line.items() if not k.endswith(("seconds", "per_s", "time_share"))}
             for line in read_metrics(tmp_path / output)
@@ -271,7 +272,7 @@ def test_a_run_goes_on_from_a_step_of_another_in_a_directory_of_its_own(
 
 
 def test_what_a_step_trains_on_is_told_when_it_fails_again(settings, monkeypatch, caplog):
-    model, before = tiny(), rl.optimize
+    model, before = tiny(), policy.optimize
 
     def collect(engine, feed, step, config):
         (prompt,), _ = feed.take(1)
@@ -290,15 +291,15 @@ def test_what_a_step_trains_on_is_told_when_it_fails_again(settings, monkeypatch
     known = []
     changes = "train.row_len=256", "max_tokens=100", "max_prompt_tokens=100", "train.remat=dots"
     config = settings("zero", *changes, "train.gap_stop=1000", "steps=1", "minibatches=1")
-    monkeypatch.setattr(rl, "optimize", fails)
+    monkeypatch.setattr(policy, "optimize", fails)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            loop.run(rl.Policy(config, collect), lambda metrics: None)
+            loop.run(policy.Policy(config, collect), lambda metrics: None)
     ((text, size),) = known
     told = f"begun once before and not finished. It trained on {text}: {size}, {size} tokens ("
     assert told in caplog.text
     assert "train.remat=full (it is dots)" in caplog.text
     assert "train.row_len=200 (it is 256)" in caplog.text and "--set seed=" in caplog.text
-    monkeypatch.setattr(rl, "optimize", before)
-    final = loop.run(rl.Policy(config, collect), lambda metrics: None)
+    monkeypatch.setattr(policy, "optimize", before)
+    final = loop.run(policy.Policy(config, collect), lambda metrics: None)
     assert final.exists() and not (final.parent / "attempt.json").exists()

@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 from conftest import spread
-from train_toy import encode
+from train_toy import encode, write_problems
 
 import npr_jax
 from npr_jax.answers import equal, extract
@@ -19,8 +19,9 @@ from npr_jax.evaluate.traces import read_traces
 from npr_jax.model.pretrained import load
 from npr_jax.report import html
 from npr_jax.runs import loop
-from npr_jax.runs.metrics import read_metrics
-from npr_jax.train import beta, papo, zero
+from npr_jax.runs.metrics import is_measured, read_metrics
+from npr_jax.train import beta, evaluation, papo, policy, zero
+from npr_jax.train.export import export
 from npr_jax.tree import parse
 from npr_jax.tree.format import check_format
 
@@ -64,12 +65,9 @@ def weights(path):
     return (path / "model.safetensors").read_bytes()
 
 
-TIMES = ("seconds", "per_s", "time_share")
-
-
 def without_times(directory):
     return [
-        {k: v for k, v in line.items() if not k.endswith(TIMES)} for line in read_metrics(directory)
+        {k: v for k, v in line.items() if not is_measured(k)} for line in read_metrics(directory)
     ]
 
 
@@ -127,6 +125,72 @@ def test_a_cut_off_run_ends_as_if_nothing_had_happened(home, tmp_path, monkeypat
     assert sampled == [3, 3]  # it is done
     with pytest.raises(ValueError, match="samples was 4, is 5"):
         run(config(home, stage, tmp_path / "cut", *changes, "samples=5"))
+
+
+def held_out(home, path, num=4):
+    """Problems of the same kind that the stages do not train on."""
+    known = (home / "problems.jsonl").read_text().splitlines()
+    write_problems(path, 200, seed=9, groups=2)
+    lines = [line for line in path.read_text().splitlines() if line not in known]
+    path.write_text("\n".join(lines[:num]) + "\n")
+    return f"evaluate={{every: 1, problems: {json.dumps(str(path))}, samples: 2}}"
+
+
+@pytest.mark.parametrize("stage", spread(["papo", "zero"], test=1))
+def test_evaluation_changes_no_number_of_training_and_resumes(home, tmp_path, stage):
+    """A run with it, one that was cut off, and one without; the seconds of every step add up."""
+    run = {"zero": zero.run, "papo": papo.run}[stage]
+    on = held_out(home, tmp_path / "held.jsonl")
+    plain = run(config(home, stage, tmp_path / "plain", "steps=3"))
+    whole = run(config(home, stage, tmp_path / "whole", "steps=3", on, "train.keep_best=1"))
+    assert weights(whole) == weights(plain)
+    lines, without = without_times(tmp_path / "whole"), without_times(tmp_path / "plain")
+    trained = [{k: v for k, v in x.items() if not k.startswith("eval/")} for x in lines]
+    assert trained == without
+    assert all(0 <= x["eval/score"] <= x["eval/accuracy"] <= 1 for x in lines)
+    assert len({line["eval/baseline"] for line in lines}) == 1 and lines[0]["eval/baseline"] > 0
+    for line in read_metrics(tmp_path / "whole"):
+        named = sum(value for key, value in line.items() if key.startswith("seconds/"))
+        assert 0.98 * line["seconds"] <= named <= line["seconds"] * (1 + 1e-9)
+        assert 0 < line["engine/occupancy"] <= 1 and line["memory/bytes"] > 0
+        assert line["rollout_age"] == 0 and (line["train_flops"] > 0) == ("mfu" in line)
+    for step in (1, 3):
+        with pytest.raises(Cut):
+            run(config(home, stage, tmp_path / "cut", "steps=3", on), cut_after(step))
+    assert weights(run(config(home, stage, tmp_path / "cut", "steps=3", on))) == weights(whole)
+    assert without_times(tmp_path / "cut") == lines
+    with pytest.raises(ValueError, match=r"evaluate\.samples was 2, is 3"):
+        run(config(home, stage, tmp_path / "cut", "steps=3", on, "evaluate.samples=3"))
+    # Some answers cannot be better than all: the best of these is exported, if one is.
+    best = lines[-1]["eval/best_step"]
+    if best:
+        assert export(tmp_path / "whole", tmp_path / "best", best=True) == best
+    else:
+        with pytest.raises(ValueError, match="no best checkpoint"):
+            export(tmp_path / "whole", tmp_path / "best", best=True)
+
+
+def test_a_run_ends_by_patience_and_stays_so(home, tmp_path, monkeypatch):
+    """With scores that are given; a kill after the end was saved changes nothing."""
+    scores = iter([0.1, 0.3, 0.2, 0.2, 9, 9, 9])
+    monkeypatch.setattr(evaluation.Evaluation, "_measure", lambda *_: {"eval/score": next(scores)})
+    changes = "steps=9", held_out(home, tmp_path / "held.jsonl"), "evaluate.patience=2"
+    settings = config(
+        home, "zero", tmp_path / "run", *changes, "train.keep_best=1", "minibatches=1"
+    )
+    with monkeypatch.context() as patch, pytest.raises(Cut):
+        patch.setattr(policy, "publish_model", lambda *_: cut_after(0)({"step": 0}))
+        zero.run(settings)
+    final = zero.run(settings)
+    lines = read_metrics(tmp_path / "run")
+    assert [line["eval/score"] for line in lines] == [0.3, 0.2, 0.2]
+    assert [line["eval/since_best"] for line in lines] == [0, 1, 2]
+    assert export(tmp_path / "run", tmp_path / "best", best=True) == 1
+    with pytest.raises(ValueError, match="--best and --step 1 are given"):
+        export(tmp_path / "run", tmp_path / "other", 1, best=True)
+    assert weights(tmp_path / "best") != weights(final)
+    page = html.write(tmp_path / "run").read_text(encoding="utf-8")
+    assert "Alarms" in page and "evaluation" in page and "seconds on the critical path" in page
 
 
 def test_a_run_that_failed_at_once_does_not_keep_its_directory(home, tmp_path):

@@ -15,13 +15,13 @@ from npr_jax.base.config import load_config
 from npr_jax.model.pretrained import load
 from npr_jax.runs.checkpoint import Checkpoints
 from npr_jax.runs.digest import find_fault
-from npr_jax.runs.metrics import read_metrics
+from npr_jax.runs.metrics import is_measured, read_metrics
 from npr_jax.train import zero
 
 pytestmark = pytest.mark.slow
 
-# And what the number of shards decides.
-TIMES = ("seconds", "per_s", "time_share", "slot_use", "slots", "row_tokens", "micro_batches")
+# What the number of shards decides.
+OF_SHARDS = ("slot_use", "slots", "row_tokens", "micro_batches")
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,8 @@ def command(settings, output, *more):
 
 def lines(directory):
     return [
-        {k: v for k, v in line.items() if not k.endswith(TIMES)} for line in read_metrics(directory)
+        {k: v for k, v in line.items() if not (is_measured(k) or k in OF_SHARDS)}
+        for line in read_metrics(directory)
     ]
 
 

@@ -17,6 +17,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from npr_jax.base.parts import part
+
 T = TypeVar("T")
 
 _VARIABLES = ("NPR_COORDINATOR", "NPR_PROCESSES", "NPR_PROCESS")
@@ -70,9 +72,10 @@ def gather(value: T) -> list[T]:
     from jax.experimental import multihost_utils
 
     data = np.frombuffer(pickle.dumps(value), np.uint8)
-    sizes = multihost_utils.process_allgather(np.array([len(data)], np.int32)).reshape(-1)
-    padded = np.pad(data, (0, int(sizes.max()) - len(data)))
-    found = multihost_utils.process_allgather(padded).reshape(len(sizes), -1)
+    with part("wait"):
+        sizes = multihost_utils.process_allgather(np.array([len(data)], np.int32)).reshape(-1)
+        padded = np.pad(data, (0, int(sizes.max()) - len(data)))
+        found = multihost_utils.process_allgather(padded).reshape(len(sizes), -1)
     return [
         pickle.loads(row[:size].astype(np.uint8).tobytes())
         for row, size in zip(found, sizes, strict=True)
@@ -138,7 +141,8 @@ def wait(name: str) -> None:
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
-        multihost_utils.sync_global_devices(name)
+        with part("wait"):
+            multihost_utils.sync_global_devices(name)
 
 
 @contextlib.contextmanager

@@ -141,6 +141,12 @@ def is_config(hint: Any) -> TypeGuard[type]:
     return dataclasses.is_dataclass(hint)
 
 
+def config_in(hint: Any) -> type | None:
+    """The dataclass that an annotation is, or is beside null."""
+    found = (x for x in (hint, *get_args(hint)) if isinstance(x, type) and is_config(x))
+    return next(found, None)
+
+
 def wanted(hint: Any, bounds: Range | None = None) -> str:
     """What a field with this annotation takes, in words; of a dataclass, its name."""
     origin, args = get_origin(hint), get_args(hint)

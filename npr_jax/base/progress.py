@@ -76,6 +76,13 @@ class Progress:
         elif self._clock() - self._written >= self.interval:
             self._write_line()
 
+    def inside(self, text: str) -> None:
+        """Shows how far the unit under way is."""
+        if self._live:
+            self._live.update(self._task, status=f"{self.status()}, {text}")
+        elif self._clock() - self._written >= self.interval:
+            self._write_line(text)
+
     def status(self) -> str:
         """One line: units done, rate, time left, metrics."""
         seconds, count = self._clock() - self._began, self.done - self._start
@@ -88,11 +95,10 @@ class Progress:
             parts.append(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}")
         return ", ".join(parts)
 
-    def _write_line(self) -> None:
+    def _write_line(self, *inside: str) -> None:
         self._written, self._shown = self._clock(), self.done
-        self._console.print(
-            f"{self.name}: {self.status()}", markup=False, highlight=False, soft_wrap=True
-        )
+        text = ", ".join([f"{self.name}: {self.status()}", *inside])
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _clock_text(seconds: float) -> str:

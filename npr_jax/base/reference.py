@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from npr_jax.base.config import has_no_default, to_yaml
-from npr_jax.base.fields import Meaning, hints, is_config, meanings, wanted
+from npr_jax.base.fields import Meaning, config_in, hints, is_config, meanings, wanted
 
 
 def template(cls: type) -> str:
@@ -52,7 +52,8 @@ def _entries(cls: type, given: Any, indent: str) -> Iterator[str]:
             yield f"{indent}# REQUIRED: {wanted(hint)}"
             yield f"{indent}{field.name}:"
         else:
-            yield f"{indent}# {wanted(hint)}"
+            inner = config_in(hint)
+            yield f"{indent}# {_keys(inner) if inner else wanted(hint)}"
             yield textwrap.indent(to_yaml({field.name: value}).rstrip(), indent)
 
 
@@ -61,9 +62,11 @@ def _table(cls: type, parts: dict[str, type]) -> Iterator[str]:
     yield "| key | default | takes | unit | meaning |"
     yield "| --- | --- | --- | --- | --- |"
     for field, hint, meaning in _fields(cls):
-        if is_config(hint):
-            parts[field.name] = hint
+        if inner := config_in(hint):
+            parts[field.name] = inner
             default, takes = "", f"[keys](#{field.name})"
+            if not is_config(hint):
+                default, takes = "`null`", f"{takes} or null"
         elif has_no_default(field):
             default, takes = "required", wanted(hint)
         else:
@@ -87,6 +90,11 @@ def _default(field: dataclasses.Field, given: Any) -> Any:
         return field.default
     assert field.default_factory is not dataclasses.MISSING
     return field.default_factory()
+
+
+def _keys(cls: type) -> str:
+    """What a key takes that has keys of its own, or none."""
+    return f"null, or keys: {', '.join(hints(cls))}"
 
 
 def _inline(value: Any) -> str:

@@ -133,6 +133,7 @@ def _chunked_loss(config: ModelConfig, measure: Callable, mesh: Mesh | None) -> 
     """f(weights [D, V], x [B, T, D], columns {name: [B, T]}) -> what `token_loss` returns."""
     axes, split = ((), None) if mesh is None else ((*BATCH, "sequence"), activations(mesh))
 
+    @jax.named_scope("loss")
     def loss(weights, x, columns):
         return measure(*_score(config, weights, x, columns), columns)
 

@@ -9,6 +9,7 @@ drawn next.
 
 import contextlib
 import errno
+import json
 import logging
 import math
 import time
@@ -216,6 +217,17 @@ def checkpoint_steps(directory: epath.PathLike) -> list[int]:
     if not directory.exists():
         return []
     return sorted(numbered(directory))
+
+
+def best_step(directory: epath.PathLike) -> int | None:
+    """The step whose checkpoint has the largest value, the last of equal ones as in `keep_best`;
+    None where none has one. Nothing is written."""
+    found = []
+    for step in checkpoint_steps(directory):
+        path = _place(directory) / str(step) / "metrics" / "metrics"
+        if path.exists():
+            found.append((_value(json.loads(path.read_text())), step))
+    return max(found)[1] if found else None
 
 
 def read_checkpoint_params(directory: epath.PathLike, step: int, params: dict) -> dict:

@@ -31,6 +31,7 @@ _FREE = (
     "max_nonfinite",
     "gap_warn",
     "gap_stop",
+    "patience",
 )
 # Sizes of a stage, which change how it computes and what it can hold, and its numbers by rounding
 # alone, as the mesh does.
@@ -56,7 +57,12 @@ SIZES = (
 )
 ROW = "train.row_len"  # whole key: that of Beta, below `fit`, says which answers are accepted
 LENGTHS = ("steps", "epochs", "fit.steps", "fit.epochs")  # of a run: whole keys
-INPUTS = ("model", "sampler_model", "problems")  # whole keys of what has a content of its own
+INPUTS = (
+    "model",
+    "sampler_model",
+    "problems",
+    "evaluate.problems",
+)  # whole keys of what has a content of its own
 # Whole keys that came after 0.1.0: a run from before has its config without them, and goes on.
 LATER: tuple[str, ...] = (
     "engine.exact",
@@ -65,14 +71,16 @@ LATER: tuple[str, ...] = (
     "start",
     "oversample",
     "refill",
+    *(f"evaluate.{name}" for name in ("every", "problems", "samples")),
 )
 # Why others may not change: of the first pattern that is found in the key.
 _WHY = (
     (r"^inputs\.", "it holds something else"),
-    (r"^(model|sampler_model|problems)$", "what it held was not written down"),
+    (r"^(model|sampler_model|problems|evaluate\.problems)$", "what it held was not written down"),
     (r"^start$", "its state and its place among the problems came from there"),
     (r"(^|\.)seed$", "all that is random comes from it"),
     (r"(^|\.)exact$", "a run is exact from its first step on, or it is not"),
+    (r"^evaluate", "evaluations are compared with those before"),
     (r"optimizer\.", "the updates so far were made with it"),
     (r"compute_dtype$|cache_dtype$", "numbers of another dtype are others"),
     (r"^engine\.|(^|\.)(max_tokens|temperature|top_p)$", "what is sampled depends on it"),
@@ -273,6 +281,8 @@ def essence(config: Mapping, free: Sequence[str] = ()) -> dict:
         for key, value in _flat(config).items()
         if not any(f".{key}".endswith(f".{end}") for end in ends)
         and not key.startswith("mesh.")
+        and "profile" not in key.split(".")
+        and not (key == "evaluate" and value is None)
         and key not in (ROW, *LENGTHS)
     }
 

@@ -62,6 +62,11 @@ class RunLog:
                 values = {"skipped:": reason} | values
             self._progress.advance(1, values)
 
+    def inside(self, text: str) -> None:
+        """Shows in the progress line how far the step under way is."""
+        if self._progress:
+            self._progress.inside(text)
+
     def __enter__(self) -> "RunLog":
         if self._progress:
             self._progress.__enter__()

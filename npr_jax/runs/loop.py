@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 from npr_jax.base.distributed import is_main
+from npr_jax.base.parts import part, watch
 from npr_jax.base.progress import Scalar
 from npr_jax.runs import sigterm
 from npr_jax.runs.attempts import Attempts, Work
 from npr_jax.runs.guards import NonfiniteGuard
 from npr_jax.runs.log import Report, RunLog
+from npr_jax.runs.profile import ProfileConfig, Profiler
 
 State = TypeVar("State")  # what the steps change: arrays, or records
 Result = TypeVar("Result")  # what is left of the run at its end
@@ -57,6 +59,7 @@ class Body(ABC, Generic[State, Result]):
       total: steps; known from `begin` on.
       every: steps between saves; the last step is saved too.
       max_nonfinite: steps in a row without a finite update, after which the run stops.
+      profile: steps of which a profile is written, if any.
     """
 
     name: str
@@ -66,6 +69,7 @@ class Body(ABC, Generic[State, Result]):
     total: int
     every = 1
     max_nonfinite = 1
+    profile: ProfileConfig | None = None
 
     def claim(self) -> Result | None:
         """Takes the run's directory; the result if the run has come to its end before."""
@@ -105,6 +109,11 @@ class Body(ABC, Generic[State, Result]):
         has measured it; None if it has not. It is kept with the state after it."""
         return None
 
+    def is_over(self) -> bool:
+        """Whether the run ends here, before its last step; asked of a state that was restored too,
+        which knows it from its position."""
+        return False
+
     def check(self, number: int, metrics: Mapping[str, Scalar]) -> None:
         """Raises FloatingPointError where the run must not go on."""
 
@@ -137,22 +146,29 @@ def run(body: Body[State, Result], report: Report | None = None) -> Result:
             arguments = body.name, body.directory, body.total, start, body.shown, report, body.unit
             attempts = Attempts(body.directory, body.remedies)
             body.tell_work = attempts.tell
-            with RunLog(*arguments) as log:
+            profiler = Profiler(body.profile, body.directory, body.name)
+            with profiler, RunLog(*arguments) as log, watch(log.inside) as clock:
                 for number in range(start + 1, body.total + 1):
+                    if body.is_over():
+                        break
                     position = _position(body, guard)
                     try:
-                        with attempts.step(number):
+                        with attempts.step(number), profiler.step(number):
                             state, metrics = body.step(state, number)
                     except sigterm.Preempted:
                         store.save(number - 1, state, position, value)
                         raise
-                    metrics |= {"step": number} | guard.count(metrics)
-                    log.write(metrics)
+                    # What follows is in the seconds of the next step, before which it comes.
+                    metrics |= {"step": number} | guard.count(metrics) | clock.lap()
+                    with part("log"):
+                        log.write(metrics)
                     guard.check(number)
                     body.check(number, metrics)
                     value, ending = body.value(metrics), sigterm.wanted()
-                    if number % body.every == 0 or number == body.total or ending:
-                        store.save(number, state, _position(body, guard), value)
+                    last = number == body.total or body.is_over()
+                    if number % body.every == 0 or last or ending:
+                        with part("save"):
+                            store.save(number, state, _position(body, guard), value)
                     if ending:
                         raise sigterm.Preempted
         return body.finish(state)

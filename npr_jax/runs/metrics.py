@@ -128,6 +128,14 @@ class WandbWriter:
         self._run.finish()
 
 
+def is_measured(name: str) -> bool:
+    """Whether a metric of a run is of clocks or of the machine, so that a run which does the same
+    again, resumed or on other devices, may measure another value."""
+    name = name.rpartition(".")[2]
+    ends = ("seconds", "per_s", "time_share", "mfu")
+    return name.endswith(ends) or name.startswith(("seconds/", "memory/", "engine/"))
+
+
 def read_metrics(directory: str | Path) -> list[dict[str, Scalar]]:
     """The whole lines of `directory/metrics.jsonl`, in order; what is not finite is NaN. Raises
     ValueError with file and line for one that is no line of metrics."""

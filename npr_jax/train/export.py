@@ -13,7 +13,7 @@ from npr_jax.base.fields import Checked, Seed
 from npr_jax.model import abstract_params
 from npr_jax.model.hf import read_config as read_model_config
 from npr_jax.model.pretrained import Model, load, load_tokenizer, publish_model
-from npr_jax.runs.checkpoint import checkpoint_steps, read_checkpoint_params
+from npr_jax.runs.checkpoint import best_step, checkpoint_steps, read_checkpoint_params
 from npr_jax.runs.directory import known_inputs, read_config
 from npr_jax.train.inputs import model_content
 
@@ -27,7 +27,13 @@ class _Begun(Checked):
     checkpoints: str | None
 
 
-def export(run: Path, output: Path, step: int | None = None, start: str | None = None) -> int:
+def export(
+    run: Path,
+    output: Path,
+    step: int | None = None,
+    start: str | None = None,
+    best: bool = False,
+) -> int:
     """Writes the model of a checkpoint as a Hugging Face directory; returns its step.
 
     Args:
@@ -36,6 +42,7 @@ def export(run: Path, output: Path, step: int | None = None, start: str | None =
       step: of the checkpoint; None is the last one.
       start: the model that the run began with, which has its tokenizer; None is the run's `final`,
         or what its config names.
+      best: in place of a step, that whose checkpoint has the largest value (`keep_best`).
 
     Raises ValueError for what is no run directory, a step that has no checkpoint or a damaged one,
     an output that is there or in the run, and a model that is not the one that the run began with;
@@ -52,6 +59,8 @@ def export(run: Path, output: Path, step: int | None = None, start: str | None =
     steps = checkpoint_steps(place)
     if not steps:
         raise ValueError(f"{run} has no checkpoint: there is none in {place}")
+    if best:
+        step = _best(run, place, step)
     step = steps[-1] if step is None else step
     if step not in steps:
         raise ValueError(
@@ -66,6 +75,20 @@ def export(run: Path, output: Path, step: int | None = None, start: str | None =
     params = read_checkpoint_params(place, step, wanted)
     publish_model(dataclasses.replace(model, params=params), output)
     return step
+
+
+def _best(run: Path, place: str, step: int | None) -> int:
+    """The step of the best checkpoint, which no other step is asked for beside."""
+    if step is not None:
+        raise ValueError(f"--best and --step {step} are given, needed is one of them")
+    found = best_step(place)
+    if found is None:
+        raise ValueError(
+            f"{run} has no best checkpoint: none in {place} has a value. Needed is a run with "
+            "train.keep_best=1; where it has `evaluate`, also an evaluation that is better than "
+            "the model it began with (metrics eval/best, eval/baseline)"
+        )
+    return found
 
 
 def _read(path: Path) -> tuple[_Begun, str]:

@@ -13,6 +13,7 @@ from npr_jax.base.config import dump_config
 from npr_jax.base.distributed import is_main
 from npr_jax.base.fields import Checked, Count, CountOrZero, PositiveOrZero
 from npr_jax.base.mesh import batch_shards
+from npr_jax.base.parts import part
 from npr_jax.base.progress import Scalar, numeric
 from npr_jax.data.problems import shuffled
 from npr_jax.model.pretrained import Model
@@ -21,8 +22,10 @@ from npr_jax.runs.checkpoint import Checkpoints
 from npr_jax.runs.directory import SIZES, claim
 from npr_jax.runs.log import Report
 from npr_jax.runs.loop import Body
+from npr_jax.runs.profile import ProfileConfig
 from npr_jax.train.batch import facts, make_batch
 from npr_jax.train.deal import ALL, advice
+from npr_jax.train.figures import figures, flops_of
 from npr_jax.train.optimizer import (
     TrainState,
     learning_rate,
@@ -46,6 +49,7 @@ class FitConfig(Checked):
       steps (optimizer steps): until the end; 0 where `epochs` says it.
       epochs (passes over the examples): until the end; 0 where `steps` says it.
       checkpoints: where they go, a directory or URL; null: `checkpoints` in the run directory.
+      profile: optimizer steps of which a profile is written, or null.
     """
 
     train: TrainConfig
@@ -53,6 +57,7 @@ class FitConfig(Checked):
     steps: CountOrZero = 0
     epochs: PositiveOrZero = 0.0
     checkpoints: str | None = None
+    profile: ProfileConfig | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -121,7 +126,7 @@ class Fit(Body[TrainState, Model]):
             raise ValueError(f"{name}: there are no examples to train on")
         config.train.check(mesh)
         self.load, self.examples, self.config, self.mesh = load, examples, config, mesh
-        self.name, self.directory = name, directory
+        self.name, self.directory, self.profile = name, directory, config.profile
         self.total = config.num_steps(len(examples))
         self.every, self.max_nonfinite = config.train.checkpoint_every, config.train.max_nonfinite
         deepest = max(example.layout.hidden.shape[1] for example in examples)
@@ -154,21 +159,28 @@ class Fit(Body[TrainState, Model]):
         self.tell_work(
             {f"example {i + 1}": [len(self.examples[i].layout)] for i in sorted(set(numbers))}
         )
-        known = [facts(example, ALL, group) for group, example in enumerate(batch)]
-        rows = make_batch(
-            known,
-            dict(enumerate(batch)),
-            train.shapes(self.mesh),
-            batch_shards(self.mesh),
-            self.depth,
-            every=True,
-        )
+        with part("pack"):
+            known = [facts(example, ALL, group) for group, example in enumerate(batch)]
+            rows = make_batch(
+                known,
+                dict(enumerate(batch)),
+                train.shapes(self.mesh),
+                batch_shards(self.mesh),
+                self.depth,
+                every=True,
+            )
         model_config = train.model(self.model.config)
         rate = learning_rate(train.optimizer, number - 1, self.total)
-        state, metrics = optimize(state, rows, model_config, train, config.loss, rate, self.mesh)
-        seconds = time.perf_counter() - begun
+        packed = time.perf_counter()
+        with part("train"):
+            flops = flops_of(model_config, rows)
+            state, metrics = optimize(
+                state, rows, model_config, train, config.loss, rate, self.mesh
+            )
+        trained = time.perf_counter()
+        more = figures(flops, trained - packed, self.mesh, train.compute_dtype)
         tokens = sum(len(example.layout) for example in batch)
-        return state, {**metrics, "seconds": seconds, "tokens_per_s": tokens / seconds}
+        return state, {**metrics, "tokens_per_s": tokens / (trained - begun), **more}
 
     def remedies(self, training: bool) -> str:
         return self.config.train.smaller("fit.train" if self.name == "beta" else "train")

@@ -20,6 +20,7 @@ from npr_jax.runs.log import Report
 from npr_jax.train import rl
 from npr_jax.train.advantages import batch_std, group_std
 from npr_jax.train.packing import Example
+from npr_jax.train.policy import Policy
 from npr_jax.train.rewards import papo_reward
 from npr_jax.train.rollout import PAPO, first_of, of_all, roll_out, sampled_example, summary
 from npr_jax.train.step import Objective
@@ -51,6 +52,7 @@ class PapoConfig(rl.RLConfig):
     """
 
     command: ClassVar[str] = "papo"
+    parallel: ClassVar[bool] = True
 
     malformed: Literal["filter", "penalty"] = "filter"
     acceleration: Share = 0.0
@@ -90,7 +92,7 @@ def run(config: PapoConfig, report: Report | None = None) -> Path:
 
     `report(metrics)`, if given, is called after every step in place of a progress line.
     """
-    return loop.run(rl.Policy(config, collect_groups), report)
+    return loop.run(Policy(config, collect_groups), report)
 
 
 def collect_groups(engine: Engine, feed: rl.Feed, step: int, config: PapoConfig) -> rl.Collected:
@@ -98,7 +100,9 @@ def collect_groups(engine: Engine, feed: rl.Feed, step: int, config: PapoConfig)
 
     No groups come back where fewer than two answers are left or all rewards are equal.
     """
-    sampling = SamplingParams(n=config.samples, max_tokens=config.max_tokens, parallel=True)
+    sampling = SamplingParams(
+        n=config.samples, max_tokens=config.max_tokens, parallel=config.parallel
+    )
     prompts, references = feed.take(config.asked(config.prompts))
     seeds = (config.seed, PAPO, step)
     answers = roll_out(engine, prompts, references, sampling, seeds, config.prompts)
@@ -121,6 +125,7 @@ def collect_groups(engine: Engine, feed: rl.Feed, step: int, config: PapoConfig)
     }
     if config.oversample:
         metrics["groups_late"] = len(prompts) - config.prompts
+    metrics["equal_share"] = metrics["groups_equal"] / len(prompts)
     if rewards:
         metrics["reward"] = float(np.mean(rewards))
     if len(set(rewards)) < 2:

@@ -1,4 +1,4 @@
-"""What both reinforcement-learning stages put into the loop (runs/loop.py).
+"""What both reinforcement-learning stages have in common beside their policy (policy.py).
 
     take problems -> roll out -> groups of examples -> minibatches -> optimizer steps
 
@@ -7,50 +7,30 @@ A stage is its way to collect groups (rewards, advantages, filters) and its obje
 
 import abc
 import dataclasses
-import logging
 import math
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import ClassVar, Generic, NamedTuple, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import ClassVar, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from npr_jax.base.config import dump_config
-from npr_jax.base.distributed import gather, gather_all, is_main
+from npr_jax.base.distributed import gather_all
 from npr_jax.base.fields import Checked, Count, PositiveOrZero, Seed
-from npr_jax.base.mesh import MeshConfig, batch_shards, local_decode_mesh, make_mesh
+from npr_jax.base.mesh import MeshConfig, batch_shards
 from npr_jax.base.progress import Scalar, numeric
-from npr_jax.data.problems import Problem, read_problems, shuffled
-from npr_jax.decode import Engine, EngineConfig
-from npr_jax.evaluate.traces import make_trace, write_traces
-from npr_jax.model.pretrained import load, publish_model
-from npr_jax.runs import sigterm
-from npr_jax.runs.checkpoint import Checkpoints, checkpoint_steps
-from npr_jax.runs.directory import SIZES, claim, claim_inputs
-from npr_jax.runs.guards import check_gap
-from npr_jax.runs.loop import Body
+from npr_jax.data.problems import Problem, shuffled
+from npr_jax.decode import EngineConfig
+from npr_jax.runs.profile import ProfileConfig
 from npr_jax.train.batch import Batch, facts, make_batch
 from npr_jax.train.deal import advice
-from npr_jax.train.inputs import model_content, problems_content
-from npr_jax.train.optimizer import (
-    TrainState,
-    learning_rate,
-    new_state,
-    state_shardings,
-    warn_untrained,
-)
+from npr_jax.train.evaluation import EvaluateConfig
 from npr_jax.train.packing import Example
-from npr_jax.train.rollout import STAGES, Shown, encode_problems, engine_params
-from npr_jax.train.rollout_cache import Pending, fingerprint
-from npr_jax.train.start import find_start, parse_start
-from npr_jax.train.step import Objective, TrainConfig, optimize
+from npr_jax.train.rollout import Shown
+from npr_jax.train.start import parse_start
+from npr_jax.train.step import Objective, TrainConfig
 
 Groups = list[list[Example]]
-_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,9 +58,12 @@ class RLConfig(Checked, abc.ABC):
       mesh: the devices to train on; answers are decoded by replicas of mesh.tensor devices each.
       engine: what decodes the answers.
       train: what trains on them.
+      evaluate: how good the weights are on other problems, or null.
+      profile: steps of which a profile is written, or null.
     """
 
     command: ClassVar[str]
+    parallel: ClassVar[bool]  # whether its answers fork
 
     model: str
     problems: str
@@ -98,6 +81,8 @@ class RLConfig(Checked, abc.ABC):
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
     train: TrainConfig
+    evaluate: EvaluateConfig | None = None
+    profile: ProfileConfig | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -113,6 +98,11 @@ class RLConfig(Checked, abc.ABC):
             raise ValueError(
                 "train.exact is true and engine.exact false, but exact needs both: set "
                 "engine.exact to true, or train.exact to false"
+            )
+        if self.evaluate and self.evaluate.every % self.train.checkpoint_every:
+            raise ValueError(
+                f"evaluate.every is {self.evaluate.every}, needed is a multiple of "
+                f"train.checkpoint_every={self.train.checkpoint_every}: what is evaluated is saved"
             )
 
     @property
@@ -162,7 +152,7 @@ class Feed:
     def names(self, first: int) -> dict[bytes, str]:
         """How the problems from the position `first` up to here begin, by their prompts."""
         numbers = {int(self._order[place]) for place in range(first, self.position)}
-        return {_key(self._prompts[i]): repr(self._problems[i].problem[:40]) for i in numbers}
+        return {prompt_key(self._prompts[i]): repr(self._problems[i].problem[:40]) for i in numbers}
 
     def take(self, num: int) -> tuple[list[list[int]], list[str]]:
         """The next `num` prompts and their answers."""
@@ -171,7 +161,8 @@ class Feed:
         return [self._prompts[i] for i in chosen], [self._problems[i].answer for i in chosen]
 
 
-def _key(prompt: Sequence[int] | np.ndarray) -> bytes:
+def prompt_key(prompt: Sequence[int] | np.ndarray) -> bytes:
+    """Of a prompt's ids, to find its problem by."""
     return np.asarray(prompt, np.int32).tobytes()
 
 
@@ -187,182 +178,6 @@ class Collected(NamedTuple):
     places: list[int]
     metrics: dict[str, Scalar]
     shown: Shown = Shown()
-
-
-C = TypeVar("C", bound=RLConfig)
-
-
-class Policy(Body[TrainState, Path], Generic[C]):
-    """The body of a stage: the policy that answers, and learns from its answers.
-
-    Args:
-      config: of the stage.
-      collect: (engine with the current weights, feed, step from 1, config) -> Collected.
-    """
-
-    shown = ("reward", "format_rate", "accuracy", "grad_norm")
-
-    def __init__(self, config: C, collect: Callable[[Engine, Feed, int, C], Collected]):
-        self.config, self.collect = config, collect
-        self.name, self.total = config.command, config.steps
-        self.every, self.max_nonfinite = config.train.checkpoint_every, config.train.max_nonfinite
-        self.mesh = make_mesh(config.mesh)
-        config.train.check(self.mesh)
-        self.text = dump_config(config)
-        self.directory = Path(config.output)
-        if is_main() and (text := config.advice(batch_shards(self.mesh))):
-            _log.warning("%s", text)
-
-    def claim(self) -> Path | None:
-        final = claim(self.config.output, self.text, SIZES) / "final"
-        return final if gather(final.exists())[0] else None
-
-    def begin(self) -> tuple[TrainState, Checkpoints]:
-        config, train = self.config, self.config.train
-        with sigterm.interruptible():
-            model = load(config.model, seed=config.seed, tags=True, mesh=self.mesh)
-            problems, prompts = encode_problems(
-                model.tokenizer, read_problems(config.problems), config.max_prompt_tokens
-            )
-            shardings = self.mesh and state_shardings(model.config, train.optimizer, self.mesh)
-            state = new_state(model.params, train.optimizer, shardings)
-            contents = {
-                "model": model_content(config.model, model),
-                "problems": problems_content(problems, prompts),
-            }
-        place = config.checkpoints or self.directory / "checkpoints"
-        start = None
-        if config.start is not None and not checkpoint_steps(place):
-            start = find_start(config.start, vars(config).keys(), contents["model"])
-        text = self.text + claim_inputs(self.directory, contents)
-        # The state has the parameters from here on, and the engine gets its own in the first step.
-        self.model, self.engine = dataclasses.replace(model, params={}), None
-        # Each stage has an order of its own: what the stage before has learnt teaches nothing.
-        self.feed = Feed(problems, prompts, config.seed, STAGES.index(config.command))
-        self.pending = Pending(f"{place}/rollouts", text)
-        self.checkpoints = Checkpoints(place, text, train.keep_checkpoints, train.keep_best)
-        if start:
-            self.checkpoints.start = start.checkpoints, start.step
-            if is_main():
-                told = f"{self.name}: goes on from step {start.step} of {start.run}"
-                print(told, file=sys.stderr)
-        return state, self.checkpoints
-
-    def position(self) -> dict[str, int]:
-        return {"problem": self.feed.position}
-
-    def move(self, position: Mapping[str, int]) -> None:
-        self.feed.position = position["problem"]
-
-    def step(self, state: TrainState, number: int) -> tuple[TrainState, dict[str, Scalar]]:
-        """One rollout batch, and the optimizer steps on it; without groups there are none."""
-        config, train = self.config, self.config.train
-        self.pending.drop(self.checkpoints.good)
-        begun = time.perf_counter()
-        engine = self._set_params(state)
-        decoded = engine.stats()["sampled_tokens"]
-        first = self.feed.position
-        collected = self._sample(engine, state, number)
-        if sigterm.wanted():
-            raise sigterm.Preempted
-        sampled = time.perf_counter()
-        decoded = engine.stats()["sampled_tokens"] - decoded
-        self.tell_work(self._work(first, collected.groups))
-        model_config = train.model(self.model.config)
-        history = []
-        parts = list(minibatches(collected, config.minibatches, train, config.depth, self.mesh))
-        for batch in parts:
-            if not batch.parts:
-                continue
-            total = config.steps * config.minibatches
-            rate = learning_rate(train.optimizer, int(state.step), total)
-            state, metrics = optimize(
-                state, batch, model_config, train, config.loss, rate, self.mesh
-            )
-            history.append(metrics)
-        trained = time.perf_counter()
-        updates = merged(history, len(parts))
-        return state, {
-            **collected.metrics,
-            **updates,
-            "zero_advantage": sum(batch.left_out for batch in parts),
-            "rollout_seconds": sampled - begun,
-            "rollout_tokens_per_s": decoded / (sampled - begun),
-            "train_seconds": trained - sampled,
-            "rollout_time_share": (sampled - begun) / (trained - begun),
-            "train_tokens_per_s": numeric(updates, "loss_tokens", 0) / (trained - sampled),
-        }
-
-    def check(self, number: int, metrics: Mapping[str, Scalar]) -> None:
-        check_gap(number, metrics, self.config.train.gap_warn, self.config.train.gap_stop)
-
-    def value(self, metrics: Mapping[str, Scalar]) -> float | None:
-        if "score" not in metrics:  # rollouts that were kept by an older version
-            return None
-        return numeric(metrics, "score")
-
-    def remedies(self, training: bool) -> str:
-        config = self.config
-        if training:
-            return config.train.smaller(need=config.max_prompt_tokens + config.max_tokens) + (
-                "; to go around these answers, begin another run with a checkpoint of this one and "
-                f"another seed (--from {self.directory}@STEP --set seed={config.seed + 1})"
-            )
-        return config.engine.smaller()
-
-    def finish(self, state: TrainState) -> Path:
-        warn_untrained(state, self.total)
-        final = self.directory / "final"
-        self.pending.drop(self.total)
-        publish_model(dataclasses.replace(self.model, params=state.params), final)
-        return final
-
-    def _work(self, first: int, groups: Groups) -> dict[str, list[int]]:
-        """The tokens of each answer of this process, by how its problem begins."""
-        names, work = self.feed.names(first), {}
-        for group in groups:
-            prompt = group[0].token_ids[: group[0].layout.prompt_len]
-            name = names.get(_key(prompt), "another problem")  # put in by a caller's own `collect`
-            work.setdefault(name, []).extend(len(example.layout) for example in group)
-        return work
-
-    def _set_params(self, state: TrainState) -> Engine:
-        """The engine with the weights of the state; here nothing holds on to its copy of them."""
-        dtype, mesh = self.config.train.compute_dtype, self.mesh
-        params = engine_params(self.model.config, state.params, dtype, mesh)
-        if self.engine is not None:
-            self.engine.set_params(params)
-            return self.engine
-        model = dataclasses.replace(self.model, params=params)
-        self.engine = Engine(model, self.config.engine, local_decode_mesh(mesh))
-        return self.engine
-
-    def _sample(self, engine: Engine, state: TrainState, number: int) -> Collected:
-        """The groups of a step: pending ones, or new ones, which are pending from then on. Of new
-        ones of a step that is saved, the first process writes its answers to the first problem as
-        traces."""
-        feed, version = self.feed, fingerprint(state.params)
-        with sigterm.interruptible():
-            found = self.pending.load(number, version)
-            if all(gather(found is not None)):
-                assert found is not None  # this process is one of all
-                groups, metrics, position = found
-                feed.position = position["problem"]
-                return Collected(groups, position["places"], metrics)
-            begun = feed.position
-            collected = self.collect(engine, feed, number, self.config)
-        place, answers = collected.shown
-        if is_main() and answers and (number % self.every == 0 or number == self.total):
-            path = self.directory / f"traces/step-{number:06d}.jsonl"
-            problem = feed.problem(begun + place)
-            kept = [
-                make_trace(answer, engine.tokenizer, problem, id=path.stem, sample=sample)
-                for sample, answer in answers.items()
-            ]
-            write_traces(path, kept)
-        position = {"problem": feed.position, "places": collected.places}
-        self.pending.save(number, version, collected.groups, collected.metrics, position)
-        return collected
 
 
 def minibatches(

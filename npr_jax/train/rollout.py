@@ -1,6 +1,7 @@
 """Rollouts: problems -> prompts -> engine -> judged answers -> examples to train on."""
 
 import dataclasses
+import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
@@ -12,6 +13,7 @@ from jax.sharding import Mesh
 
 from npr_jax.base.distributed import gather_all
 from npr_jax.base.mesh import decode_mesh, local_decode_mesh
+from npr_jax.base.parts import part, tell
 from npr_jax.base.seeds import derive_seeds
 from npr_jax.data.problems import Problem
 from npr_jax.data.prompts import prompt_ids
@@ -27,7 +29,8 @@ from npr_jax.train.step import cast
 T = TypeVar("T")
 
 STAGES = ("zero", "beta", "papo")
-ZERO, BETA, PAPO = range(3)  # in the seed paths of orders and rollouts, after the run's seed
+# In the seed paths of orders and rollouts, after the run's seed:
+ZERO, BETA, PAPO, EVALUATION = range(4)
 
 
 # metric of a rollout batch: of what it is the mean, of an answer's figures
@@ -81,21 +84,30 @@ def roll_out(
     engine.drop_prefix_cache()
     count = len(prompts)
     dealt = deal_answers([sampling.n] * count, [1] * count, [0] * jax.process_count())
-    parts, seeds = dealt[jax.process_index()], derive_seeds(count, *seed_path)
-    keys = [(part.prompt, sample) for part in parts for sample in part.samples]
+    own, seeds = dealt[jax.process_index()], derive_seeds(count, *seed_path)
+    keys = [(some.prompt, sample) for some in own for sample in some.samples]
     race = Race(keys, count, first) if first is not None and first < count else None
-    trajectories = engine.generate(
-        [prompts[part.prompt] for part in parts],
-        dataclasses.replace(sampling, seed=tuple(seeds[part.prompt] for part in parts)),
-        samples=[part.samples for part in parts],
-        watch=race and race.watch,
-    )
+    begun, before = time.perf_counter(), engine.stats()["sampled_tokens"]
+
+    def progress(done: int, total: int) -> None:
+        rate = (engine.stats()["sampled_tokens"] - before) / (time.perf_counter() - begun)
+        tell(f"{done}/{total} answers, {rate:.0f} tokens/s")
+
+    with part("rollout"):
+        trajectories = engine.generate(
+            [prompts[some.prompt] for some in own],
+            dataclasses.replace(sampling, seed=tuple(seeds[some.prompt] for some in own)),
+            progress,
+            samples=[some.samples for some in own],
+            watch=race and race.watch,
+        )
     found = dict(zip(keys, trajectories, strict=True))
     if race:
         winners = race.winners([made.stats["critical_path"] for made in trajectories])
         found = {key: made for key, made in found.items() if key[0] in winners}
     expected = [references[number] for number, _ in found]
-    return dict(zip(found, judge(engine, list(found.values()), expected), strict=True))
+    with part("judge"):
+        return dict(zip(found, judge(engine, list(found.values()), expected), strict=True))
 
 
 def of_all(values: Mapping[tuple[int, int], T]) -> dict[tuple[int, int], T]:

@@ -50,9 +50,10 @@ class TrainConfig(Checked):
         sampled.
       checkpoint_every (steps): between checkpoints: rollout batches, or optimizer steps of a fit.
       keep_checkpoints (checkpoints): how many of the last ones stay.
-      keep_best (checkpoints): 1 keeps the best too: that with the largest `score` (mean reward, for
-        which answers that are left out count as malformed), or lowest loss, both of the weights
-        before the last update.
+      keep_best (checkpoints): 1 keeps the best too: where there is `evaluate`, that with the
+        largest `eval/score`, if it is above the baseline; else that with the largest `score` (mean
+        reward, for which answers that are left out count as malformed), or lowest loss, both of
+        the weights before the last update.
       max_nonfinite (steps): in a row without a finite update, after which the run stops.
       exact: the forward pass has the bits of an engine with `engine.exact`, so that the gap is 0
         until the first update of a batch; on one CPU device.
@@ -343,6 +344,7 @@ def _gradient(
 ) -> Callable:
     """(params, batch, i) -> `Sums` of micro-batch i."""
 
+    @jax.named_scope("gradient")
     def gradient(params, batch, i):
         rows = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), batch)
         function = jax.grad(loss_sums, has_aux=True)
@@ -379,6 +381,7 @@ def _finish(config: OptimizerConfig, state: TrainState, total: Sums, count, rate
     """The division, the clip and the update; what `compiled_step` returns."""
     grads, (sums, largest) = total
 
+    @jax.named_scope("optimizer")
     def update(state, grads, rate):
         updates, opt_state = make_optimizer(config).update(grads, state.opt_state, state.params)
         params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)

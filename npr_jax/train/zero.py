@@ -22,6 +22,7 @@ from npr_jax.runs import loop
 from npr_jax.runs.log import Report
 from npr_jax.train import rl
 from npr_jax.train.advantages import group_std
+from npr_jax.train.policy import Policy
 from npr_jax.train.rewards import RIGHT, WRONG, Rule, zero_reward
 from npr_jax.train.rollout import ZERO, Shown, first_of, of_all, roll_out, sampled_example, summary
 from npr_jax.train.step import Objective
@@ -48,6 +49,7 @@ class ZeroConfig(rl.RLConfig):
     """
 
     command: ClassVar[str] = "zero"
+    parallel: ClassVar[bool] = False
 
     minibatches: Count = 2
     max_refills: CountOrZero = 3
@@ -84,12 +86,14 @@ def run(config: ZeroConfig, report: Report | None = None) -> Path:
 
     `report(metrics)`, if given, is called after every step in place of a progress line.
     """
-    return loop.run(rl.Policy(config, collect_groups), report)
+    return loop.run(Policy(config, collect_groups), report)
 
 
 def collect_groups(engine: Engine, feed: rl.Feed, step: int, config: ZeroConfig) -> rl.Collected:
     """Samples until there are `prompts` groups with unequal rewards, or the refills are used up."""
-    sampling = SamplingParams(n=config.samples, max_tokens=config.max_tokens, parallel=False)
+    sampling = SamplingParams(
+        n=config.samples, max_tokens=config.max_tokens, parallel=config.parallel
+    )
     groups, places, everything, own_rewards, rewards = [], [], [], [], []
     taken = found = surplus = late = rounds = 0
     shown = Shown()
@@ -133,6 +137,7 @@ def collect_groups(engine: Engine, feed: rl.Feed, step: int, config: ZeroConfig)
         },
         "groups": found,
         "groups_dropped": taken - found - surplus,
+        "equal_share": (taken - found - surplus) / taken,
         "rounds": rounds,
     }
     if config.refill == "rate":

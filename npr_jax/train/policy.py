@@ -1,0 +1,276 @@
+"""What both reinforcement-learning stages do in the loop (runs/loop.py): the policy answers, and
+learns from its answers."""
+
+import dataclasses
+import logging
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import jax
+
+from npr_jax.base.config import dump_config
+from npr_jax.base.distributed import gather, is_main
+from npr_jax.base.mesh import batch_shards, local_decode_mesh, make_mesh
+from npr_jax.base.parts import part, tell
+from npr_jax.base.progress import Scalar, numeric
+from npr_jax.data.problems import read_problems
+from npr_jax.decode import Engine, SamplingParams
+from npr_jax.evaluate.traces import make_trace, write_traces
+from npr_jax.model.pretrained import load, publish_model
+from npr_jax.runs import sigterm
+from npr_jax.runs.checkpoint import Checkpoints, checkpoint_steps
+from npr_jax.runs.directory import SIZES, claim, claim_inputs
+from npr_jax.runs.guards import check_gap
+from npr_jax.runs.loop import Body
+from npr_jax.train.evaluation import evaluation_of
+from npr_jax.train.figures import engine_counts, figures, flops_of
+from npr_jax.train.inputs import model_content, problems_content
+from npr_jax.train.optimizer import (
+    TrainState,
+    learning_rate,
+    new_state,
+    state_shardings,
+    warn_untrained,
+)
+from npr_jax.train.rl import Collected, Feed, Groups, RLConfig, merged, minibatches, prompt_key
+from npr_jax.train.rollout import STAGES, encode_problems, engine_params
+from npr_jax.train.rollout_cache import Pending, fingerprint
+from npr_jax.train.start import find_start
+from npr_jax.train.step import optimize
+
+_log = logging.getLogger(__name__)
+C = TypeVar("C", bound=RLConfig)
+
+
+class Policy(Body[TrainState, Path], Generic[C]):
+    """The body of a stage: the policy that answers, and learns from its answers.
+
+    Args:
+      config: of the stage.
+      collect: (engine with the current weights, feed, step from 1, config) -> Collected.
+    """
+
+    shown = ("reward", "format_rate", "accuracy", "grad_norm", "eval/score")
+    last_update = 0.0  # seconds of an optimizer step, as far as one was made
+
+    def __init__(self, config: C, collect: Callable[[Engine, Feed, int, C], Collected]):
+        self.config, self.collect = config, collect
+        self.name, self.total = config.command, config.steps
+        self.every, self.max_nonfinite = config.train.checkpoint_every, config.train.max_nonfinite
+        self.profile = config.profile
+        self.mesh = make_mesh(config.mesh)
+        config.train.check(self.mesh)
+        self.text = dump_config(config)
+        self.directory = Path(config.output)
+        if is_main() and (text := config.advice(batch_shards(self.mesh))):
+            _log.warning("%s", text)
+
+    def claim(self) -> Path | None:
+        final = claim(self.config.output, self.text, SIZES) / "final"
+        return final if gather(final.exists())[0] else None
+
+    def begin(self) -> tuple[TrainState, Checkpoints]:
+        config, train = self.config, self.config.train
+        with sigterm.interruptible():
+            model = load(config.model, seed=config.seed, tags=True, mesh=self.mesh)
+            given = read_problems(config.problems)
+            problems, prompts = encode_problems(model.tokenizer, given, config.max_prompt_tokens)
+            self.evaluation, held_out = evaluation_of(
+                config.evaluate,
+                model.tokenizer,
+                given,
+                config.max_prompt_tokens,
+                SamplingParams(max_tokens=config.max_tokens, parallel=config.parallel),
+                config.seed,
+            )
+            shardings = self.mesh and state_shardings(model.config, train.optimizer, self.mesh)
+            state = new_state(model.params, train.optimizer, shardings)
+            contents = {
+                "model": model_content(config.model, model),
+                "problems": problems_content(problems, prompts),
+                **held_out,
+            }
+        place = config.checkpoints or self.directory / "checkpoints"
+        start = None
+        if config.start is not None and not checkpoint_steps(place):
+            start = find_start(config.start, vars(config).keys(), contents["model"])
+        text = self.text + claim_inputs(self.directory, contents)
+        # The state has the parameters from here on, and the engine gets its own in the first step.
+        self.model, self.engine = dataclasses.replace(model, params={}), None
+        # Each stage has an order of its own: what the stage before has learnt teaches nothing.
+        self.feed = Feed(problems, prompts, config.seed, STAGES.index(config.command))
+        self.pending = Pending(f"{place}/rollouts", text)
+        self.checkpoints = Checkpoints(place, text, train.keep_checkpoints, train.keep_best)
+        if start:
+            self.checkpoints.start = start.checkpoints, start.step
+            if is_main():
+                told = f"{self.name}: goes on from step {start.step} of {start.run}"
+                print(told, file=sys.stderr)
+        return state, self.checkpoints
+
+    def position(self) -> dict[str, Any]:
+        found = {"problem": self.feed.position}
+        return found | ({"evaluation": self.evaluation.record} if self.evaluation else {})
+
+    def move(self, position: Mapping[str, Any]) -> None:
+        self.feed.position = position["problem"]
+        if self.evaluation:
+            self.evaluation.record = position.get("evaluation", {})
+
+    def is_over(self) -> bool:
+        return self.evaluation is not None and self.evaluation.is_over()
+
+    def step(self, state: TrainState, number: int) -> tuple[TrainState, dict[str, Scalar]]:
+        """One rollout batch, and the optimizer steps on it; without groups there are none."""
+        config, train = self.config, self.config.train
+        with part("keep"):
+            self.pending.drop(self.checkpoints.good)
+        if self.evaluation and not self.evaluation.record:
+            with sigterm.interruptible():
+                self.evaluation.begin(self._set_params(state), number - 1)
+        begun = time.perf_counter()
+        engine = self._set_params(state)
+        before = engine_counts(engine.stats())
+        decoded = engine.stats()["sampled_tokens"]
+        first = self.feed.position
+        collected = self._sample(engine, state, number)
+        if sigterm.wanted():
+            raise sigterm.Preempted
+        sampled = time.perf_counter()
+        decoded = engine.stats()["sampled_tokens"] - decoded
+        after = engine_counts(engine.stats())
+        self.tell_work(self._work(first, collected.groups))
+        model_config = train.model(self.model.config)
+        history = []
+        with part("pack"):
+            parts = list(minibatches(collected, config.minibatches, train, config.depth, self.mesh))
+        packed, flops = time.perf_counter(), 0.0
+        for batch in parts:
+            if not batch.parts:
+                continue
+            total = config.steps * config.minibatches
+            rate = learning_rate(train.optimizer, int(state.step), total)
+            with part("train"):
+                flops += flops_of(model_config, batch)
+                tell(self._told(len(history), len(parts), int(batch.figures["micro_batches"])))
+                state, metrics = optimize(
+                    state, batch, model_config, train, config.loss, rate, self.mesh
+                )
+            history.append(metrics)
+        trained = time.perf_counter()
+        updates = merged(history, len(parts))
+        if history:
+            self.last_update = (trained - packed) / len(history)
+        more = figures(flops, trained - packed, self.mesh, train.compute_dtype, before, after)
+        if self.evaluation and self.evaluation.due(number, self.total):
+            more |= self.evaluation.measure(self._set_params(state), number)
+        return state, {
+            **collected.metrics,
+            **updates,
+            "zero_advantage": sum(batch.left_out for batch in parts),
+            "rollout_seconds": sampled - begun,
+            "rollout_tokens_per_s": decoded / (sampled - begun),
+            "train_seconds": trained - sampled,
+            "rollout_time_share": (sampled - begun) / (trained - begun),
+            "train_tokens_per_s": numeric(updates, "loss_tokens", 0) / (trained - sampled),
+            "rollout_age": 0,
+            **more,
+        }
+
+    def check(self, number: int, metrics: Mapping[str, Scalar]) -> None:
+        check_gap(number, metrics, self.config.train.gap_warn, self.config.train.gap_stop)
+
+    def _told(self, done: int, updates: int, micro_batches: int) -> str:
+        """Of training under way. Micro-batches run in one compiled call, which cannot say how far
+        it is; how long the updates of the step before took is what is known."""
+        last = f", one took {self.last_update:.3g} s" if self.last_update else ""
+        return f"update {done + 1}/{updates}, {micro_batches} micro-batches{last}"
+
+    def value(self, metrics: Mapping[str, Scalar]) -> float | None:
+        if self.evaluation:
+            return self.evaluation.value(metrics)
+        if "score" not in metrics:  # rollouts that were kept by an older version
+            return None
+        return numeric(metrics, "score")
+
+    def remedies(self, training: bool) -> str:
+        config = self.config
+        if training:
+            return config.train.smaller(need=config.max_prompt_tokens + config.max_tokens) + (
+                "; to go around these answers, begin another run with a checkpoint of this one and "
+                f"another seed (--from {self.directory}@STEP --set seed={config.seed + 1})"
+            )
+        return config.engine.smaller()
+
+    def finish(self, state: TrainState) -> Path:
+        warn_untrained(state, self.total)
+        final = self.directory / "final"
+        self.pending.drop(self.total)
+        publish_model(dataclasses.replace(self.model, params=state.params), final)
+        return final
+
+    def _work(self, first: int, groups: Groups) -> dict[str, list[int]]:
+        """The tokens of each answer of this process, by how its problem begins."""
+        names, work = self.feed.names(first), {}
+        for group in groups:
+            prompt = group[0].token_ids[: group[0].layout.prompt_len]
+            name = names.get(
+                prompt_key(prompt), "another problem"
+            )  # put in by a caller's own `collect`
+            work.setdefault(name, []).extend(len(example.layout) for example in group)
+        return work
+
+    def _set_params(self, state: TrainState) -> Engine:
+        """The engine with the weights of the state; here nothing holds on to its copy of them."""
+        dtype, mesh = self.config.train.compute_dtype, self.mesh
+        with part("hand_over"):
+            # Waited for, or the rollout would be charged with it, which waits for it anyway.
+            params = engine_params(self.model.config, state.params, dtype, mesh)
+            params = jax.block_until_ready(params)
+            if self.engine is not None:
+                self.engine.set_params(params)
+                return self.engine
+            model = dataclasses.replace(self.model, params=params)
+            self.engine = Engine(model, self.config.engine, local_decode_mesh(mesh))
+            return self.engine
+
+    def _sample(self, engine: Engine, state: TrainState, number: int) -> Collected:
+        """The groups of a step: pending ones, or new ones, which are pending from then on. Of new
+        ones of a step that is saved, the first process writes its answers to the first problem as
+        traces."""
+        feed = self.feed
+        with part("keep"):
+            version = fingerprint(state.params)
+        with sigterm.interruptible():
+            with part("keep"):
+                found = self.pending.load(number, version)
+            if all(gather(found is not None)):
+                assert found is not None  # this process is one of all
+                groups, metrics, position = found
+                feed.position = position["problem"]
+                return Collected(groups, position["places"], metrics)
+            begun = feed.position
+            with part("collect"):
+                collected = self.collect(engine, feed, number, self.config)
+        with part("keep"):
+            self._keep(engine, number, version, begun, collected)
+        return collected
+
+    def _keep(
+        self, engine: Engine, number: int, version: int, begun: int, collected: Collected
+    ) -> None:
+        """Writes down what was collected for a step with weights of that fingerprint."""
+        place, answers = collected.shown
+        if is_main() and answers and (number % self.every == 0 or number == self.total):
+            path = self.directory / f"traces/step-{number:06d}.jsonl"
+            problem = self.feed.problem(begun + place)
+            kept = [
+                make_trace(answer, engine.tokenizer, problem, id=path.stem, sample=sample)
+                for sample, answer in answers.items()
+            ]
+            write_traces(path, kept)
+        position = {"problem": self.feed.position, "places": collected.places}
+        self.pending.save(number, version, collected.groups, collected.metrics, position)
