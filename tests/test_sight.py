@@ -22,6 +22,7 @@ from npr_jax.data.problems import read_problems
 from npr_jax.model import PRESETS, abstract_params
 from npr_jax.model.flops import row_work, train_flops, work_flops
 from npr_jax.model.pretrained import load
+from npr_jax.report import html
 from npr_jax.report.alarms import alarm_lines, alarms
 from npr_jax.runs import loop
 from npr_jax.runs.directory import same_config
@@ -407,3 +408,6 @@ def test_no_alarm_where_nothing_is_wrong(tmp_path):
     assert alarm_lines(tmp_path) == [
         "ALARM fit: truncated answers, step 3: truncated is 0.9, more than 0.3"
     ]
+    page = html.write(tmp_path).read_text(encoding="utf-8")
+    assert "fit: truncated answers</strong>, step 3: truncated is 0.9, more than 0.3" in page
+    assert html.alarm_list({"": lines(**good)}) == "<p>None.</p>"
