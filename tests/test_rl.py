@@ -13,7 +13,7 @@ from train_toy import examples, tiny, write_problems
 from npr_jax.base.config import load_config
 from npr_jax.model.pretrained import load, save
 from npr_jax.runs import loop
-from npr_jax.runs.metrics import read_metrics
+from npr_jax.runs.metrics import is_measured, read_metrics
 from npr_jax.train import beta, fit, policy, rl, zero
 from npr_jax.train.fit import FitConfig
 from npr_jax.train.optimizer import OptimizerConfig
@@ -229,7 +229,7 @@ def test_a_run_goes_on_from_a_step_of_another_in_a_directory_of_its_own(
         config = settings("zero", *sizes, *kept, f"output={tmp_path / output}", *changes)
         final = loop.run(policy.Policy(config, collect), lambda metrics: None)
         lines = [
-            {k: v for k, v in line.items() if not k.endswith(("seconds", "per_s", "time_share"))}
+            {k: v for k, v in line.items() if not is_measured(k)}
             for line in read_metrics(tmp_path / output)
         ]
         return lines, (final / "model.safetensors").read_bytes()

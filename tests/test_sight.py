@@ -29,8 +29,9 @@ from npr_jax.runs.directory import same_config
 from npr_jax.runs.metrics import MetricsWriter, is_measured
 from npr_jax.runs.profile import ProfileConfig
 from npr_jax.train import figures, zero
+from npr_jax.train.batch import Batch
 from npr_jax.train.evaluation import EvaluateConfig, Evaluation, evaluation_of
-from npr_jax.train.packing import empty_row, make_rows
+from npr_jax.train.packing import empty_row, make_rows, stack
 from npr_jax.train.step import Objective, loss_sums
 
 
@@ -148,7 +149,11 @@ def test_nested_and_empty_intervals_count_once_and_a_row_of_nothing_is_no_work()
     assert row_work(**row) == seen(row) == (5, 15 - 3 - 1)
     empty = empty_row(16, 2)
     assert row_work(empty["hidden"], empty["pred"]) == (0, 0)
-    assert figures.flops_of(PRESETS["tiny"], [empty]) == 0
+    assert figures.flops_of(PRESETS["tiny"], batch_of([empty])) == 0
+
+
+def batch_of(rows):
+    return Batch((stack(rows, 1, len(rows)),), len(rows), 0, 0, fused=True)
 
 
 def counted(config, rows, row_len, unrolled):
@@ -183,6 +188,7 @@ def test_flops_are_those_of_an_unrolled_program():
 def test_remat_is_no_work_of_a_step():
     rows = make_rows([[example] for example in examples(MODEL, 2)], 256, 4)
     full = dataclasses.replace(PRESETS["tiny"], remat="full")
+    rows = batch_of(rows)
     assert figures.flops_of(full, rows) == figures.flops_of(PRESETS["tiny"], rows) > 0
 
 

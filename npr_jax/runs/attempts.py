@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 
 from npr_jax.base.distributed import is_main
-from npr_jax.base.files import write_atomically, writing
+from npr_jax.base.files import json_text, write_atomically, writing
 from npr_jax.runs import sigterm
 
 NAME = "attempt.json"
@@ -99,7 +99,7 @@ class Attempts:
         if not self._quiet:
             with writing(self.directory):
                 self.directory.mkdir(parents=True, exist_ok=True)
-                text = json.dumps(self._found, indent=0)
+                text = json_text(self._found, indent=0)
                 write_atomically(self.directory / NAME, text.encode())
 
     def _remove(self) -> None:
