@@ -156,7 +156,7 @@ def report(found: dict) -> str:
     lines = [
         f"{found['model']}, {found['stage']}, {found['topology']}{slices}, mesh {mesh}; per chip:",
         f"  parameters (float32)        {gib('params')}",
-        f"  optimizer (float32)         {gib('optimizer')}",
+        f"  optimizer                   {gib('optimizer')}",
         f"  engine's copy of weights    {gib('engine_weights')}",
         f"  train step: gradients, activations {gib('train_temp')[3:]} ({how})",
         f"  decode step                 {gib('decode_temp')} ({how})",

@@ -68,6 +68,11 @@ LATER: tuple[str, ...] = (
     "engine.exact",
     "train.exact",
     "fit.train.exact",
+    *(
+        f"{train}.optimizer.{name}"
+        for train in ("train", "fit.train")
+        for name in ("name", "moments")
+    ),
     "start",
     "oversample",
     "refill",

@@ -1,4 +1,4 @@
-"""The optimizer and its state: AdamW, where it lives on a mesh, and the rate of each step."""
+"""The optimizer and its state, where it lives on a mesh, and the rate of each step."""
 
 import dataclasses
 import functools
@@ -22,18 +22,24 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig(Checked):
-    """AdamW with a clip of the gradient's global norm.
+    """The optimizer, with a clip of the gradient's global norm.
 
     Attributes:
+      name: "adamw", or "lion" (arXiv 2302.06675), which has one moment in place of two: half of the
+        optimizer's memory. It steps by signs, so its learning rate is 3 to 10 times smaller and its
+        weight decay as much larger.
+      moments: dtype in which moments are kept between steps; they are computed in float32.
+        "bfloat16" halves them: each is less than a 128th of itself away, up or down by chance,
+        since a moment that decays slowly would stand still if it went to the nearest number.
       learning_rate: after the warm-up.
       schedule: "constant", or "cosine" down to `final_learning_rate` at the last step.
       final_learning_rate: where the cosine ends.
       warmup (optimizer steps): of linear warm-up; below 1 it is a fraction of all steps. A rollout
         batch has `minibatches` optimizer steps.
-      b1: decay of AdamW's first moment.
-      b2: decay of AdamW's second moment.
-      eps: AdamW's, added to the root of the second moment.
-      weight_decay: AdamW's, times the learning rate; norms and biases do not decay.
+      b1: decay of AdamW's first moment; what Lion's step takes of its moment.
+      b2: decay of AdamW's second moment, or of Lion's.
+      eps: AdamW's, added to the root of the second moment; Lion has none.
+      weight_decay: times the learning rate; norms and biases do not decay.
       clip: largest global norm of the gradient, taken after the division by the token count.
     """
 
@@ -46,11 +52,13 @@ class OptimizerConfig(Checked):
     eps: Positive = 1e-8
     weight_decay: PositiveOrZero = 0.0
     clip: Positive = 1.0
+    name: Literal["adamw", "lion"] = "adamw"
+    moments: Literal["float32", "bfloat16"] = "float32"
 
 
 @struct.dataclass
 class TrainState:
-    """float32 parameters, the moments of AdamW, and the optimizer steps done (i32)."""
+    """float32 parameters, the optimizer's moments, and the optimizer steps done (i32)."""
 
     params: dict
     opt_state: optax.OptState
@@ -120,12 +128,52 @@ def learning_rate(config: OptimizerConfig, step: int, total: int) -> float:
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Everything of AdamW but the rate."""
+    """Everything of the optimizer but the rate."""
+    if config.name == "lion":
+        core = optax.scale_by_lion(config.b1, config.b2)
+    else:
+        core = optax.scale_by_adam(config.b1, config.b2, config.eps)
     return optax.chain(
         optax.clip_by_global_norm(config.clip),
-        optax.scale_by_adam(config.b1, config.b2, config.eps),
+        _in_bfloat16(core) if config.moments == "bfloat16" else core,
         optax.add_decayed_weights(config.weight_decay, mask=_decays),
     )
+
+
+def _in_bfloat16(core: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The same, with its moments kept in bfloat16. Each goes to one of the two nearest numbers, to
+    the nearer one more often, so that it is right on average; the step's number is the seed."""
+
+    def cast(tree, dtype):
+        return jax.tree.map(lambda x: x.astype(dtype) if _is_float(x) else x, tree)
+
+    def rounded(state):
+        leaves, structure = jax.tree.flatten(state)
+        key = jax.random.fold_in(jax.random.key(0), state.count)
+        keys = (jax.random.fold_in(key, i) for i in range(len(leaves)))
+        return structure.unflatten(
+            [_round(x, k) if _is_float(x) else x for x, k in zip(leaves, keys, strict=True)]
+        )
+
+    def update(updates, state, params=None):
+        updates, state = core.update(updates, cast(state, jnp.float32), params)
+        return updates, rounded(state)
+
+    return optax.GradientTransformation(
+        lambda params: cast(core.init(params), jnp.bfloat16), update
+    )
+
+
+def _is_float(x: jax.Array) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def _round(x: jax.Array, key: jax.Array) -> jax.Array:
+    """f32 to bfloat16, up or down by chance: on average what it was."""
+    below = jax.random.bits(key, x.shape, jnp.uint16)  # the half that bfloat16 lacks
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + below
+    kept = jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32)
+    return jnp.where(jnp.isfinite(x), kept, x).astype(jnp.bfloat16)
 
 
 def _decays(params: dict) -> dict:
