@@ -23,8 +23,9 @@ from npr_jax import EngineConfig
 from npr_jax.decode.attention import Shared
 from npr_jax.decode.steps import Rows, compiled_steps, pool_shape
 from npr_jax.model import PRESETS, abstract_params
+from npr_jax.train.objective import Objective
 from npr_jax.train.optimizer import OptimizerConfig, abstract_state
-from npr_jax.train.step import Objective, compiled_step
+from npr_jax.train.step import compiled_step
 
 MODEL = "qwen3-0.6b"
 ROW_LEN, DEPTH = 4096, 3

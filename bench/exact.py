@@ -32,9 +32,10 @@ from models import SHAPES, TAGS, make_model
 from npr_jax import Engine, EngineConfig, SamplingParams
 from npr_jax.decode import Trajectory
 from npr_jax.model import token_logp
+from npr_jax.train.objective import Objective
 from npr_jax.train.optimizer import OptimizerConfig, new_state
 from npr_jax.train.packing import Example, Row, loss_mask, make_rows
-from npr_jax.train.step import Objective, TrainConfig, optimize
+from npr_jax.train.step import TrainConfig, optimize
 
 ENGINES = (
     dict(lanes=16),

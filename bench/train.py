@@ -38,9 +38,10 @@ from models import SHAPES, make_model
 
 from npr_jax import tree
 from npr_jax.model.config import REMAT
+from npr_jax.train.objective import Objective
 from npr_jax.train.optimizer import OptimizerConfig, new_state
 from npr_jax.train.packing import Example, Row, count_loss_tokens, make_rows, stack
-from npr_jax.train.step import Objective, compiled_step
+from npr_jax.train.step import compiled_step
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "train.json"

@@ -16,9 +16,10 @@ from train_toy import example, problem, tiny
 
 from npr_jax.runs.metrics import read_metrics
 from npr_jax.train.fit import FitConfig, fit
+from npr_jax.train.objective import Objective
 from npr_jax.train.optimizer import OptimizerConfig, learning_rate, new_state
 from npr_jax.train.packing import make_rows
-from npr_jax.train.step import Objective, TrainConfig, optimize
+from npr_jax.train.step import TrainConfig, optimize
 
 FOLDER = Path(__file__).parent / "data" / "curves"
 NAMES = ("sft", "papo")

@@ -26,9 +26,10 @@ from npr_jax.plan.plan import stage_config
 from npr_jax.train import rl
 from npr_jax.train.batch import facts, make_batch, visible_pairs
 from npr_jax.train.deal import ALL, GAIN, Item, deal, least_slots, shapes, used_tokens
+from npr_jax.train.objective import Objective
 from npr_jax.train.optimizer import OptimizerConfig, new_state, state_shardings
 from npr_jax.train.packing import Example, make_rows
-from npr_jax.train.step import Objective, TrainConfig, optimize
+from npr_jax.train.step import TrainConfig, optimize
 from npr_jax.tree import layout
 
 LONG = 32768

@@ -23,9 +23,10 @@ from npr_jax.model import token_logp
 from npr_jax.model.attention import dense, tree_attend
 from npr_jax.runs.metrics import read_metrics
 from npr_jax.train import papo
+from npr_jax.train.objective import Objective, loss_sums
 from npr_jax.train.optimizer import OptimizerConfig
 from npr_jax.train.packing import Example, loss_mask, make_rows
-from npr_jax.train.step import Objective, TrainConfig, loss_sums
+from npr_jax.train.step import TrainConfig
 
 OPTIMISED = True  # what is asked for here is asked of the programs that users run
 

@@ -12,9 +12,10 @@ from conftest import spread
 from npr_jax import tree
 from npr_jax.base.mesh import MeshConfig, make_mesh
 from npr_jax.model import PRESETS, init_params
+from npr_jax.train.objective import Objective
 from npr_jax.train.optimizer import OptimizerConfig, abstract_state, new_state
 from npr_jax.train.packing import Example, empty_row, make_rows
-from npr_jax.train.step import Objective, TrainConfig, compiled_step, optimize
+from npr_jax.train.step import TrainConfig, compiled_step, optimize
 
 LENGTH, VOCAB, DEPTH = 32768, 1024, 2
 CONFIG = dataclasses.replace(

@@ -12,6 +12,7 @@ from train_toy import examples, tiny
 from npr_jax.base.mesh import MeshConfig, make_mesh
 from npr_jax.model import PRESETS
 from npr_jax.model.sharding import place_params, train_shardings
+from npr_jax.train.objective import Objective
 from npr_jax.train.optimizer import (
     OptimizerConfig,
     abstract_state,
@@ -20,7 +21,7 @@ from npr_jax.train.optimizer import (
     state_shardings,
 )
 from npr_jax.train.packing import make_rows
-from npr_jax.train.step import Objective, TrainConfig, optimize
+from npr_jax.train.step import TrainConfig, optimize
 
 CHOICES = [(n, m) for n in ("adamw", "lion") for m in ("float32", "bfloat16")]
 

@@ -30,9 +30,10 @@ from npr_jax.plan.plan import plan, report, stage_config
 from npr_jax.plan.programs import architecture, decode_step, train_step
 from npr_jax.train import beta, papo, rl, zero
 from npr_jax.train import step as step_module
+from npr_jax.train.objective import Objective, loss_sums
 from npr_jax.train.packing import empty_row
 from npr_jax.train.rollout import engine_params
-from npr_jax.train.step import Objective, compiled_step, loss_sums
+from npr_jax.train.step import compiled_step
 
 TINY_MESHES = {
     "v5e:4x4": "data=8,tensor=2",

@@ -31,8 +31,8 @@ from npr_jax.runs.profile import ProfileConfig
 from npr_jax.train import figures, zero
 from npr_jax.train.batch import Batch
 from npr_jax.train.evaluation import EvaluateConfig, Evaluation, evaluation_of
+from npr_jax.train.objective import Objective, loss_sums
 from npr_jax.train.packing import empty_row, make_rows, stack
-from npr_jax.train.step import Objective, loss_sums
 
 
 class Hands:

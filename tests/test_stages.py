@@ -75,6 +75,7 @@ CASES = [
     ("papo",),
     ("zero",),
     ("zero", "oversample=0.5", "refill=rate"),
+    ("papo", "kl=0.1", "train.optimizer.name=lion", "train.optimizer.moments=bfloat16"),
 ]
 
 

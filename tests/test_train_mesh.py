@@ -22,9 +22,10 @@ from npr_jax.base.mesh import MeshConfig, batch_shards, decode_mesh, local_decod
 from npr_jax.model import token_logp
 from npr_jax.model.sharding import place_params, to_decode, train_shardings
 from npr_jax.train import beta
+from npr_jax.train.objective import Objective
 from npr_jax.train.optimizer import OptimizerConfig, new_state, state_shardings
 from npr_jax.train.packing import empty_row, make_rows
-from npr_jax.train.step import Objective, TrainConfig, optimize
+from npr_jax.train.step import TrainConfig, optimize
 
 MESHES = {
     "data": MeshConfig(data=-1),

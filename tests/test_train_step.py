@@ -12,9 +12,10 @@ import pytest
 from conftest import spread
 from train_toy import example, examples, problem, tiny
 
+from npr_jax.train.objective import Objective, loss_sums
 from npr_jax.train.optimizer import OptimizerConfig, learning_rate, new_state
 from npr_jax.train.packing import Example, make_rows, stack
-from npr_jax.train.step import Objective, TrainConfig, compiled_step, loss_sums, optimize
+from npr_jax.train.step import TrainConfig, compiled_step, optimize
 
 DAPO = Objective("dapo")
 

@@ -88,6 +88,40 @@ def token_loss(
     return _chunked_loss(config, measure, mesh)(head(config, params), x, columns)
 
 
+def row_logp(config: ModelConfig, params: dict, rows: dict, mesh: Mesh | None = None) -> jax.Array:
+    """Log-probs f32[B, T] of the tokens of rows, which are as for `token_loss`; without gradient.
+
+    `mesh`: of training, on which every device scores its own tokens.
+    """
+    tokens, pred = rows["tokens"], rows["pred"]
+    x = _predictors(config, params, tokens, rows["positions"], rows["hidden"], pred, mesh)
+
+    def logp(weights, x, columns):
+        tokens = columns["tokens"]
+        chunks = _chunks(config, x, columns)
+        found = jax.lax.map(lambda chunk: _score(config, weights, *chunk)[0], chunks)
+        return found.reshape(-1)[: tokens.size].reshape(tokens.shape)
+
+    split = None if mesh is None else activations(mesh)
+    score = _on_own_tokens(logp, mesh, split)
+    return jax.lax.stop_gradient(score(head(config, params), x, {"tokens": tokens, "pred": pred}))
+
+
+def _on_own_tokens(function: Callable, mesh: Mesh | None, out_specs) -> Callable:
+    """f(weights [D, V], x [B, T, D], columns {name: [B, T]}) where every device has its tokens."""
+    if mesh is None:
+        return function
+    split = activations(mesh)
+    return jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=(P(), split, split),
+        out_specs=out_specs,
+        axis_names={*BATCH, "sequence"},
+        check_vma=False,
+    )
+
+
 def _predictors(config, params, tokens, positions, hidden, pred, mesh=None) -> jax.Array:
     """The model's output [B, T, D] at the row that predicts each token."""
     if config.attention == "exact":
@@ -151,24 +185,12 @@ def _chunked_loss(config: ModelConfig, measure: Callable, mesh: Mesh | None) -> 
         d_x = d_x.reshape(-1, x.shape[-1])[: x.shape[0] * x.shape[1]].reshape(x.shape)
         return found, d_weights, d_x
 
-    def on_own_tokens(function, out_specs):
-        if mesh is None:
-            return function
-        return jax.shard_map(
-            function,
-            mesh=mesh,
-            in_specs=(P(), split, split),
-            out_specs=out_specs,
-            axis_names=set(axes),
-            check_vma=False,
-        )
-
     @jax.custom_vjp
     def total(weights, x, columns):
-        return _fold(on_own_tokens(values, P(axes))(weights, x, columns))
+        return _fold(_on_own_tokens(values, mesh, P(axes))(weights, x, columns))
 
     def forward_(weights, x, columns):
-        both = on_own_tokens(values_and_gradients, (P(axes), P(), split))
+        both = _on_own_tokens(values_and_gradients, mesh, (P(axes), P(), split))
         found, *gradients = both(weights, x, columns)
         return _fold(found), gradients
 

@@ -11,6 +11,8 @@ computes, or the engine's next weights. Pages are given what is left.
 import math
 from collections.abc import Callable, Sequence
 
+import jax.numpy as jnp
+
 from npr_jax.base.chips import GIB
 from npr_jax.base.config import load_config
 from npr_jax.base.mesh import MeshConfig, batch_shards
@@ -63,9 +65,10 @@ def plan(
       compiled: whether the next ones are of compiled programs, or arithmetic.
       train_temp, decode_temp: of the steps; collectives: of one micro-batch; decode_bytes,
       decode_collectives: of a decode step. What follows is arithmetic.
-      params, optimizer, engine_weights: resident, beside the pool; page, pages, pages_wanted: of
-      the pool; flops, network: of one micro-batch; compute_s, collective_s, network_s, least_s: the
-      least time of it; decode_least_s: of one decode step of few, short answers; hbm, fits, advice;
+      params, optimizer, reference, engine_weights: resident, beside the pool; page, pages,
+      pages_wanted: of the pool; flops, network: of one micro-batch; compute_s, collective_s,
+      network_s, least_s: the least time of it; decode_least_s: of one decode step of few, short
+      answers; hbm, fits, advice;
       and what `whole_step` gives.
 
     Raises:
@@ -90,6 +93,7 @@ def plan(
         "hbm": chip.hbm,
         "params": array_bytes(state.params),
         "optimizer": array_bytes(state.opt_state),
+        "reference": _reference_bytes(state.params, config),
         "row_len": config.train.row_len,
         "micro_batch": config.train.micro_rows * batch_shards(made),
     }
@@ -103,7 +107,7 @@ def plan(
         found |= arithmetic.train_figures(arch, config.train, made, found["params"])
         found |= arithmetic.decode_figures(arch, config, place.local)
     found |= _times(found, place, slices)
-    resident = found["params"] + found["optimizer"] + found["engine_weights"]
+    resident = sum(found[n] for n in ("params", "optimizer", "reference", "engine_weights"))
     # When the engine gets new weights, both copies are there for a moment, and no step runs.
     room = (
         chip.hbm - resident - max(found[n] for n in ("train_temp", "decode_temp", "engine_weights"))
@@ -157,6 +161,7 @@ def report(found: dict) -> str:
         f"{found['model']}, {found['stage']}, {found['topology']}{slices}, mesh {mesh}; per chip:",
         f"  parameters (float32)        {gib('params')}",
         f"  optimizer                   {gib('optimizer')}",
+        *([f"  reference (kl)              {gib('reference')}"] if found["reference"] else []),
         f"  engine's copy of weights    {gib('engine_weights')}",
         f"  train step: gradients, activations {gib('train_temp')[3:]} ({how})",
         f"  decode step                 {gib('decode_temp')} ({how})",
@@ -233,10 +238,16 @@ def thin(found: dict) -> str:
     )
 
 
+def _reference_bytes(params, config: RLConfig | BetaConfig) -> int:
+    """Of the copy of the parameters from which `kl` keeps the policy."""
+    dtype = jnp.dtype(config.train.compute_dtype)
+    return array_bytes(params) * dtype.itemsize // 4 if config.loss.kl else 0
+
+
 def _advice(found: dict, place: Place, config: RLConfig | BetaConfig) -> str:
     """Which setting to change: that of the largest part."""
     mesh, host = place.mesh, place.local.size
-    state = found["params"] + found["optimizer"]
+    state = found["params"] + found["optimizer"] + found["reference"]
     sizes = {
         "state": state,
         "weights": found["engine_weights"],

@@ -48,6 +48,8 @@ def train_step(arch: ModelConfig, config: RLConfig | BetaConfig, mesh: Mesh) -> 
     train = config.train
     shape = (1, train.micro_rows * batch_shards(mesh), train.row_len)
     dtypes = {name: x.dtype for name, x in empty_row(1, config.depth).items()}
+    if config.loss.kl:
+        dtypes["ref_logp"] = np.dtype(np.float32)
     sharding, everywhere = NamedSharding(mesh, P(None, BATCH, "sequence")), NamedSharding(mesh, P())
     batch = {
         name: jax.ShapeDtypeStruct(

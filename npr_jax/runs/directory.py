@@ -74,6 +74,7 @@ LATER: tuple[str, ...] = (
         for name in ("name", "moments")
     ),
     "start",
+    "kl",
     "oversample",
     "refill",
     *(f"evaluate.{name}" for name in ("every", "problems", "samples")),
@@ -97,7 +98,7 @@ _WHY = (
         r"^(malformed|acceleration|advantage|reward|overlong)",
         "what an answer is worth depends on it",
     ),
-    (r"^(clip_|dual_clip|objective|layout|train_forced)", "the loss depends on it"),
+    (r"^(kl$|clip_|dual_clip|objective|layout|train_forced)", "the loss depends on it"),
 )
 _MISFITS = (KeyError, AttributeError)  # PyYAML's for a value that its tag does not fit: !!bool x
 

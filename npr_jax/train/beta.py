@@ -31,9 +31,10 @@ from npr_jax.runs.log import Report
 from npr_jax.runs.loop import Body
 from npr_jax.train.fit import Fit, FitConfig
 from npr_jax.train.inputs import model_content, problems_content
+from npr_jax.train.objective import Objective
 from npr_jax.train.packing import Example, loss_mask
 from npr_jax.train.rollout import BETA, encode_problems, engine_params, roll_out
-from npr_jax.train.step import Objective, TrainConfig
+from npr_jax.train.step import TrainConfig
 from npr_jax.tree import TagIds, TraceError, layout, parse
 from npr_jax.tree.canonical import canonical
 from npr_jax.tree.parse import reference_depth

@@ -26,6 +26,7 @@ from npr_jax.runs.profile import ProfileConfig
 from npr_jax.train.batch import facts, make_batch
 from npr_jax.train.deal import ALL, advice
 from npr_jax.train.figures import figures, flops_of
+from npr_jax.train.objective import Objective
 from npr_jax.train.optimizer import (
     TrainState,
     learning_rate,
@@ -34,7 +35,7 @@ from npr_jax.train.optimizer import (
     warn_untrained,
 )
 from npr_jax.train.packing import Example
-from npr_jax.train.step import Objective, TrainConfig, optimize
+from npr_jax.train.step import TrainConfig, optimize
 
 _log = logging.getLogger(__name__)
 

@@ -72,6 +72,19 @@ def papo(logp: jax.Array, advantages: jax.Array, mask: jax.Array) -> Loss:
     return loss.sum(), mask.sum(dtype=jnp.int32), {}
 
 
+def divergence(logp: jax.Array, ref_logp: jax.Array, mask: jax.Array) -> jax.Array:
+    """How far tokens have come from a reference, by the estimator k3 of
+    http://joschu.net/blog/kl-approx.html: the sum f32[] of exp(r) - r - 1, r = ref_logp - logp.
+
+    It is never negative, and where the policy has drawn the tokens its mean is the KL divergence
+    from policy to reference. As a term of a loss it has the gradient that GRPO takes
+    (arXiv 2402.03300 eq. 4). r is clamped to [-20, 20]; beyond it the gradient is 0.
+    """
+    mask = _check(mask, logp=logp, ref_logp=ref_logp)
+    r = jnp.clip(_masked(ref_logp, mask) - _masked(logp, mask), -20.0, 20.0)
+    return (jnp.exp(r) - r - 1.0).sum()
+
+
 def _masked(values: jax.Array, mask: jax.Array) -> jax.Array:
     """Zeros outside the mask. A product would let NaN and inf through, to the gradient too."""
     return jnp.where(mask, values, 0.0)

@@ -19,11 +19,11 @@ from npr_jax.runs import loop
 from npr_jax.runs.log import Report
 from npr_jax.train import rl
 from npr_jax.train.advantages import batch_std, group_std
+from npr_jax.train.objective import Objective
 from npr_jax.train.packing import Example
 from npr_jax.train.policy import Policy
 from npr_jax.train.rewards import papo_reward
 from npr_jax.train.rollout import PAPO, first_of, of_all, roll_out, sampled_example, summary
-from npr_jax.train.step import Objective
 from npr_jax.tree import TagIds, TraceError, parse
 from npr_jax.tree.parse import reference_depth
 
@@ -84,7 +84,7 @@ class PapoConfig(rl.RLConfig):
 
     @property
     def loss(self) -> Objective:
-        return Objective(self.objective)
+        return Objective(self.objective, kl=self.kl)
 
 
 def run(config: PapoConfig, report: Report | None = None) -> Path:

@@ -2,6 +2,7 @@
 learns from its answers."""
 
 import dataclasses
+import functools
 import logging
 import sys
 import time
@@ -28,6 +29,7 @@ from npr_jax.runs.loop import Body
 from npr_jax.train.evaluation import evaluation_of
 from npr_jax.train.figures import engine_counts, figures, flops_of
 from npr_jax.train.inputs import model_content, problems_content
+from npr_jax.train.objective import cast
 from npr_jax.train.optimizer import (
     TrainState,
     learning_rate,
@@ -88,6 +90,11 @@ class Policy(Body[TrainState, Path], Generic[C]):
             )
             shardings = self.mesh and state_shardings(model.config, train.optimizer, self.mesh)
             state = new_state(model.params, train.optimizer, shardings)
+            self.reference = None
+            if config.kl:
+                laid_out = shardings and shardings.params
+                to_dtype = functools.partial(cast, dtype=train.compute_dtype)
+                self.reference = jax.jit(to_dtype, out_shardings=laid_out)(model.params)
             contents = {
                 "model": model_content(config.model, model),
                 "problems": problems_content(problems, prompts),
@@ -146,7 +153,16 @@ class Policy(Body[TrainState, Path], Generic[C]):
         model_config = train.model(self.model.config)
         history = []
         with part("pack"):
-            parts = list(minibatches(collected, config.minibatches, train, config.depth, self.mesh))
+            parts = list(
+                minibatches(
+                    collected,
+                    config.minibatches,
+                    train,
+                    config.depth,
+                    self.mesh,
+                    every=config.kl > 0,  # then all have a gradient
+                )
+            )
         packed, flops = time.perf_counter(), 0.0
         for batch in parts:
             if not batch.parts:
@@ -157,7 +173,14 @@ class Policy(Body[TrainState, Path], Generic[C]):
                 flops += flops_of(model_config, batch)
                 tell(self._told(len(history), len(parts), int(batch.figures["micro_batches"])))
                 state, metrics = optimize(
-                    state, batch, model_config, train, config.loss, rate, self.mesh
+                    state,
+                    batch,
+                    model_config,
+                    train,
+                    config.loss,
+                    rate,
+                    self.mesh,
+                    self.reference,
                 )
             history.append(metrics)
         trained = time.perf_counter()

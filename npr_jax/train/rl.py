@@ -25,10 +25,11 @@ from npr_jax.runs.profile import ProfileConfig
 from npr_jax.train.batch import Batch, facts, make_batch
 from npr_jax.train.deal import advice
 from npr_jax.train.evaluation import EvaluateConfig
+from npr_jax.train.objective import Objective
 from npr_jax.train.packing import Example
 from npr_jax.train.rollout import Shown
 from npr_jax.train.start import parse_start
-from npr_jax.train.step import Objective, TrainConfig
+from npr_jax.train.step import TrainConfig
 
 Groups = list[list[Example]]
 
@@ -55,6 +56,9 @@ class RLConfig(Checked, abc.ABC):
       minibatches (optimizer steps): per rollout batch; each one after the first is off-policy.
       max_prompt_tokens (tokens): problems with longer prompts are left out.
       max_tokens (tokens): the most that an answer may have, all its branches together.
+      kl: weight in the loss of the divergence from the model that the run began with, a copy of
+        which is then kept in train.compute_dtype and asked for the log-probs of all that is trained
+        on (`losses.divergence`); 0 is off.
       mesh: the devices to train on; answers are decoded by replicas of mesh.tensor devices each.
       engine: what decodes the answers.
       train: what trains on them.
@@ -78,6 +82,7 @@ class RLConfig(Checked, abc.ABC):
     minibatches: Count = 1
     max_prompt_tokens: Count = 2048
     max_tokens: Count
+    kl: PositiveOrZero = 0.0
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
     train: TrainConfig

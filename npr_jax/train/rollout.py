@@ -22,9 +22,9 @@ from npr_jax.decode.deal import deal_answers
 from npr_jax.evaluate.judge import Answer, judge
 from npr_jax.model import ModelConfig
 from npr_jax.model.sharding import to_decode
+from npr_jax.train.objective import cast
 from npr_jax.train.packing import Example, loss_mask
 from npr_jax.train.race import Race
-from npr_jax.train.step import cast
 
 T = TypeVar("T")
 

@@ -9,7 +9,7 @@ one batch gives, however their token counts differ.
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Annotated, Literal
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -19,14 +19,14 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from npr_jax.base.distributed import gather
-from npr_jax.base.fields import Checked, Count, Dtype, PositiveOrZero, Range, Share
+from npr_jax.base.fields import Checked, Count, Dtype, PositiveOrZero, Range
 from npr_jax.base.mesh import BATCH, batch_shards
-from npr_jax.model import ModelConfig, token_loss
+from npr_jax.model import ModelConfig
 from npr_jax.model.config import Remat
-from npr_jax.model.score import Figures
-from npr_jax.train import losses
+from npr_jax.model.score import Figures, row_logp
 from npr_jax.train.batch import Batch
 from npr_jax.train.deal import Shapes, shapes
+from npr_jax.train.objective import Objective, loss_sums
 from npr_jax.train.optimizer import OptimizerConfig, TrainState, make_optimizer, state_shardings
 from npr_jax.train.packing import Row, count_loss_tokens, stack
 
@@ -110,21 +110,6 @@ class TrainConfig(Checked):
         return dataclasses.replace(config, remat=self.remat, attention=attention)
 
 
-@dataclasses.dataclass(frozen=True)
-class Objective(Checked):
-    """Which loss, with its hyper-parameters (those of "dapo"; the others have none)."""
-
-    name: Literal["sft", "dapo", "papo"]
-    clip_low: Share = 0.2
-    clip_high: PositiveOrZero = 0.28
-    dual_clip: Annotated[float, Range(gt=1)] = 10.0
-
-
-def cast(params: dict, dtype: str) -> dict:
-    """Parameters in the dtype that computes; the same arrays if they have it already."""
-    return jax.tree.map(lambda x: x.astype(dtype), params)
-
-
 def optimize(
     state: TrainState,
     rows: Batch | Sequence[Row],
@@ -133,12 +118,16 @@ def optimize(
     objective: Objective,
     rate: float,
     mesh: Mesh | None = None,
+    reference: dict | None = None,
 ) -> tuple[TrainState, dict[str, float]]:
     """One optimizer step over `rows`: the new state (the old one is used up) and metrics.
 
     A `Batch` has rows of all processes that were dealt to all (`batch.make_batch`). Else each of
     several processes gives rows of its own, one at least (`packing.empty_row`), and all run as many
     micro-batches as the one with the most rows. All make the call together.
+
+    `reference`: parameters in the dtype that computes, laid out as those of the state, for
+    `objective.kl`.
 
     Metrics are means over the loss tokens that are computed, of all processes (`loss` over those
     that are not, too), beside `grad_norm` (before the clip), `loss_tokens` (all), `learning_rate`,
@@ -154,12 +143,19 @@ def optimize(
     numbers = np.float32(batch.count), np.float32(rate)
     optimizer = dataclasses.replace(config.optimizer, learning_rate=0.0)  # it is an argument
     kind = model_config, optimizer, objective, config.compute_dtype, mesh
+    parts = _placed(batch, mesh)
+    if objective.kl:
+        assert reference is not None
+        add_logp, used = compiled_reference(model_config, mesh), batch.used if batch.fused else None
+        parts = (
+            add_logp(reference, part, np.int32(used or part["tokens"].shape[0])) for part in parts
+        )
     if batch.fused:
-        (part,) = _placed(batch, mesh)
+        (part,) = parts
         found = compiled_step(*kind)(state, part, np.int32(batch.used), *numbers)
     else:
         add, total = compiled_sums(*kind), None
-        for part in _placed(batch, mesh):
+        for part in parts:
             total = add(state.params, part, total)
         found = compiled_update(*kind)(state, total, *numbers)
     state, sums, largest, norm, finite = found
@@ -191,49 +187,6 @@ def _placed(batch: Batch, mesh: Mesh | None) -> Iterator[dict]:
                 name: jax.make_array_from_process_local_data(sharding, values)
                 for name, values in part.items()
             }
-
-
-def _loss(objective: Objective, logp: jax.Array, row: dict) -> losses.Loss:
-    match objective.name:
-        case "sft":
-            return losses.sft(logp, row["loss_mask"])
-        case "dapo":
-            return losses.dapo(
-                logp,
-                row["old_logp"],
-                row["advantages"],
-                row["loss_mask"],
-                objective.clip_low,
-                objective.clip_high,
-                objective.dual_clip,
-            )
-        case "papo":
-            return losses.papo(logp, row["advantages"], row["loss_mask"])
-
-
-def loss_sums(
-    params: dict,
-    rows: dict,
-    model_config: ModelConfig,
-    objective: Objective,
-    compute_dtype: str,
-    mesh: Mesh | None = None,
-) -> tuple[jax.Array, Figures]:
-    """Loss of rows [B, T] as a sum over their loss tokens; more sums; and largest values."""
-    measure = functools.partial(_measure, objective)
-    return token_loss(model_config, cast(params, compute_dtype), rows, measure, mesh)
-
-
-def _measure(objective: Objective, logp, entropy, row: dict) -> tuple[jax.Array, Figures]:
-    """Loss and figures of tokens with these log-probs and entropies."""
-    mask = row["loss_mask"]
-    loss, _, metrics = _loss(objective, logp, row)
-    sums = {"loss": loss, "entropy": jnp.where(mask, entropy, 0.0).sum(), **metrics}
-    largest = {}
-    if objective.name != "sft":
-        gap = jnp.where(mask, jnp.abs(logp - row["old_logp"]), 0.0)
-        sums["logp_gap"], largest["logp_gap_max"] = gap.sum(), gap.max()
-    return loss, (sums, largest)
 
 
 _BATCH = P(None, BATCH, "sequence")  # [M, B, T, ...] on a training mesh
@@ -274,6 +227,24 @@ def compiled_step(
         in_shardings=(shardings, batch, everywhere, everywhere, everywhere),
         out_shardings=(shardings, everywhere, everywhere, everywhere, everywhere),
     )
+
+
+@functools.cache
+def compiled_reference(model_config: ModelConfig, mesh: Mesh | None) -> Callable:
+    """The compiled add(params, batch, used): batch [M, B, T, ...] with the log-probs `ref_logp`
+    f32[M, B, T] that these parameters give its tokens, of the first `used` i32 micro-batches."""
+
+    def logp(params, batch, used):
+        def one(i, found):
+            rows = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), batch)
+            new = row_logp(model_config, params, rows, mesh)
+            return jax.lax.dynamic_update_index_in_dim(found, new, i, axis=0)
+
+        return jax.lax.fori_loop(0, used, one, jnp.zeros(batch["tokens"].shape, jnp.float32))
+
+    sharding = mesh and NamedSharding(mesh, _BATCH)
+    compiled = jax.jit(logp, out_shardings=sharding)
+    return lambda params, batch, used: batch | {"ref_logp": compiled(params, batch, used)}
 
 
 @functools.cache

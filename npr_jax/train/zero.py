@@ -22,10 +22,10 @@ from npr_jax.runs import loop
 from npr_jax.runs.log import Report
 from npr_jax.train import rl
 from npr_jax.train.advantages import group_std
+from npr_jax.train.objective import Objective
 from npr_jax.train.policy import Policy
 from npr_jax.train.rewards import RIGHT, WRONG, Rule, zero_reward
 from npr_jax.train.rollout import ZERO, Shown, first_of, of_all, roll_out, sampled_example, summary
-from npr_jax.train.step import Objective
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,7 @@ class ZeroConfig(rl.RLConfig):
 
     @property
     def loss(self) -> Objective:
-        return Objective("dapo", self.clip_low, self.clip_high, self.dual_clip)
+        return Objective("dapo", self.clip_low, self.clip_high, self.dual_clip, kl=self.kl)
 
 
 def run(config: ZeroConfig, report: Report | None = None) -> Path:
