@@ -240,9 +240,8 @@ class Policy(Body[TrainState, Path], Generic[C]):
         names, work = self.feed.names(first), {}
         for group in groups:
             prompt = group[0].token_ids[: group[0].layout.prompt_len]
-            name = names.get(
-                prompt_key(prompt), "another problem"
-            )  # put in by a caller's own `collect`
+            # One of no problem was put in by a caller's own `collect`.
+            name = names.get(prompt_key(prompt), "another problem")
             work.setdefault(name, []).extend(len(example.layout) for example in group)
         return work
 
