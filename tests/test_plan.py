@@ -157,13 +157,13 @@ def test_what_is_planned_is_the_program_of_the_run(
     # A row that the one answer nearly fills: a run computes no more of larger ones than it needs.
     if stage == "beta":
         settings += ["sampler_model=tiny", "fit.batch=1"]
-        settings += ["fit.train.row_len=128", "fit.train.micro_rows=1"]
+        settings += ["fit.train.row_len=96", "fit.train.micro_rows=1"]
     else:
-        settings += ["minibatches=1", "train.row_len=128", "train.micro_rows=1", "max_tokens=96"]
+        settings += ["minibatches=1", "train.row_len=96", "train.micro_rows=1", "max_tokens=64"]
     config = stage_config(stage, "tiny", settings)
     trace = example(model, prompt, response, advantage=1.0)
     ids = trace.token_ids.tolist()
-    assert 64 < len(ids) <= 128
+    assert 64 < len(ids) <= 96
     record = {"problem": prompt, "answer": answer, "prompt_len": trace.layout.prompt_len}
     record |= {"tries": 1, "accepted": [ids], "texts": [response]}
     if getattr(config, "layout", "strict") == "reference":
