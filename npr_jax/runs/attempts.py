@@ -15,6 +15,7 @@ import jax
 
 from npr_jax.base.distributed import is_main
 from npr_jax.base.files import json_text, write_atomically, writing
+from npr_jax.base.parts import part
 from npr_jax.runs import sigterm
 
 NAME = "attempt.json"
@@ -97,12 +98,12 @@ class Attempts:
 
     def _write(self) -> None:
         if not self._quiet:
-            with writing(self.directory):
+            with part("keep"), writing(self.directory):
                 self.directory.mkdir(parents=True, exist_ok=True)
                 text = json_text(self._found, indent=0)
                 write_atomically(self.directory / NAME, text.encode())
 
     def _remove(self) -> None:
         if not self._quiet:
-            with writing(self.directory):
+            with part("keep"), writing(self.directory):
                 (self.directory / NAME).unlink(missing_ok=True)

@@ -179,7 +179,8 @@ class Fit(Body[TrainState, Model]):
                 state, rows, model_config, train, config.loss, rate, self.mesh
             )
         trained = time.perf_counter()
-        more = figures(flops, trained - packed, self.mesh, train.compute_dtype)
+        with part("log"):
+            more = figures(flops, trained - packed, self.mesh, train.compute_dtype)
         tokens = sum(len(example.layout) for example in batch)
         return state, {**metrics, "tokens_per_s": tokens / (trained - begun), **more}
 

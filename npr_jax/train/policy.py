@@ -149,7 +149,8 @@ class Policy(Body[TrainState, Path], Generic[C]):
         sampled = time.perf_counter()
         decoded = engine.stats()["sampled_tokens"] - decoded
         after = engine_counts(engine.stats())
-        self.tell_work(self._work(first, collected.groups))
+        with part("keep"):
+            self.tell_work(self._work(first, collected.groups))
         model_config = train.model(self.model.config)
         history = []
         with part("pack"):
@@ -187,7 +188,8 @@ class Policy(Body[TrainState, Path], Generic[C]):
         updates = merged(history, len(parts))
         if history:
             self.last_update = (trained - packed) / len(history)
-        more = figures(flops, trained - packed, self.mesh, train.compute_dtype, before, after)
+        with part("log"):
+            more = figures(flops, trained - packed, self.mesh, train.compute_dtype, before, after)
         if self.evaluation and self.evaluation.due(number, self.total):
             more |= self.evaluation.measure(self._set_params(state), number)
         return state, {
