@@ -5,6 +5,10 @@ import dataclasses
 import gzip
 import io
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -14,6 +18,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from train_toy import examples, tiny, write_problems
 
+import npr_jax
 from npr_jax.base import chips, distributed, parts
 from npr_jax.base.config import load_config
 from npr_jax.base.parts import Clock, part, tell, watch
@@ -360,7 +365,16 @@ class Counting(loop.Body):
 
 
 def test_a_profile_has_the_steps_that_were_asked_for_and_their_parts(tmp_path):
-    assert loop.run(Counting(tmp_path, (2, 3)), lambda metrics: None) == 32
+    # In a process of its own, which has not loaded the compiler of another platform: with libtpu in
+    # it the profiler of jax 0.10.2 was seen to crash.
+    script = (
+        "import pathlib, sys, test_sight; from npr_jax.runs import loop; "
+        "body = test_sight.Counting(pathlib.Path(sys.argv[1]), (2, 3)); "
+        "assert loop.run(body, lambda metrics: None) == 32"
+    )
+    here = [str(Path(__file__).parent), str(Path(npr_jax.__file__).parents[1])]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(here)}
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], env=env, check=True)
     (path,) = tmp_path.glob("profile/plugins/profile/*/perfetto_trace.json.gz")
     (_,) = tmp_path.glob("profile/plugins/profile/*/*.xplane.pb")  # for TensorBoard
     events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]

@@ -21,7 +21,7 @@ from npr_jax.train import zero
 pytestmark = pytest.mark.slow
 
 # What the number of shards decides.
-OF_SHARDS = ("slot_use", "slots", "row_tokens", "micro_batches")
+OF_SHARDS = ("slot_use", "slots", "row_tokens", "micro_batches", "train_flops")
 
 
 @pytest.fixture(scope="module")
