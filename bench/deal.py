@@ -16,7 +16,7 @@ from collections import Counter
 import numpy as np
 
 from npr_jax.plan.plan import stage_config
-from npr_jax.train.deal import Item, deal, least_slots, shapes, used_tokens
+from npr_jax.train.deal import Item, deal, least_slots, used_tokens
 from npr_jax.train.packing import best_fit
 from npr_jax.train.rl import RLConfig
 
@@ -67,7 +67,7 @@ def measure(stage: str, model: str, processes: int, devices: int, changes: list[
     config = stage_config(stage, "tiny" if model == "tiny" else model, changes)
     assert isinstance(config, RLConfig)
     train, shards, rng = config.train, processes * devices, np.random.default_rng(0)
-    allowed = shapes(train.row_len, train.micro_rows)
+    allowed = train.shapes(None)
     run, sums = Counter(), np.zeros(6)
     for _ in range(BATCHES):
         for items in rollout(config, model, processes, rng):

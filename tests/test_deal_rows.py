@@ -165,6 +165,17 @@ def test_slots_are_used(processes, row_len, micro_rows, median, report):
     assert used >= 0.95 * slots
 
 
+def test_as_many_row_lengths_are_allowed_as_are_asked_for():
+    eighths = (64, 128, 192, 256, 320, 384, 448, 480, 512)
+    for number, lengths in ((1, (512,)), (2, (256, 384, 512)), (8, eighths)):
+        assert shapes(512, 4, number=number) == ((1, 2, 4), lengths)
+    train = TrainConfig(OptimizerConfig(1e-3), row_len=512, micro_rows=2, row_lengths=1)
+    assert train.shapes(None) == ((1, 2), (512,))
+    items = items_of([(24, 60), (24, 90)])
+    (part,) = deal(items, 1, 1, train.shapes(None))
+    assert part.shape == (1, 512)
+
+
 def test_the_full_shape_is_kept_where_little_is_gained():
     allowed = shapes(1024, 2)
     full = deal(items_of([(24, *[250] * 4)] * 8), 2, 1, allowed)

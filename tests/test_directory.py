@@ -177,8 +177,8 @@ def test_the_configuration_of_a_run_is_never_half_written(tmp_path, monkeypatch)
 
 
 # What may change when a stage goes on.
-TRAIN = """micro_rows remat gap_warn gap_stop max_nonfinite checkpoint_every keep_checkpoints
-keep_best"""
+TRAIN = """micro_rows row_lengths remat gap_warn gap_stop max_nonfinite checkpoint_every
+keep_checkpoints keep_best"""
 ENGINE = """lanes pages page_size table_pages steps header_rows header_chunk prefill_rows
 prefill_chunk max_stops attention"""
 MAY = {

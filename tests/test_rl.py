@@ -192,6 +192,23 @@ def test_where_every_advantage_is_zero_no_step_is_made(settings, tmp_path, caplo
     assert "none of the 2 steps has trained anything" in caplog.text
 
 
+def test_with_kl_answers_without_advantage_are_trained_on(settings, tmp_path):
+    """The first step has the reference itself, the second is away from it."""
+    sizes = "train.row_len=256", "max_tokens=100", "train.gap_stop=1000", "minibatches=1"
+    for kl in (0.0, 0.5):
+        config = settings("zero", "steps=2", f"kl={kl}", *sizes, f"output={tmp_path / str(kl)}")
+
+        def collect(engine, feed, step, config):
+            return collected(0.0, 1.0)
+
+        loop.run(policy.Policy(config, collect), lambda metrics: None)
+    none, some = read_metrics(tmp_path / "0.0"), read_metrics(tmp_path / "0.5")
+    assert [line["zero_advantage"] for line in none] == [1, 1] and "kl" not in none[0]
+    assert [line["zero_advantage"] for line in some] == [0, 0]
+    assert some[0]["kl"] == 0 and some[1]["kl"] > 0
+    assert some[0]["row_tokens"] > none[0]["row_tokens"]
+
+
 def test_minibatches_that_teach_nothing_are_left_out_and_counted():
     train = TrainConfig(OptimizerConfig(1e-3), row_len=256)
     empty, dealt = rl.minibatches(collected(0.0, 1.0, 0.0, -1.0, 0.0), 2, train, 3)

@@ -42,6 +42,7 @@ SEED_FIT = fit.FitConfig(
             learning_rate=4e-3, schedule="cosine", final_learning_rate=4e-4, warmup=15
         ),
         row_len=512,
+        row_lengths=1,
         micro_rows=4,
         checkpoint_every=100,
     ),
@@ -152,7 +153,7 @@ def make_seed(seed: int, output: Path, held_out: set[str]) -> None:
 
 
 def _paths(stage: str, output: Path) -> list[str]:
-    """The overrides that put a stage's files under `output`."""
+    """The overrides of a stage: its files go under `output`, and rows have one length."""
     before = {"zero": "seed", "beta": "seed", "papo": "beta"}[stage]
     values = {
         "model": output / before / "final",
@@ -161,7 +162,9 @@ def _paths(stage: str, output: Path) -> list[str]:
     }
     if stage == "beta":
         values["sampler_model"] = output / "zero" / "final"
-    return [f"{key}={json.dumps(str(value))}" for key, value in values.items()]
+    # Its steps are short against compiling one.
+    short = "fit.train.row_lengths=1" if stage == "beta" else "train.row_lengths=1"
+    return [short, *(f"{key}={json.dumps(str(value))}" for key, value in values.items())]
 
 
 def _worth_showing(answer: Answer) -> tuple:

@@ -37,6 +37,7 @@ _FREE = (
 # alone, as the mesh does.
 SIZES = (
     "train.micro_rows",
+    "train.row_lengths",
     "train.remat",
     *(
         f"engine.{name}"

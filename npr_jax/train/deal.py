@@ -7,9 +7,9 @@ rows of all groups are packed together and dealt to all shards; what does not fi
 micro-batch gets one with fewer or shorter rows, and rows that run together cost alike.
 
 A shape is one of few (`Shapes`), since each is a program to compile: the rows of a micro-batch are
-`micro_rows` or a smaller power of two, its row length is `row_len` or one of at most eight shorter
-ones. `row_len` by `micro_rows`, which is what a plan counts with, is kept wherever others
-would save less than `GAIN`.
+`micro_rows` or a smaller power of two, its row length is `row_len` or one of a few shorter ones
+(`train.row_lengths`). `row_len` by `micro_rows`, which is what a plan counts with, is kept wherever
+others would save less than `GAIN`.
 """
 
 import heapq
@@ -71,15 +71,18 @@ class MicroBatch(NamedTuple):
         return len(self.rows) * len(self.rows[0]) * self.row_len
 
 
-def shapes(row_len: int, micro_rows: int, sequence: int = 1, fixed: bool = False) -> Shapes:
-    """The shapes beside `row_len` by `micro_rows`: powers of two of rows, and eighths of the
-    length and 15 sixteenths, in whole blocks on every part of `sequence`. `fixed`: that one alone.
+def shapes(
+    row_len: int, micro_rows: int, sequence: int = 1, fixed: bool = False, number: int = 8
+) -> Shapes:
+    """The shapes beside `row_len` by `micro_rows`: powers of two of rows, and the `number`-th parts
+    of the length and half of the last of them (8: eighths and 15 sixteenths; 1: the whole alone),
+    in whole blocks on every part of `sequence`. `fixed`: that one alone.
     """
     if fixed:
         return Shapes((micro_rows,), (row_len,))
     unit = _BLOCK * sequence
-    parts = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8, 15 / 16)
-    lengths = {math.ceil(row_len * part / unit) * unit for part in parts}
+    parts = [*range(2, 2 * number, 2), 2 * number - 1] if number > 1 else []
+    lengths = {math.ceil(row_len * part / (2 * number) / unit) * unit for part in parts}
     powers = {1 << k for k in range(micro_rows.bit_length())}
     return Shapes(
         tuple(sorted({micro_rows, *powers})),

@@ -38,6 +38,9 @@ class TrainConfig(Checked):
     Attributes:
       optimizer: AdamW and the rate of each step.
       row_len (tokens): of a row; the longest trace has to fit.
+      row_lengths (lengths): that rows may have, even parts of row_len, so that fewer slots are
+        empty; each one met takes a program that is compiled then. Where compiling takes longer than
+        it saves, as for small models and short runs, 1: all rows have row_len.
       micro_rows (rows): whose activations exist at one time, on each part of the batch
         (mesh.data x mesh.fsdp parts).
       compute_dtype: of the forward and backward pass and of the engine; parameters and optimizer
@@ -61,6 +64,7 @@ class TrainConfig(Checked):
 
     optimizer: OptimizerConfig
     row_len: Count = 512
+    row_lengths: Annotated[int, Range(ge=1, le=16)] = 8
     micro_rows: Count = 4
     compute_dtype: Dtype = "float32"
     remat: Remat = "dots"
@@ -89,7 +93,7 @@ class TrainConfig(Checked):
     def shapes(self, mesh: Mesh | None) -> Shapes:
         """The shapes of micro-batches; one where `exact` asks each shape of the machine."""
         sequence = mesh.shape["sequence"] if mesh else 1
-        return shapes(self.row_len, self.micro_rows, sequence, fixed=self.exact)
+        return shapes(self.row_len, self.micro_rows, sequence, self.exact, self.row_lengths)
 
     def smaller(self, name: str = "train", need: int | None = None) -> str:
         """Which of these settings make a step need less memory; none of them changes a number of a
@@ -157,7 +161,7 @@ def optimize(
         add, total = compiled_sums(*kind), None
         for part in parts:
             total = add(state.params, part, total)
-        found = compiled_update(*kind)(state, total, *numbers)
+        found = compiled_update(model_config, optimizer, mesh)(state, total, *numbers)
     state, sums, largest, norm, finite = found
     metrics = {name: float(value) / batch.computed for name, value in sums.items()}
     metrics["loss"] = float(sums["loss"]) / batch.count
@@ -264,11 +268,9 @@ def compiled_sums(
     def add(params, batch, total):
         return _add(gradient, params, batch, len(batch["tokens"]), total)
 
-    def zeros(params, batch):
-        return _zeros(gradient, params, batch)
-
+    sums = None
     if mesh is None or shardings is None:
-        add, zeros = jax.jit(add, donate_argnums=2), jax.jit(zeros)
+        add = jax.jit(add, donate_argnums=2)
     else:
         everywhere, batch = NamedSharding(mesh, P()), NamedSharding(mesh, _BATCH)
         sums = shardings.params, everywhere
@@ -278,19 +280,23 @@ def compiled_sums(
             in_shardings=(shardings.params, batch, sums),
             out_shardings=sums,
         )
-        zeros = jax.jit(zeros, in_shardings=(shardings.params, batch), out_shardings=sums)
+    zeros: list[Callable] = []  # one for batches of every shape
+
+    def start(params, batch):
+        if not zeros:
+            like = jax.eval_shape(lambda: _zeros(gradient, params, batch))
+            make = functools.partial(jax.tree.map, lambda x: jnp.zeros(x.shape, x.dtype), like)
+            zeros.append(jax.jit(make, out_shardings=sums))
+        return zeros[0]()
+
     return lambda params, batch, total: add(
-        params, batch, zeros(params, batch) if total is None else total
+        params, batch, start(params, batch) if total is None else total
     )
 
 
 @functools.cache
 def compiled_update(
-    model_config: ModelConfig,
-    config: OptimizerConfig,
-    objective: Objective,
-    compute_dtype: str,
-    mesh: Mesh | None,
+    model_config: ModelConfig, config: OptimizerConfig, mesh: Mesh | None
 ) -> Callable:
     """The compiled update(state, total, count, rate), which uses the state up: what `compiled_step`
     does once it has the `Sums` of all micro-batches."""
