@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from npr_jax.base.distributed import group_size
+
 GIB = 2**30
 
 
@@ -51,7 +53,7 @@ def peak_flops(mesh: Mesh | None, dtype: str) -> float:
     device = jax.local_devices()[0]
     if chip := _KINDS.get(device.device_kind):
         return CHIPS[chip].flops * (mesh.size if mesh else 1)
-    number = jax.process_count() if device.platform == "cpu" else mesh.size if mesh else 1
+    number = group_size() if device.platform == "cpu" else mesh.size if mesh else 1
     return measured_peak(dtype) * number
 
 

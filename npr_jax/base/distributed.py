@@ -2,6 +2,9 @@
 
 Every process runs the same program with its own part of the data; arrays on the mesh are the only
 thing that XLA moves between them inside a step. Process 0 writes what a run tells.
+
+Where some processes train and others roll out, each of the two sides is a `group`: all that is said
+here of "all processes" is then of those of the group, in which the first is `is_main`.
 """
 
 import contextlib
@@ -55,31 +58,63 @@ def initialize() -> None:
     jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
 
 
+_group: tuple[int, ...] | None = None  # processes; None: all
+
+
+@contextlib.contextmanager
+def group(processes: Sequence[int] | None) -> Iterator[None]:
+    """In here this process works with these alone, of which it is one; None: with all."""
+    global _group
+    outer, _group = _group, None if processes is None else tuple(processes)
+    try:
+        yield
+    finally:
+        _group = outer
+
+
+def members() -> tuple[int, ...]:
+    """The processes, by JAX's numbers."""
+    return _group or tuple(range(jax.process_count()))
+
+
+def group_size() -> int:
+    """How many processes there are."""
+    return len(members())
+
+
+def group_rank() -> int:
+    """The number of this one among them, from 0."""
+    return members().index(jax.process_index())
+
+
 def is_main() -> bool:
     """Whether this process writes what a run tells."""
-    return jax.process_index() == 0
+    return group_rank() == 0
 
 
 def mine(items: Sequence[T]) -> Sequence[T]:
     """This process's share: the shares of all processes are disjoint, and together everything."""
-    return items[jax.process_index() :: jax.process_count()]
+    return items[group_rank() :: group_size()]
 
 
 def gather(value: T) -> list[T]:
     """The values of all processes in their order; all make the call together. For small values."""
-    if jax.process_count() == 1:
+    known = members()
+    if len(known) == 1:
         return [value]
-    from jax.experimental import multihost_utils
-
     data = np.frombuffer(pickle.dumps(value), np.uint8)
     with part("wait"):
-        sizes = multihost_utils.process_allgather(np.array([len(data)], np.int32)).reshape(-1)
-        padded = np.pad(data, (0, int(sizes.max()) - len(data)))
-        found = multihost_utils.process_allgather(padded).reshape(len(sizes), -1)
-    return [
-        pickle.loads(row[:size].astype(np.uint8).tobytes())
-        for row, size in zip(found, sizes, strict=True)
-    ]
+        sizes = _all_gather(known, np.array([len(data)], np.int32))[:, 0]
+        longest = 1 << int(sizes.max() - 1).bit_length()  # a program for each
+        found = _all_gather(known, np.pad(data, (0, longest - len(data))))
+    return [pickle.loads(row[:size].tobytes()) for row, size in zip(found, sizes, strict=True)]
+
+
+def _all_gather(known: tuple[int, ...], row: np.ndarray) -> np.ndarray:
+    """Rows [P, L] of these processes, of which this one gives one."""
+    mesh = _mesh(known)
+    array = jax.make_array_from_process_local_data(NamedSharding(mesh, P("process")), row[None])
+    return np.asarray(_same(mesh, P())(array).addressable_data(0))
 
 
 def gather_all(items: Sequence[T]) -> list[T]:
@@ -94,7 +129,7 @@ def exchange(values: Sequence[T]) -> list[T]:
     them in all-to-alls of at most `_PIECE` bytes for each pair of processes, so that few shapes are
     compiled, and nobody holds what is for others.
     """
-    processes = jax.process_count()
+    processes = group_size()
     if processes == 1:
         return [values[0]]
     sent = [np.frombuffer(pickle.dumps(value, protocol=5), np.uint8) for value in values]
@@ -104,7 +139,8 @@ def exchange(values: Sequence[T]) -> list[T]:
     padded = np.zeros((processes, rounds * size), np.uint8)
     for row, data in zip(padded, sent, strict=True):
         row[: len(data)] = data
-    mesh, turn = _all_to_all()
+    mesh = _mesh(members())
+    turn = _same(mesh, P(None, "process"))
     received = []
     for first in range(0, rounds * size, size):
         piece = padded[None, :, first : first + size]
@@ -113,23 +149,27 @@ def exchange(values: Sequence[T]) -> list[T]:
     whole = np.concatenate(received, axis=1)
     return [
         pickle.loads(data[:size].tobytes())
-        for data, size in zip(whole, sizes[:, jax.process_index()], strict=True)
+        for data, size in zip(whole, sizes[:, group_rank()], strict=True)
     ]
 
 
 @functools.cache
-def _all_to_all() -> tuple[Mesh, Callable]:
-    """A mesh of one device a process, and u8[senders, receivers, L] split over senders -> the same
-    split over receivers."""
+def _mesh(processes: tuple[int, ...]) -> Mesh:
+    """Of one device of each of these processes."""
     first = {device.process_index: device for device in reversed(jax.devices())}
-    devices = np.array([first[process] for process in range(jax.process_count())])
-    mesh = Mesh(devices, ("process",), axis_types=(AxisType.Auto,))
-    return mesh, jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, P(None, "process")))
+    devices = np.array([first[process] for process in processes])
+    return Mesh(devices, ("process",), axis_types=(AxisType.Auto,))
+
+
+@functools.cache
+def _same(mesh: Mesh, spec: P) -> Callable:
+    """The compiled x -> x, which lies as `spec` says."""
+    return jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, spec))
 
 
 def to_host(tree):
     """The whole arrays of a pytree as numpy arrays, in every process."""
-    if jax.process_count() == 1:
+    if group_size() == 1:
         return jax.device_get(tree)
     from jax.experimental import multihost_utils
 
@@ -138,11 +178,8 @@ def to_host(tree):
 
 def wait(name: str) -> None:
     """Waits until every process is here."""
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        with part("wait"):
-            multihost_utils.sync_global_devices(name)
+    here = gather(name)
+    assert len({*here}) == 1, here  # all make the call together
 
 
 @contextlib.contextmanager

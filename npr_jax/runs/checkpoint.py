@@ -22,7 +22,7 @@ import yaml
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-from npr_jax.base.distributed import gather, is_main, wait
+from npr_jax.base.distributed import gather, group_rank, group_size, is_main, members, wait
 from npr_jax.base.files import REMEDY, is_url, numbered, writing
 from npr_jax.model.params import check_finite
 from npr_jax.runs.digest import find_fault, write_digests, write_part
@@ -63,7 +63,11 @@ class Checkpoints:
             policies.append(
                 BestN(get_metric_fn=_value, n=keep_best, keep_checkpoints_without_metrics=False)
             )
+        # The threads that save must not ask for the group: it may be another for a moment.
+        self._processes, self._rank, self._size = _processes(), group_rank(), group_size()
         options = ocp.CheckpointManagerOptions(
+            multiprocessing_options=self._processes,
+            create=False,
             preservation_policy=AnyPreservationPolicy(policies),
             best_fn=_value,
             cleanup_tmp_directories=True,
@@ -78,6 +82,9 @@ class Checkpoints:
                         if ocp.utils.TMP_DIR_SUFFIX in path.name:
                             _log.warning("%s is half-written: it is not used, and removed", path)
                             _remove(path)
+                if is_main():
+                    self.directory.mkdir(parents=True, exist_ok=True)
+                wait(f"made {self.directory}")
                 self._manager = ocp.CheckpointManager(self.directory, options=options)
         except ImportError as error:  # each kind of object store has a package of its own
             raise ValueError(f"checkpoints are to go to {self.directory}: {error}") from error
@@ -99,6 +106,8 @@ class Checkpoints:
             return
         check_finite(state, f"the state after step {step} is not saved")
         self.wait()
+        if group_size() == 1 and jax.process_count() > 1:
+            state = jax.device_get(state)  # Orbax takes no array that one process of several has
         meta = {"config": self.config_text, "position": dict(position)}
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
         finite = value is not None and math.isfinite(value)
@@ -170,13 +179,14 @@ class Checkpoints:
         """Orbax waits here for the other processes, in the background; the first time of a save
         when this one's files are there, and all digests of them with this."""
         if _WRITTEN in key:
-            write_part(self._unfinished(), jax.process_index())
-        ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
+            write_part(self._unfinished(), self._rank)
+        processes = self._processes.active_processes
+        ocp.multihost.get_barrier_sync_fn(processes=processes)(key=key, timeout_ms=timeout_ms)
 
     def _add_digests(self) -> None:
         """Orbax calls it when every file of the checkpoint is there, and commits it afterwards; in
         the first process alone."""
-        write_digests(self._unfinished(), jax.process_count())
+        write_digests(self._unfinished(), self._size)
 
     def _unfinished(self) -> epath.Path:
         """Where the checkpoint that is being saved is until it is committed."""
@@ -258,7 +268,7 @@ def _read_start(directory: epath.PathLike, step: int, state: State) -> tuple[int
     place = _place(directory)
     try:
         _check_whole(place / str(step))
-        options = ocp.CheckpointManagerOptions(read_only=True)
+        options = ocp.CheckpointManagerOptions(read_only=True, multiprocessing_options=_processes())
         with ocp.CheckpointManager(place, options=options) as manager:
             target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
             meta = _restore(manager, step, meta=ocp.args.JsonRestore())
@@ -276,9 +286,16 @@ def _restore(manager: ocp.CheckpointManager, step: int, **item):
     return found[next(iter(item))]
 
 
+def _processes() -> ocp.options.MultiprocessingOptions:
+    """Those that save and restore together."""
+    here = {*members()}
+    active = here if len(here) < jax.process_count() else None  # None: all
+    return ocp.options.MultiprocessingOptions(primary_host=min(here), active_processes=active)
+
+
 def _check_whole(path: epath.Path) -> None:
     """Raises _Damaged naming what is wrong with a checkpoint; all processes together."""
-    faults = gather(find_fault(path, jax.process_index(), jax.process_count()))
+    faults = gather(find_fault(path, group_rank(), group_size()))
     if fault := next(filter(None, faults), None):
         raise _Damaged(fault)
 

@@ -10,9 +10,7 @@ answers that end because the engine has no pages left, which is a matter of what
 
 from collections.abc import Sequence
 
-import jax
-
-from npr_jax.base.distributed import gather
+from npr_jax.base.distributed import gather, group_size
 
 SYNC = 4  # visits of the engine between two looks at what other processes have
 
@@ -28,7 +26,7 @@ class Race:
     def watch(self, lengths: Sequence[int], finished: Sequence[bool]) -> list[int]:
         """What `Engine.generate` asks between two visits: which of its answers to give up."""
         self._visits += 1
-        if jax.process_count() == 1 or self._visits % SYNC == 0:
+        if group_size() == 1 or self._visits % SYNC == 0:
             self._compare(lengths, finished, False)
         open_ = [i for i, done in enumerate(finished) if not done]
         return [i for i in open_ if self._keys[i][0] in self._lost]

@@ -16,6 +16,7 @@ import numpy as np
 import yaml
 from etils import epath
 
+from npr_jax.base.distributed import group_rank, group_size
 from npr_jax.base.files import numbered, write_atomically, writing
 from npr_jax.base.progress import Scalar
 from npr_jax.runs.directory import INPUTS, SIZES, essence
@@ -31,8 +32,8 @@ class Pending:
     """The files of sampled groups under `directory`, for a run of the config `config_text`."""
 
     def __init__(self, directory: epath.PathLike, config_text: str):
-        if jax.process_count() > 1:  # each has its own
-            directory = f"{directory}-{jax.process_index()}-of-{jax.process_count()}"
+        if group_size() > 1:  # each has its own
+            directory = f"{directory}-{group_rank()}-of-{group_size()}"
         self.directory = epath.Path(directory)
         self._config = json.dumps(
             essence(yaml.safe_load(config_text), (*SIZES, *INPUTS)), sort_keys=True

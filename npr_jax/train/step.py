@@ -18,7 +18,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from npr_jax.base.distributed import gather
+from npr_jax.base.distributed import gather, group_size
 from npr_jax.base.fields import Checked, Count, Dtype, PositiveOrZero, Range
 from npr_jax.base.mesh import BATCH, batch_shards
 from npr_jax.model import ModelConfig
@@ -172,7 +172,7 @@ def optimize(
 
 def _own_rows(rows: Sequence[Row], micro_rows: int, mesh: Mesh | None) -> Batch:
     """This process's own rows, of which all run as many micro-batches as the fullest process."""
-    size = micro_rows * batch_shards(mesh) // jax.process_count()
+    size = micro_rows * batch_shards(mesh) // group_size()
     counts = gather((count_loss_tokens(rows), -(-len(rows) // size)))
     count, used = sum(count for count, _ in counts), max(used for _, used in counts)
     if not count:
