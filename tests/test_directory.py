@@ -188,7 +188,7 @@ MAY = {
     "steps",
     "train.row_len",
     "mesh.slices",
-    *(f"mesh.{axis}" for axis in AXES),
+    *(f"mesh.{axis}" for axis in (*AXES, "rollout")),
     *(f"train.{name}" for name in TRAIN.split()),
     *(f"engine.{name}" for name in ENGINE.split()),
 }

@@ -294,7 +294,7 @@ def test_what_a_step_trains_on_is_told_when_it_fails_again(settings, monkeypatch
     def collect(engine, feed, step, config):
         (prompt,), _ = feed.take(1)
         made = examples(model, 2, seed=3)
-        (text,) = feed.names(feed.position - 1).values()
+        (text,) = feed.names(feed.position - 1, feed.position).values()
         ids = np.concatenate([prompt, made[0].token_ids[made[0].layout.prompt_len :]])
         laid = layout(len(ids), prompt_len=len(prompt))
         mask = np.arange(len(ids)) >= len(prompt)

@@ -22,7 +22,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
-from npr_jax.base.fields import Checked, Count, Range
+from npr_jax.base.fields import Checked, Count, CountOrZero, Range
 
 AXES = ("data", "fsdp", "sequence", "tensor")
 BATCH = ("data", "fsdp")  # what the rows of a batch are split over
@@ -42,6 +42,8 @@ class MeshConfig(Checked):
       fsdp (devices): parts of parameters and optimizer state; rows are split over it too.
       tensor (devices): parts of heads, hidden layer and vocabulary.
       sequence (devices): parts of a row's tokens (context parallelism).
+      rollout (devices): of all, those of the last processes, which do nothing but roll out while
+        the others train (`staleness`); 0: all devices do both by turns.
     """
 
     slices: Count = 1
@@ -49,6 +51,7 @@ class MeshConfig(Checked):
     fsdp: Axis = 1
     tensor: Axis = 1
     sequence: Axis = 1
+    rollout: CountOrZero = 0
 
     def __post_init__(self):
         super().__post_init__()
@@ -99,13 +102,15 @@ def make_mesh(config: MeshConfig, devices: Sequence | None = None) -> Mesh | Non
     """The training mesh; None for a single device.
 
     Args:
-      devices: all there are if None. One process may use fewer of them than there are; several
-        processes use all.
+      devices: all there are if None, of which those for rollouts are left out. One process may use
+        fewer of them than there are; several processes use all.
 
     Raises:
       ValueError: the axes and the devices do not fit each other.
     """
     devices = list(jax.devices() if devices is None else devices)
+    if config.rollout:
+        devices, _ = split_rollout(config, devices)
     sizes = config.sizes(len(devices))
     total = math.prod(sizes.values())
     processes = len({device.process_index for device in devices})
@@ -140,6 +145,40 @@ def make_mesh(config: MeshConfig, devices: Sequence | None = None) -> Mesh | Non
             "row is split among processes"
         )
     return mesh
+
+
+def split_rollout(config: MeshConfig, devices: Sequence) -> tuple[list, list]:
+    """The devices that train, and the `rollout` ones, which are all those of the last processes.
+    Raises ValueError where these are not whole processes, or would be all."""
+    ordered = sorted(devices, key=_place)
+    train, rollout = ordered[: -config.rollout], ordered[-config.rollout :]
+    processes = sorted({device.process_index for device in devices})
+    each = len(devices) // len(processes)
+    if not train or {d.process_index for d in train} & {d.process_index for d in rollout}:
+        raise ValueError(
+            f"mesh.rollout is {config.rollout}, and there are {len(processes)} processes of {each} "
+            f"devices: needed is a multiple of {each} below {len(devices)}, so that every process "
+            "either trains or rolls out"
+        )
+    return train, rollout
+
+
+def rollout_mesh(config: MeshConfig) -> Mesh | None:
+    """The decoding replicas on the devices for rollouts, as a training mesh has them; None for a
+    single device."""
+    _, devices = split_rollout(config, jax.devices())
+    return make_mesh(MeshConfig(data=-1, tensor=config.tensor), devices)
+
+
+def sides(config: MeshConfig) -> tuple[Mesh, Mesh]:
+    """(data, tensor) over the devices that train, and over those for rollouts."""
+    parts = split_rollout(config, jax.devices())
+    meshes = make_mesh(config), rollout_mesh(config)
+    train, rollout = (
+        decode_mesh(mesh) if mesh else _decoding(np.array(part[:1]))
+        for mesh, part in zip(meshes, parts, strict=True)
+    )
+    return train, rollout
 
 
 def _slices(devices: list, number: int) -> list[list]:

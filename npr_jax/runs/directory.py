@@ -76,6 +76,8 @@ LATER: tuple[str, ...] = (
     ),
     "start",
     "kl",
+    "staleness",
+    "importance_bound",
     "oversample",
     "refill",
     *(f"evaluate.{name}" for name in ("every", "problems", "samples")),
@@ -95,11 +97,12 @@ _WHY = (
         r"prompt|samples$|problems$|batch|refill|oversample|tries$|keep$|row_len$",
         "which problems and answers a step has depends on it",
     ),
+    (r"^staleness$", "which weights sample a batch depends on it"),
     (
         r"^(malformed|acceleration|advantage|reward|overlong)",
         "what an answer is worth depends on it",
     ),
-    (r"^(kl$|clip_|dual_clip|objective|layout|train_forced)", "the loss depends on it"),
+    (r"^(kl$|importance|clip_|dual_clip|objective|layout|train_forced)", "the loss depends on it"),
 )
 _MISFITS = (KeyError, AttributeError)  # PyYAML's for a value that its tag does not fit: !!bool x
 

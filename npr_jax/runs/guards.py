@@ -21,6 +21,8 @@ def check_gap(step: int, metrics: Mapping[str, Scalar], warn: float, stop: float
         f"step {step}: the sampler's log-probs and the trainer's differ by {gap:.3g} in the mean "
         f"and {metrics['logp_gap_max']:.3g} at most"
     )
+    if age := metrics.get("rollout_age"):
+        said += f" (also since the sampler's weights were {age} steps older)"
     if not gap <= stop:  # or it is no number
         raise FloatingPointError(
             f"{said}, more than train.gap_stop={stop}: what is trained is not what was sampled. "

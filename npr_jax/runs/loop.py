@@ -97,6 +97,12 @@ class Body(ABC, Generic[State, Result]):
     def move(self, position: Mapping[str, Any]) -> None:
         """Goes to where `position` says."""
 
+    def settle(self, state: State, number: int, ending: bool) -> bool:
+        """Before a save of the state after `number` steps: makes whole what else the run needs to
+        go on from there. False where that would take too long in a run that is `ending`, which then
+        goes on from the save before."""
+        return True
+
     tell_work: Callable[[Work], None] = staticmethod(lambda work: None)
     """Set by the loop: a step that trains calls it first, with what it trains on."""
 
@@ -151,12 +157,14 @@ def run(body: Body[State, Result], report: Report | None = None) -> Result:
                 for number in range(start + 1, body.total + 1):
                     if body.is_over():
                         break
+                    whole = body.settle(state, number - 1, True)
                     position = _position(body, guard)
                     try:
                         with attempts.step(number), profiler.step(number):
                             state, metrics = body.step(state, number)
                     except sigterm.Preempted:
-                        store.save(number - 1, state, position, value)
+                        if whole:
+                            store.save(number - 1, state, position, value)
                         raise
                     # What follows is in the seconds of the next step, before which it comes.
                     metrics |= {"step": number} | guard.count(metrics) | clock.lap()
@@ -166,7 +174,8 @@ def run(body: Body[State, Result], report: Report | None = None) -> Result:
                     body.check(number, metrics)
                     value, ending = body.value(metrics), sigterm.wanted()
                     last = number == body.total or body.is_over()
-                    if number % body.every == 0 or last or ending:
+                    due = number % body.every == 0 or last or ending
+                    if due and body.settle(state, number, ending):
                         with part("save"):
                             store.save(number, state, _position(body, guard), value)
                     if ending:

@@ -15,9 +15,7 @@ import signal
 import threading
 from collections.abc import Iterator
 
-import jax
-
-from npr_jax.base.distributed import gather
+from npr_jax.base.distributed import gather, group_size
 
 SIGNALS = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
 
@@ -35,6 +33,17 @@ class Preempted(SystemExit):
 def wanted() -> bool:
     """Whether this process, or any other of the run, has been asked to end; all ask together."""
     return any(gather(bool(_seen)))
+
+
+def seen() -> bool:
+    """Whether this process has been asked to end."""
+    return bool(_seen)
+
+
+def request() -> None:
+    """Asks this process to end, as if it had got SIGTERM, but for what may end anywhere."""
+    global _seen
+    _seen = _seen or signal.SIGTERM
 
 
 @contextlib.contextmanager
@@ -66,7 +75,7 @@ def interruptible() -> Iterator[None]:
     """A part of `watched` that may end anywhere: Preempted is raised where a signal comes. Several
     processes end where they ask `wanted` together, and nowhere else."""
     global _interruptible
-    if jax.process_count() > 1:
+    if group_size() > 1:
         yield
         return
     _interruptible = True  # before the check, or a signal between the two would be overlooked

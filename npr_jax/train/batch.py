@@ -9,10 +9,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
-from npr_jax.base.distributed import exchange
+from npr_jax.base.distributed import exchange, group_rank, group_size
 from npr_jax.train.deal import ALL, Item, MicroBatch, Shapes, deal, used_tokens
 from npr_jax.train.packing import Example, Row, empty_row, make_row, stack
 from npr_jax.tree import TreeLayout
@@ -104,7 +103,7 @@ def make_batch(
                 f"an example has {item.prompt + item.response} tokens, a row has {row_len}: raise "
                 "row_len"
             )
-    processes, process = jax.process_count(), jax.process_index()
+    processes, process = group_size(), group_rank()
     dealt = deal(items, shards, processes, allowed)
     owned = _travel(items, [own.get(i) for i in numbers], dealt, shards // processes)
     each = shards // processes
@@ -151,7 +150,7 @@ def _travel(
     each: int,
 ) -> dict[int, Example]:
     """The examples of this process's rows by their numbers, those of others sent by them."""
-    process, processes = jax.process_index(), jax.process_count()
+    process, processes = group_rank(), group_size()
     home = {
         number: shard // each
         for part in dealt
@@ -164,7 +163,7 @@ def _travel(
     if all(item.process in (ALL, home[i]) for i, item in enumerate(items)):
         return found
     out = [
-        {i: _bare(e) for i, e in enumerate(own) if e is not None and home[i] == to}
+        {i: bare(e) for i, e in enumerate(own) if e is not None and home[i] == to}
         if to != process
         else {}
         for to in range(processes)
@@ -174,6 +173,6 @@ def _travel(
     return found
 
 
-def _bare(example: Example) -> Example:
+def bare(example: Example) -> Example:
     """An example as rows need it: the blocks of its layout stay behind."""
     return dataclasses.replace(example, layout=dataclasses.replace(example.layout, blocks=()))

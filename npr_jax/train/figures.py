@@ -40,14 +40,13 @@ def figures(
     seconds: float,
     mesh: Mesh | None,
     dtype: str,
-    before: Mapping[str, float] | None = None,
-    after: Mapping[str, float] | None = None,
+    counts: Mapping[str, float] | None = None,
 ) -> dict[str, Scalar]:
     """Metrics of a step; all processes make the call together.
 
     Args:
       flops: that this process's rows needed (`flops_of`); seconds: in which all were trained.
-      before, after: `engine_counts` around the step's rollout, if there was one.
+      counts: what `engine_counts` have grown by in the step's rollout, where a process knows it.
 
     Returns:
       `train_flops`: of all rows; `mfu`: of the peak of all devices (`peak_flops`) the share that
@@ -55,16 +54,15 @@ def figures(
       `engine/occupancy`: of the rows that the engines have computed, the share that drew a token;
       `engine/preemptions`, `engine/cached_tokens`, `engine/prefill_tokens`.
     """
-    grown = {name: after[name] - before[name] for name in after} if before and after else {}
-    parts = gather((flops, memory(), grown))
+    parts = gather((flops, memory(), dict(counts or {})))
     total = sum(part for part, _, _ in parts)
     found: dict[str, Scalar] = {"train_flops": total}
     if total:
         found["mfu"] = total / (seconds * peak_flops(mesh, dtype))
     for name in parts[0][1]:
         found[name] = max(held.get(name, 0.0) for _, held, _ in parts)
-    counts = {name: sum(grown[name] for _, _, grown in parts) for name in grown}
-    if counts.get("decode_rows"):
-        found["engine/occupancy"] = counts["decode_tokens"] / counts["decode_rows"]
-        found |= {f"engine/{name}": counts[name] for name in _COUNTS}
+    grown = {name: sum(known.get(name, 0.0) for *_, known in parts) for name in (*_COUNTS, *_ROWS)}
+    if grown["decode_rows"]:
+        found["engine/occupancy"] = grown["decode_tokens"] / grown["decode_rows"]
+        found |= {f"engine/{name}": grown[name] for name in _COUNTS}
     return found

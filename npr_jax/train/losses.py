@@ -59,17 +59,37 @@ def dapo(
     return _masked(loss, mask).sum(), mask.sum(dtype=jnp.int32), metrics
 
 
-def papo(logp: jax.Array, advantages: jax.Array, mask: jax.Array) -> Loss:
+def papo(
+    logp: jax.Array,
+    advantages: jax.Array,
+    mask: jax.Array,
+    old_logp: jax.Array | None = None,
+    bound: float = 0.0,
+) -> Loss:
     """Strictly on-policy loss of PAPO (arXiv 2512.07461 eq. 6): sum of -A pi / sg[pi].
 
     The ratio is 1, so the value is -sum A and the gradient that of -A log pi: no clip takes the
     gradient from a token, and no importance weight is there to go wrong.
+
+    With `old_logp`, for tokens that older weights have drawn, each is weighed by
+    sg[min(exp(logp - old_logp), bound)], truncated importance sampling: no weight is above the
+    bound, so the variance is finite, and tokens at it count too little. Metrics then (sums over
+    masked tokens): `importance` weights, `importance_truncated` tokens at the bound.
     """
     mask = _check(mask, logp=logp, advantages=advantages)
     logp = _masked(logp, mask)
     ratio = jnp.exp(logp - jax.lax.stop_gradient(logp))
-    loss = -_masked(advantages, mask) * ratio
-    return loss.sum(), mask.sum(dtype=jnp.int32), {}
+    loss, metrics = -_masked(advantages, mask) * ratio, {}
+    if old_logp is not None:
+        _check(mask, old_logp=old_logp)
+        weight = jnp.exp(jax.lax.stop_gradient(logp) - _masked(old_logp, mask))
+        weight = jnp.minimum(weight, bound)
+        loss = loss * weight
+        metrics = {
+            "importance": _masked(weight, mask).sum(),
+            "importance_truncated": _count(weight >= bound, mask, loss.dtype),
+        }
+    return loss.sum(), mask.sum(dtype=jnp.int32), metrics
 
 
 def divergence(logp: jax.Array, ref_logp: jax.Array, mask: jax.Array) -> jax.Array:

@@ -17,13 +17,15 @@ from npr_jax.train import losses
 @dataclasses.dataclass(frozen=True)
 class Objective(Checked):
     """Which loss, with its hyper-parameters: those of "dapo", and the weight of the divergence from
-    a reference (`losses.divergence`), whose log-probs the rows then have as `ref_logp`."""
+    a reference (`losses.divergence`), whose log-probs the rows then have as `ref_logp`; and the
+    bound of "papo"'s importance weights, 0 for none."""
 
     name: Literal["sft", "dapo", "papo"]
     clip_low: Share = 0.2
     clip_high: PositiveOrZero = 0.28
     dual_clip: Annotated[float, Range(gt=1)] = 10.0
     kl: PositiveOrZero = 0.0
+    importance: PositiveOrZero = 0.0
 
 
 def cast(params: dict, dtype: str) -> dict:
@@ -46,7 +48,9 @@ def _loss(objective: Objective, logp: jax.Array, row: dict) -> losses.Loss:
                 objective.dual_clip,
             )
         case "papo":
-            return losses.papo(logp, row["advantages"], row["loss_mask"])
+            bound = objective.importance
+            old_logp = row["old_logp"] if bound else None
+            return losses.papo(logp, row["advantages"], row["loss_mask"], old_logp, bound)
 
 
 def loss_sums(

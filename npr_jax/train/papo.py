@@ -15,13 +15,11 @@ import numpy as np
 from npr_jax.base.fields import Share
 from npr_jax.decode import Engine, SamplingParams, Trajectory
 from npr_jax.evaluate.judge import Answer
-from npr_jax.runs import loop
 from npr_jax.runs.log import Report
-from npr_jax.train import rl
+from npr_jax.train import policy, rl
 from npr_jax.train.advantages import batch_std, group_std
 from npr_jax.train.objective import Objective
 from npr_jax.train.packing import Example
-from npr_jax.train.policy import Policy
 from npr_jax.train.rewards import papo_reward
 from npr_jax.train.rollout import PAPO, first_of, of_all, roll_out, sampled_example, summary
 from npr_jax.tree import TagIds, TraceError, parse
@@ -84,7 +82,8 @@ class PapoConfig(rl.RLConfig):
 
     @property
     def loss(self) -> Objective:
-        return Objective(self.objective, kl=self.kl)
+        bound = self.importance_bound if self.staleness and self.objective == "papo" else 0.0
+        return Objective(self.objective, kl=self.kl, importance=bound)
 
 
 def run(config: PapoConfig, report: Report | None = None) -> Path:
@@ -92,7 +91,7 @@ def run(config: PapoConfig, report: Report | None = None) -> Path:
 
     `report(metrics)`, if given, is called after every step in place of a progress line.
     """
-    return loop.run(Policy(config, collect_groups), report)
+    return policy.run(config, collect_groups, report)
 
 
 def collect_groups(engine: Engine, feed: rl.Feed, step: int, config: PapoConfig) -> rl.Collected:

@@ -6,9 +6,9 @@ import functools
 import logging
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic
 
 import jax
 
@@ -19,15 +19,15 @@ from npr_jax.base.parts import part, tell
 from npr_jax.base.progress import Scalar, numeric
 from npr_jax.data.problems import read_problems
 from npr_jax.decode import Engine, SamplingParams
-from npr_jax.evaluate.traces import make_trace, write_traces
 from npr_jax.model.pretrained import load, publish_model
-from npr_jax.runs import sigterm
+from npr_jax.runs import loop, sigterm
 from npr_jax.runs.checkpoint import Checkpoints, checkpoint_steps
 from npr_jax.runs.directory import SIZES, claim, claim_inputs
 from npr_jax.runs.guards import check_gap
+from npr_jax.runs.log import Report
 from npr_jax.runs.loop import Body
 from npr_jax.train.evaluation import evaluation_of
-from npr_jax.train.figures import engine_counts, figures, flops_of
+from npr_jax.train.figures import figures, flops_of
 from npr_jax.train.inputs import model_content, problems_content
 from npr_jax.train.objective import cast
 from npr_jax.train.optimizer import (
@@ -37,14 +37,15 @@ from npr_jax.train.optimizer import (
     state_shardings,
     warn_untrained,
 )
-from npr_jax.train.rl import Collected, Feed, Groups, RLConfig, merged, minibatches, prompt_key
+from npr_jax.train.rl import Feed, merged, minibatches, prompt_key
 from npr_jax.train.rollout import STAGES, encode_problems, engine_params
-from npr_jax.train.rollout_cache import Pending, fingerprint
+from npr_jax.train.rollout_cache import Pending
+from npr_jax.train.sampler import ByTurns, C, Collect, Sampled, Sampler
+from npr_jax.train.sides import Ahead, Link, handover_of, linked, roll_out_side
 from npr_jax.train.start import find_start
 from npr_jax.train.step import optimize
 
 _log = logging.getLogger(__name__)
-C = TypeVar("C", bound=RLConfig)
 
 
 class Policy(Body[TrainState, Path], Generic[C]):
@@ -53,13 +54,14 @@ class Policy(Body[TrainState, Path], Generic[C]):
     Args:
       config: of the stage.
       collect: (engine with the current weights, feed, step from 1, config) -> Collected.
+      link: to the side that rolls out, where it is another than this one.
     """
 
     shown = ("reward", "format_rate", "accuracy", "grad_norm", "eval/score")
     last_update = 0.0  # seconds of an optimizer step, as far as one was made
 
-    def __init__(self, config: C, collect: Callable[[Engine, Feed, int, C], Collected]):
-        self.config, self.collect = config, collect
+    def __init__(self, config: C, collect: Collect[C], link: Link | None = None):
+        self.config, self.collect, self.link = config, collect, link
         self.name, self.total = config.command, config.steps
         self.every, self.max_nonfinite = config.train.checkpoint_every, config.train.max_nonfinite
         self.profile = config.profile
@@ -110,6 +112,12 @@ class Policy(Body[TrainState, Path], Generic[C]):
         # Each stage has an order of its own: what the stage before has learnt teaches nothing.
         self.feed = Feed(problems, prompts, config.seed, STAGES.index(config.command))
         self.pending = Pending(f"{place}/rollouts", text)
+        if self.link:
+            handover, known = handover_of(config, model.config), contents["problems"]
+            self.source = Ahead(self.link, config, handover, model.config, text, known, self._good)
+        else:
+            sampler = Sampler(config, self.collect, self.feed, self.pending, self.directory)
+            self.source = ByTurns(sampler, self._set_params)
         self.checkpoints = Checkpoints(place, text, train.keep_checkpoints, train.keep_best)
         if start:
             self.checkpoints.start = start.checkpoints, start.step
@@ -119,11 +127,11 @@ class Policy(Body[TrainState, Path], Generic[C]):
         return state, self.checkpoints
 
     def position(self) -> dict[str, Any]:
-        found = {"problem": self.feed.position}
+        found = self.source.queue.position()
         return found | ({"evaluation": self.evaluation.record} if self.evaluation else {})
 
     def move(self, position: Mapping[str, Any]) -> None:
-        self.feed.position = position["problem"]
+        self.source.queue.move(position)
         if self.evaluation:
             self.evaluation.record = position.get("evaluation", {})
 
@@ -133,24 +141,19 @@ class Policy(Body[TrainState, Path], Generic[C]):
     def step(self, state: TrainState, number: int) -> tuple[TrainState, dict[str, Scalar]]:
         """One rollout batch, and the optimizer steps on it; without groups there are none."""
         config, train = self.config, self.config.train
-        with part("keep"):
-            self.pending.drop(self.checkpoints.good)
+        if not self.link:
+            with part("keep"):
+                self.pending.drop(self.checkpoints.good)
         if self.evaluation and not self.evaluation.record:
             with sigterm.interruptible():
                 self.evaluation.begin(self._set_params(state), number - 1)
-        begun = time.perf_counter()
-        engine = self._set_params(state)
-        before = engine_counts(engine.stats())
-        decoded = engine.stats()["sampled_tokens"]
-        first = self.feed.position
-        collected = self._sample(engine, state, number)
+        sampled = self.source.take(state, number)
+        collected = sampled.collected
         if sigterm.wanted():
             raise sigterm.Preempted
-        sampled = time.perf_counter()
-        decoded = engine.stats()["sampled_tokens"] - decoded
-        after = engine_counts(engine.stats())
+        begun = time.perf_counter()
         with part("keep"):
-            self.tell_work(self._work(first, collected.groups))
+            self.tell_work(self._work(sampled))
         model_config = train.model(self.model.config)
         history = []
         with part("pack"):
@@ -189,24 +192,29 @@ class Policy(Body[TrainState, Path], Generic[C]):
         if history:
             self.last_update = (trained - packed) / len(history)
         with part("log"):
-            more = figures(flops, trained - packed, self.mesh, train.compute_dtype, before, after)
+            counts = sampled.counts if is_main() or not self.link else {}
+            more = figures(flops, trained - packed, self.mesh, train.compute_dtype, counts)
+            self.source.queue.drop(number)
         if self.evaluation and self.evaluation.due(number, self.total):
             more |= self.evaluation.measure(self._set_params(state), number)
         return state, {
             **collected.metrics,
             **updates,
             "zero_advantage": sum(batch.left_out for batch in parts),
-            "rollout_seconds": sampled - begun,
-            "rollout_tokens_per_s": decoded / (sampled - begun),
-            "train_seconds": trained - sampled,
-            "rollout_time_share": (sampled - begun) / (trained - begun),
-            "train_tokens_per_s": numeric(updates, "loss_tokens", 0) / (trained - sampled),
-            "rollout_age": 0,
+            "rollout_seconds": sampled.seconds,
+            "rollout_tokens_per_s": sampled.tokens / sampled.seconds if sampled.seconds else 0.0,
+            "train_seconds": trained - begun,
+            "rollout_time_share": sampled.seconds / (sampled.seconds + trained - begun),
+            "train_tokens_per_s": numeric(updates, "loss_tokens", 0) / (trained - begun),
+            "rollout_age": number - 1 - sampled.version,
             **more,
         }
 
     def check(self, number: int, metrics: Mapping[str, Scalar]) -> None:
         check_gap(number, metrics, self.config.train.gap_warn, self.config.train.gap_stop)
+
+    def settle(self, state: TrainState, number: int, ending: bool) -> bool:
+        return self.source.settle(state, number, ending)
 
     def _told(self, done: int, updates: int, micro_batches: int) -> str:
         """Of training under way. Micro-batches run in one compiled call, which cannot say how far
@@ -237,10 +245,13 @@ class Policy(Body[TrainState, Path], Generic[C]):
         publish_model(dataclasses.replace(self.model, params=state.params), final)
         return final
 
-    def _work(self, first: int, groups: Groups) -> dict[str, list[int]]:
+    def _good(self) -> int:
+        return self.checkpoints.good
+
+    def _work(self, sampled: Sampled) -> dict[str, list[int]]:
         """The tokens of each answer of this process, by how its problem begins."""
-        names, work = self.feed.names(first), {}
-        for group in groups:
+        names, work = self.feed.names(sampled.first, sampled.last), {}
+        for group in sampled.collected.groups:
             prompt = group[0].token_ids[: group[0].layout.prompt_len]
             # One of no problem was put in by a caller's own `collect`.
             name = names.get(prompt_key(prompt), "another problem")
@@ -261,40 +272,18 @@ class Policy(Body[TrainState, Path], Generic[C]):
             self.engine = Engine(model, self.config.engine, local_decode_mesh(mesh))
             return self.engine
 
-    def _sample(self, engine: Engine, state: TrainState, number: int) -> Collected:
-        """The groups of a step: pending ones, or new ones, which are pending from then on. Of new
-        ones of a step that is saved, the first process writes its answers to the first problem as
-        traces."""
-        feed = self.feed
-        with part("keep"):
-            version = fingerprint(state.params)
-        with sigterm.interruptible():
-            with part("keep"):
-                found = self.pending.load(number, version)
-            if all(gather(found is not None)):
-                assert found is not None  # this process is one of all
-                groups, metrics, position = found
-                feed.position = position["problem"]
-                return Collected(groups, position["places"], metrics)
-            begun = feed.position
-            with part("collect"):
-                collected = self.collect(engine, feed, number, self.config)
-        with part("keep"):
-            self._keep(engine, number, version, begun, collected)
-        return collected
 
-    def _keep(
-        self, engine: Engine, number: int, version: int, begun: int, collected: Collected
-    ) -> None:
-        """Writes down what was collected for a step with weights of that fingerprint."""
-        place, answers = collected.shown
-        if is_main() and answers and (number % self.every == 0 or number == self.total):
-            path = self.directory / f"traces/step-{number:06d}.jsonl"
-            problem = self.feed.problem(begun + place)
-            kept = [
-                make_trace(answer, engine.tokenizer, problem, id=path.stem, sample=sample)
-                for sample, answer in answers.items()
-            ]
-            write_traces(path, kept)
-        position = {"problem": self.feed.position, "places": collected.places}
-        self.pending.save(number, version, collected.groups, collected.metrics, position)
+def run(config: C, collect: Collect[C], report: Report | None = None) -> Path:
+    """Runs a stage, or goes on with it; returns the directory of the trained model.
+
+    Args:
+      collect: as for `Policy`.
+      report: called with the metrics of every step, in place of a progress line.
+    """
+    if not config.mesh.rollout:
+        return loop.run(Policy(config, collect), report)
+    with linked(config.mesh) as link:
+        if link.side == "train":
+            return loop.run(Policy(config, collect, link), report)
+        with sigterm.watched():
+            return roll_out_side(config, collect, link)

@@ -11,12 +11,11 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar, NamedTuple
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from npr_jax.base.distributed import gather_all
-from npr_jax.base.fields import Checked, Count, PositiveOrZero, Seed
+from npr_jax.base.distributed import gather_all, group_rank
+from npr_jax.base.fields import Checked, Count, CountOrZero, Positive, PositiveOrZero, Seed
 from npr_jax.base.mesh import MeshConfig, batch_shards
 from npr_jax.base.progress import Scalar, numeric
 from npr_jax.data.problems import Problem, shuffled
@@ -56,6 +55,13 @@ class RLConfig(Checked, abc.ABC):
       minibatches (optimizer steps): per rollout batch; each one after the first is off-policy.
       max_prompt_tokens (tokens): problems with longer prompts are left out.
       max_tokens (tokens): the most that an answer may have, all its branches together.
+      staleness (rollout batches): how far rollouts are ahead of training: batch n is sampled with
+        the weights after step n - 1 - staleness, so that `mesh.rollout` devices can sample while
+        the others train. 0: with the newest weights.
+      importance_bound: where tokens are older than the weights (`staleness`), the objective "papo"
+        weighs each by exp(logp - old_logp), this at most (truncated importance sampling: the bound
+        keeps the variance finite, and makes what is truncated count too little); "dapo" has its
+        clips.
       kl: weight in the loss of the divergence from the model that the run began with, a copy of
         which is then kept in train.compute_dtype and asked for the log-probs of all that is trained
         on (`losses.divergence`); 0 is off.
@@ -82,6 +88,8 @@ class RLConfig(Checked, abc.ABC):
     minibatches: Count = 1
     max_prompt_tokens: Count = 2048
     max_tokens: Count
+    staleness: CountOrZero = 0
+    importance_bound: Positive = 2.0
     kl: PositiveOrZero = 0.0
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
@@ -103,6 +111,11 @@ class RLConfig(Checked, abc.ABC):
             raise ValueError(
                 "train.exact is true and engine.exact false, but exact needs both: set "
                 "engine.exact to true, or train.exact to false"
+            )
+        if self.mesh.rollout and not self.staleness:
+            raise ValueError(
+                f"mesh.rollout is {self.mesh.rollout} and staleness 0: each side would wait while "
+                "the other works; set staleness to 1 or more, or mesh.rollout to 0"
             )
         if self.evaluate and self.evaluate.every % self.train.checkpoint_every:
             raise ValueError(
@@ -154,9 +167,9 @@ class Feed:
         """The problem that stands there."""
         return self._problems[int(self._order[position])]
 
-    def names(self, first: int) -> dict[bytes, str]:
-        """How the problems from the position `first` up to here begin, by their prompts."""
-        numbers = {int(self._order[place]) for place in range(first, self.position)}
+    def names(self, first: int, last: int) -> dict[bytes, str]:
+        """How the problems from the position `first` to `last` begin, by their prompts."""
+        numbers = {int(self._order[place]) for place in range(first, last)}
         return {prompt_key(self._prompts[i]): repr(self._problems[i].problem[:40]) for i in numbers}
 
     def take(self, num: int) -> tuple[list[list[int]], list[str]]:
@@ -202,7 +215,7 @@ def minibatches(
         for place, group in zip(collected.places, collected.groups, strict=True)
         for example in group
     ]
-    process = jax.process_index()
+    process = group_rank()
     known = gather_all([(facts(e, process, place), i) for i, (place, e) in enumerate(own)])
     known.sort(key=lambda entry: (entry[0].item.group, entry[0].item.process, entry[1]))
     groups = sorted({fact.item.group for fact, _ in known})

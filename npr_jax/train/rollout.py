@@ -1,17 +1,17 @@
 """Rollouts: problems -> prompts -> engine -> judged answers -> examples to train on."""
 
+import contextlib
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple, TypeVar
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from npr_jax.base.distributed import gather_all
+from npr_jax.base.distributed import gather_all, group_rank, group_size
 from npr_jax.base.mesh import decode_mesh, local_decode_mesh
 from npr_jax.base.parts import part, tell
 from npr_jax.base.seeds import derive_seeds
@@ -83,8 +83,8 @@ def roll_out(
     """
     engine.drop_prefix_cache()
     count = len(prompts)
-    dealt = deal_answers([sampling.n] * count, [1] * count, [0] * jax.process_count())
-    own, seeds = dealt[jax.process_index()], derive_seeds(count, *seed_path)
+    dealt = deal_answers([sampling.n] * count, [1] * count, [0] * group_size())
+    own, seeds = dealt[group_rank()], derive_seeds(count, *seed_path)
     keys = [(some.prompt, sample) for some in own for sample in some.samples]
     race = Race(keys, count, first) if first is not None and first < count else None
     begun, before = time.perf_counter(), engine.stats()["sampled_tokens"]
@@ -99,7 +99,7 @@ def roll_out(
             dataclasses.replace(sampling, seed=tuple(seeds[some.prompt] for some in own)),
             progress,
             samples=[some.samples for some in own],
-            watch=race and race.watch,
+            watch=_watch(race),
         )
     found = dict(zip(keys, trajectories, strict=True))
     if race:
@@ -108,6 +108,34 @@ def roll_out(
     expected = [references[number] for number, _ in found]
     with part("judge"):
         return dict(zip(found, judge(engine, list(found.values()), expected), strict=True))
+
+
+_given_up: Callable[[], bool] | None = None
+
+
+@contextlib.contextmanager
+def given_up_when(asked: Callable[[], bool]) -> Iterator[None]:
+    """Rollouts in here end early, all answers aborted, where `asked` says so between two visits of
+    the engine; nothing may come of them then."""
+    global _given_up
+    outer, _given_up = _given_up, asked
+    try:
+        yield
+    finally:
+        _given_up = outer
+
+
+def _watch(race: Race | None) -> Callable[[list[int], list[bool]], list[int]] | None:
+    asked = _given_up
+    if asked is None:
+        return race and race.watch
+
+    def watch(lengths: list[int], finished: list[bool]) -> list[int]:
+        if asked():
+            return [i for i, done in enumerate(finished) if not done]
+        return race.watch(lengths, finished) if race else []
+
+    return watch
 
 
 def of_all(values: Mapping[tuple[int, int], T]) -> dict[tuple[int, int], T]:

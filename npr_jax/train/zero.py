@@ -18,12 +18,10 @@ from npr_jax.base.distributed import gather_all
 from npr_jax.base.fields import Count, CountOrZero, PositiveOrZero, Range, Share
 from npr_jax.decode import Engine, SamplingParams
 from npr_jax.evaluate.judge import Answer
-from npr_jax.runs import loop
 from npr_jax.runs.log import Report
-from npr_jax.train import rl
+from npr_jax.train import policy, rl
 from npr_jax.train.advantages import group_std
 from npr_jax.train.objective import Objective
-from npr_jax.train.policy import Policy
 from npr_jax.train.rewards import RIGHT, WRONG, Rule, zero_reward
 from npr_jax.train.rollout import ZERO, Shown, first_of, of_all, roll_out, sampled_example, summary
 
@@ -86,7 +84,7 @@ def run(config: ZeroConfig, report: Report | None = None) -> Path:
 
     `report(metrics)`, if given, is called after every step in place of a progress line.
     """
-    return loop.run(Policy(config, collect_groups), report)
+    return policy.run(config, collect_groups, report)
 
 
 def collect_groups(engine: Engine, feed: rl.Feed, step: int, config: ZeroConfig) -> rl.Collected:
