@@ -155,3 +155,23 @@ def test_the_scripts_leave_as_much_memory_as_is_planned_for():
     for script in scripts:
         text = (ROOT / "scripts" / "launch" / script).read_text()
         assert "XLA_PYTHON_CLIENT_MEM_FRACTION" in text and str(GPU_FRACTION) in text, script
+
+
+def test_sides_are_planned_beside_each_other():
+    def planned(mesh, *sets):
+        config = stage_config("papo", "qwen3-4b", sets)
+        return plan("qwen3-4b", config, "h100:8x8", parse_mesh(mesh), lengths="lognormal:4000:0.8")
+
+    turns, apart = planned("fsdp=-1"), planned("fsdp=-1,rollout=32", "staleness=1")
+    assert turns["step_s"] == turns["rollout_s"] + turns["train_s"] + turns["handover_s"]
+    longer = max(apart["rollout_s"], apart["train_s"])
+    assert apart["step_s"] == longer + apart["handover_s"]
+    # Half of the chips train, and half of the replicas answer; each has its memory to itself.
+    assert apart["hosts"] == apart["rollout_hosts"] == turns["hosts"] / 2
+    assert apart["params"] == pytest.approx(2 * turns["params"], rel=0.01)
+    assert apart["pages"] > turns["pages"]
+    assert "32 chips of their own" in report(apart)
+    with pytest.raises(ValueError, match=r"mesh\.rollout is 32.*--set staleness=1"):
+        planned("fsdp=-1,rollout=32")
+    with pytest.raises(ValueError, match=r"mesh\.rollout is 4, needed is a multiple of 8"):
+        planned("fsdp=-1,rollout=4", "staleness=1")

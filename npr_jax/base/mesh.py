@@ -89,10 +89,11 @@ def parse_mesh(text: str) -> MeshConfig:
     sizes = {}
     for part in text.split(","):
         axis, _, size = part.strip().partition("=")
-        if axis not in ("slices", *AXES) or axis in sizes or not re.fullmatch("-?[0-9]{1,9}", size):
+        known = axis in ("slices", "rollout", *AXES) and axis not in sizes
+        if not known or not re.fullmatch("-?[0-9]{1,9}", size):
             raise ValueError(
                 f"mesh {text!r}: {part!r} is not understood, needed is AXIS=SIZE, once per axis of "
-                f"slices, {', '.join(AXES)}"
+                f"slices, rollout, {', '.join(AXES)}"
             )
         sizes[axis] = int(size)
     return MeshConfig(**sizes)

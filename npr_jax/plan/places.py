@@ -4,7 +4,7 @@ import importlib.util
 import math
 import os
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -28,15 +28,17 @@ _NO_HOST = {
 
 
 class Place(NamedTuple):
-    """Chips on which a stage is planned: the training mesh, the decoding mesh of one of `hosts`
-    hosts, bytes/s of a chip's links and of its share of the network. Without `compiled` there is
-    no compiler for it, and the meshes have no devices."""
+    """Chips on which a stage is planned: the training mesh over `hosts` hosts, the decoding mesh of
+    one of the `rollout_hosts`, which are the same if there is no `mesh.rollout`, bytes/s of a
+    chip's links and of its share of the network. Without `compiled` there is no compiler for it,
+    and the meshes have no devices."""
 
     kind: str
     chip: Chip
     mesh: Mesh
     local: Mesh
     hosts: int
+    rollout_hosts: int
     network: float
     compiled: bool
 
@@ -61,7 +63,9 @@ def find_place(topology: str, config: MeshConfig) -> Place:
     if mesh is None:
         raise ValueError(f"{topology} has one chip, needed are several")
     local, chip = _one_host(mesh, CHIPS[kind]), CHIPS[kind]
-    return Place(kind, chip, mesh, local, mesh.size // local.size, NETWORK[kind], True)
+    hosts = mesh.size // local.size
+    rollout = config.rollout // local.size or hosts
+    return Place(kind, chip, mesh, local, hosts, rollout, NETWORK[kind], True)
 
 
 def array_bytes(tree) -> int:
@@ -72,6 +76,12 @@ def array_bytes(tree) -> int:
 
 
 def _gpus(kind: str, each: int, nodes: int, config: MeshConfig) -> Place:
+    if config.rollout % each or config.rollout >= each * nodes:
+        raise ValueError(
+            f"mesh.rollout is {config.rollout}, needed is a multiple of {each}, which are a node, "
+            f"below {each * nodes}"
+        )
+    rollout, nodes = config.rollout // each, nodes - config.rollout // each
     sizes = config.sizes(each * nodes)
     if math.prod(sizes.values()) != each * nodes or each * nodes < 2:
         raise ValueError(
@@ -87,7 +97,9 @@ def _gpus(kind: str, each: int, nodes: int, config: MeshConfig) -> Place:
     tensor = sizes["tensor"]
     mesh = AbstractMesh(tuple(sizes[axis] for axis in AXES), AXES)
     local = AbstractMesh((each // tensor, tensor), ("data", "tensor"))
-    return Place(kind, GPUS[kind], mesh, local, nodes, NETWORK[kind], False)  # pyright: ignore
+    abstract: Any = mesh  # in the place of a mesh with devices
+    own: Any = local
+    return Place(kind, GPUS[kind], abstract, own, nodes, rollout or nodes, NETWORK[kind], False)
 
 
 def _slices(topology: str, number: int) -> list:

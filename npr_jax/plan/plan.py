@@ -65,6 +65,7 @@ def plan(
       compiled: whether the next ones are of compiled programs, or arithmetic.
       train_temp, decode_temp: of the steps; collectives: of one micro-batch; decode_bytes,
       decode_collectives: of a decode step. What follows is arithmetic.
+      rollout: chips that do nothing but roll out, beside those of the mesh.
       params, optimizer, reference, engine_weights: resident, beside the pool; page, pages,
       pages_wanted: of the pool; flops, network: of one micro-batch; compute_s, collective_s,
       network_s, least_s: the least time of it; decode_least_s: of one decode step of few, short
@@ -76,12 +77,18 @@ def plan(
     """
     if model not in PRESETS:
         raise ValueError(f"model is {model!r}, needed is one of {', '.join(PRESETS)}")
-    place = find_place(topology, mesh or MeshConfig(fsdp=-1))
+    mesh = mesh or MeshConfig(fsdp=-1)
+    if mesh.rollout and not (isinstance(config, RLConfig) and config.staleness):
+        raise ValueError(
+            f"mesh.rollout is {mesh.rollout}, needed is zero or papo with staleness of 1 or more: "
+            "--set staleness=1"
+        )
+    place = find_place(topology, mesh)
     chip, made = place.chip, place.mesh
     config.train.check(made)
     arch = architecture(PRESETS[model], config.train)
     state = abstract_state(arch, config.train.optimizer, made)
-    slices = mesh.slices if mesh else 1
+    slices, apart = mesh.slices, mesh.rollout > 0
     found: dict = {
         "model": model,
         "stage": config.command,
@@ -90,6 +97,8 @@ def plan(
         "mesh": {axis: size for axis, size in made.shape.items() if size > 1},
         "compiled": place.compiled,
         "hosts": place.hosts,
+        "rollout": mesh.rollout,
+        "rollout_hosts": place.rollout_hosts,
         "hbm": chip.hbm,
         "params": array_bytes(state.params),
         "optimizer": array_bytes(state.opt_state),
@@ -107,14 +116,19 @@ def plan(
         found |= arithmetic.train_figures(arch, config.train, made, found["params"])
         found |= arithmetic.decode_figures(arch, config, place.local)
     found |= _times(found, place, slices)
-    resident = sum(found[n] for n in ("params", "optimizer", "reference", "engine_weights"))
+    state = sum(found[n] for n in ("params", "optimizer", "reference"))
     # When the engine gets new weights, both copies are there for a moment, and no step runs.
-    room = (
-        chip.hbm - resident - max(found[n] for n in ("train_temp", "decode_temp", "engine_weights"))
-    )
+    temps = [found["decode_temp"], found["engine_weights"]]
+    if apart:  # the weights are also there while they are on their way
+        trains = state + max(found["train_temp"], found["engine_weights"]) <= chip.hbm
+        resident = found["engine_weights"]
+    else:
+        trains, resident = True, state + found["engine_weights"]
+        temps.append(found["train_temp"])
+    room = chip.hbm - resident - max(temps)
     found["pages"] = max(0, math.floor(room / found["page"]))
     found["pages_wanted"] = config.engine.pages
-    found["fits"] = found["pages"] >= found["pages_wanted"]
+    found["fits"] = trains and found["pages"] >= found["pages_wanted"]
     found["advice"] = "" if found["fits"] else _advice(found, place, config)
     run = found | {"pages": found["pages_wanted"]}
     found |= whole_step(run, arch, config, place, lengths, prompt, problems)
@@ -156,6 +170,8 @@ def report(found: dict) -> str:
 
     mesh = ",".join(f"{axis}={size}" for axis, size in found["mesh"].items())
     slices = f", {found['slices']} slices" if found["slices"] > 1 else ""
+    if found["rollout"]:
+        mesh += f" to train and {found['rollout']} chips to roll out"
     how = "compiled" if found["compiled"] else "arithmetic"
     lines = [
         f"{found['model']}, {found['stage']}, {found['topology']}{slices}, mesh {mesh}; per chip:",
@@ -182,7 +198,8 @@ def report(found: dict) -> str:
         )
     lines += [
         f"  decode step: at least {found['decode_least_s'] * 1e3:.2f} ms, "
-        f"{found['hosts']} hosts with {found['replicas']} replicas of {found['lanes']} lanes each",
+        f"{found['rollout_hosts']} hosts with {found['replicas']} replicas of {found['lanes']} "
+        "lanes each",
         *_whole(found),
         "It fits." if found["fits"] else f"It does not fit: {found['advice']}.",
     ]
@@ -205,8 +222,12 @@ def _whole(found: dict) -> list[str]:
         f"{found['micro_batches']} micro-batches"
         + (" an optimizer step" if beta else f" for {sum(found['rows'])} rows"),
         f"    hand-over of weights      {found['handover_s']:10.2f} s",
-        f"    together                  {found['step_s']:10.1f} s: rollouts, hand-over and "
-        "training come one after another",
+        f"    together                  {found['step_s']:10.1f} s: "
+        + (
+            f"the longer of rollouts, on {found['rollout']} chips of their own, and training"
+            if found["rollout"]
+            else "rollouts, hand-over and training come one after another"
+        ),
         f"  a checkpoint of {found['checkpoint_bytes'] / GIB:.1f} GiB: "
         f"{found['checkpoint_copy_s']:.1f} s to the hosts at {HOST_RATE / 1e9:.0f} GB/s a chip, "
         f"{found['checkpoint_write_s']:.0f} s to disk at {DISK_RATE / 1e9:.0f} GB/s a host, beside "

@@ -84,7 +84,7 @@ def rollout_seconds(
     time as it has lanes and pages for, and a decode step takes as long as memory, products or links
     need, whichever is most, for the lanes at work."""
     chips = place.local.shape["tensor"]
-    replicas = found["replicas"] * place.hosts
+    replicas = found["replicas"] * place.rollout_hosts
     shares: list[list[int]] = [[] for _ in range(replicas)]
     loads = [(0, number) for number in range(replicas)]
     for length in sorted(lengths, reverse=True):
@@ -173,7 +173,10 @@ def whole_step(
         "disk": whole * (train.keep_checkpoints + train.keep_best + 1) + 4.0 * parameters,
         "copies": copies,
     }
-    made["step_s"] = made["rollout_s"] + made["train_s"]
+    if found["rollout"]:
+        made["step_s"] = max(made["rollout_s"], made["train_s"])
+    else:
+        made["step_s"] = made["rollout_s"] + made["train_s"]
     made["step_s"] += 0 if isinstance(config, BetaConfig) else made["handover_s"]
     saves = made["train_steps"] / train.checkpoint_every
     write = made["checkpoint_write_s"]

@@ -112,6 +112,13 @@ class BetaConfig(Checked):
     layout: Literal["strict", "reference", "causal"] = "strict"
     train_forced: bool = False
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.mesh.rollout:
+            raise ValueError(
+                f"mesh.rollout is {self.mesh.rollout}, needed is 0: Beta samples before it trains"
+            )
+
     @property
     def loss(self) -> Objective:
         """What a train step minimises."""
