@@ -34,6 +34,7 @@ from npr_jax.decode.config import EngineConfig
 from npr_jax.decode.deal import deal_answers
 from npr_jax.decode.fork_join import ForkJoin
 from npr_jax.decode.outputs import NOT_FINITE, Event, Outputs, Trajectory
+from npr_jax.decode.regrow import Begun, regrow
 from npr_jax.decode.replay import Replay, replayed_request
 from npr_jax.decode.requests import RequestMaker
 from npr_jax.decode.runner import PendingStep, Runner
@@ -137,20 +138,31 @@ class Engine:
         on_event: Callable[[Event], None] | None = None,
         samples: Sequence[range] | None = None,
         watch: Callable[[list[int], list[bool]], list[int]] | None = None,
+        begun: Sequence[Begun | None] | None = None,
+        pause: Sequence[int] | None = None,
     ) -> list[Trajectory]:
         """Answers every prompt `sampling.n` times: a list in the order of the prompts, n together.
         With `samples` only those answers to each prompt that have these numbers, of 0 to n - 1.
+        With `begun` each answer goes on from one that was left, if it is not None: under the same
+        weights, with the same prompt, seed and sampling, it becomes what it would have been. With
+        `pause` each is aborted, if it has not ended, when all of its paths have so many tokens.
 
         Returns when these are done; what else was submitted is decoded beside them, and goes on
         with the next call. `progress(done, total)` is called after every answer; `on_event` as in
         `submit`. `watch(lengths, finished)` is called before every visit: how many tokens the
         longest path of each answer has so far, and which are finished; it returns the indices of
-        those to abort. Raises what `submit` raises, and RuntimeError beside a stream.
+        those to abort. Raises what `submit` raises, RuntimeError beside a stream, and ValueError
+        for what was begun by another prompt or config.
         """
         with self._consuming(tokens=True):
             sampling = sampling or SamplingParams()
             dealt = self._maker.dealt(prompts, sampling, self._loads(), samples)
-            return self._answers(dealt, progress, on_event, watch)
+            if begun is not None:
+                requests = sorted(itertools.chain(*dealt), key=lambda request: request.id)
+                for i, (request, left) in enumerate(zip(requests, begun, strict=True)):
+                    if left is not None:
+                        regrow(request, left, self.config, self.tags, f"begun: answer {i}")
+            return self._answers(dealt, progress, on_event, watch, pause)
 
     def stream(
         self,
@@ -271,7 +283,9 @@ class Engine:
                 finally:
                     events.clear()
 
-    def _answers(self, dealt, progress=None, on_event=None, watch=None) -> list[Trajectory]:
+    def _answers(
+        self, dealt, progress=None, on_event=None, watch=None, pause=None
+    ) -> list[Trajectory]:
         """Decodes until these requests are done; events of others stay for the next stream."""
         requests = self._queue(dealt, on_event, quiet=True)
         answers: dict[int, Trajectory] = {}
@@ -288,6 +302,8 @@ class Engine:
                     return [answers[request] for request in requests]
                 if watch and self._abort(self._unwanted(watch, requests, answers)):
                     continue
+                if pause and self._abort(self._long_enough(pause, requests)):
+                    continue
                 self._visit()
         finally:
             self._abort(requests)
@@ -299,6 +315,10 @@ class Engine:
             for request, done in zip(requests, finished, strict=True)
         ]
         return [requests[i] for i in watch(lengths, finished)]
+
+    def _long_enough(self, pause: Sequence[int], requests: list[int]) -> list[int]:
+        open_ = [(number, self._requests.get(request)) for number, request in enumerate(requests)]
+        return [r.id for number, r in open_ if r and r.shortest >= pause[number]]
 
     @contextlib.contextmanager
     def _guarded(self):

@@ -168,6 +168,12 @@ class Request:
         last = max((sequence.position for sequence in self.growing()), default=0)
         return max(0, last + 1 - self.prompt_len)
 
+    @property
+    def shortest(self) -> int:
+        """The same of the shortest of the paths that can go on."""
+        last = min((sequence.position for sequence in self.growing()), default=0)
+        return max(0, last + 1 - self.prompt_len)
+
     def growing(self) -> Iterator[Sequence]:
         """The sequences that can go on: not ended, not waiting for branches."""
 
