@@ -21,8 +21,8 @@ are carried over, how many batches ago a trained token was drawn (`age`).
     spread       answers are dealt one by one, so that a prompt is computed by as many replicas as
                  can be. No stage does it
     oversample   the same, with this share of problems beyond those needed (train/race.py)
-    carry        an answer that has drawn so many tokens in a batch goes on in the next one. No
-                 stage does it
+    carry        an answer that has drawn so many tokens in a batch goes on in the next one
+                 (train/ask.py)
 """
 
 import argparse

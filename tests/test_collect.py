@@ -11,7 +11,7 @@ from npr_jax.base.config import load_config
 from npr_jax.decode.outputs import Trajectory
 from npr_jax.evaluate.judge import Answer
 from npr_jax.runs.guards import check_gap
-from npr_jax.train import beta, papo, zero
+from npr_jax.train import ask, beta, papo, zero
 from npr_jax.train.rollout import summary
 from npr_jax.tree import parse
 from npr_jax.tree.format import Violation
@@ -30,7 +30,10 @@ class FakeEngine:
 
 
 class FakeFeed:
+    position = 0
+
     def take(self, num):
+        self.position += num
         return [[1]] * num, ["1"] * num
 
 
@@ -58,7 +61,7 @@ def judged(model, correct, violations=(), seed=0, reason="stop", length=None):
 
 def collect(stage, config, groups, monkeypatch, model):
     answers = {(n, i): one for n, group in enumerate(groups) for i, one in enumerate(group)}
-    monkeypatch.setattr(stage, "roll_out", lambda *_: answers)
+    monkeypatch.setattr(ask, "roll_out", lambda *_: answers)
     return stage.collect_groups(FakeEngine(model), FakeFeed(), 1, config)
 
 
@@ -143,7 +146,7 @@ def test_refills_ask_by_the_rate_of_what_was_kept_and_leave_out_what_is_too_much
         sizes.append(len(prompts))
         return {(n, i): one for n, group in enumerate(next(rounds)) for i, one in enumerate(group)}
 
-    monkeypatch.setattr(zero, "roll_out", roll_out)
+    monkeypatch.setattr(ask, "roll_out", roll_out)
     collected = zero.collect_groups(FakeEngine(model), FakeFeed(), 1, config)
     assert sizes == [3, 3] and collected.places == [0, 1, 2]
     figures = [collected.metrics[f"groups{name}"] for name in ("", "_dropped", "_surplus")]

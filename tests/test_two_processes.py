@@ -75,6 +75,22 @@ def test_two_processes_give_what_one_device_gives(settings, undisturbed, tmp_pat
         )
 
 
+def test_answers_are_carried_over_by_two_processes_as_by_one(settings, tmp_path):
+    more = ["carry=6", "max_refills=0", "minibatches=1", "steps=5"]
+    two_processes.run(*command(settings, tmp_path / "two", *more), **settings[1])
+    changes = [*settings[0], *more, f"output={tmp_path / 'one'}"]
+    zero.run(load_config(zero.ZeroConfig, "tiny_zero", changes))
+    ours, theirs = lines(tmp_path / "two"), lines(tmp_path / "one")
+    assert [line["carried"] for line in ours] == [line["carried"] for line in theirs]
+    assert sum(line["carried"] > 0 for line in ours) > 2 and ours[3]["carried_batches"] > 1
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.keys() == b.keys() and a.get("skipped_because") == b.get("skipped_because")
+        numbers = [key for key in a if key != "skipped_because"]
+        np.testing.assert_allclose(
+            [a[k] for k in numbers], [b[k] for k in numbers], rtol=1e-3, atol=1e-4
+        )
+
+
 @pytest.mark.nightly
 def test_sigterm_to_one_ends_both_and_the_same_command_goes_on(settings, undisturbed, tmp_path):
     output = tmp_path / "run"

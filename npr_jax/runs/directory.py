@@ -76,6 +76,7 @@ LATER: tuple[str, ...] = (
     ),
     "start",
     "kl",
+    "carry",
     "staleness",
     "importance_bound",
     "oversample",
@@ -94,7 +95,7 @@ _WHY = (
     (r"compute_dtype$|cache_dtype$", "numbers of another dtype are others"),
     (r"^engine\.|(^|\.)(max_tokens|temperature|top_p)$", "what is sampled depends on it"),
     (
-        r"prompt|samples$|problems$|batch|refill|oversample|tries$|keep$|row_len$",
+        r"prompt|samples$|problems$|batch|refill|carry|oversample|tries$|keep$|row_len$",
         "which problems and answers a step has depends on it",
     ),
     (r"^staleness$", "which weights sample a batch depends on it"),

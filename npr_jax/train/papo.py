@@ -18,10 +18,18 @@ from npr_jax.evaluate.judge import Answer
 from npr_jax.runs.log import Report
 from npr_jax.train import policy, rl
 from npr_jax.train.advantages import batch_std, group_std
+from npr_jax.train.ask import ask
 from npr_jax.train.objective import Objective
 from npr_jax.train.packing import Example
 from npr_jax.train.rewards import papo_reward
-from npr_jax.train.rollout import PAPO, first_of, of_all, roll_out, sampled_example, summary
+from npr_jax.train.rollout import (
+    NOTHING_ENDED,
+    PAPO,
+    first_of,
+    of_all,
+    sampled_example,
+    summary,
+)
 from npr_jax.tree import TagIds, TraceError, parse
 from npr_jax.tree.parse import reference_depth
 
@@ -82,7 +90,8 @@ class PapoConfig(rl.RLConfig):
 
     @property
     def loss(self) -> Objective:
-        bound = self.importance_bound if self.staleness and self.objective == "papo" else 0.0
+        older = (self.staleness or self.carry) and self.objective == "papo"
+        bound = self.importance_bound if older else 0.0
         return Objective(self.objective, kl=self.kl, importance=bound)
 
 
@@ -102,29 +111,37 @@ def collect_groups(engine: Engine, feed: rl.Feed, step: int, config: PapoConfig)
     sampling = SamplingParams(
         n=config.samples, max_tokens=config.max_tokens, parallel=config.parallel
     )
-    prompts, references = feed.take(config.asked(config.prompts))
-    seeds = (config.seed, PAPO, step)
-    answers = roll_out(engine, prompts, references, sampling, seeds, config.prompts)
+    first, seeds = feed.position, (config.seed, PAPO, step)
+    answers, places, late, carried = ask(
+        engine, feed, config, sampling, seeds, step, config.prompts
+    )
     own = {key: reward_of(answer, engine.tags, config) for key, answer in answers.items()}
     # Advantages are about the rewards of all processes.
     everyones = of_all(own)
-    shown = first_of(answers, everyones)
+    if not everyones:
+        return rl.Collected([], [], carried | {"skipped_because": NOTHING_ENDED})
+    shown = first_of(answers, everyones, places, first)
+    groups_given = len({number for number, _ in everyones})
     batch = {key: reward for key, reward in everyones.items() if reward is not None}
     rewards, labels = list(batch.values()), [number for number, _ in batch]
     filtered = len(everyones) - len(batch)
-    metrics = summary(list(answers.values())) | {
-        # What is left out counts here, or writing no trees would make it better.
-        "score": float(np.mean([*rewards, *[MALFORMED_REWARD] * filtered])),
-        "filtered": filtered,
-        "groups_equal": config.prompts
-        - sum(
-            len({r for r, label in zip(rewards, labels, strict=True) if label == number}) > 1
-            for number in set(labels)
-        ),
-    }
+    metrics = (
+        carried
+        | summary(list(answers.values()))
+        | {
+            # What is left out counts here, or writing no trees would make it better.
+            "score": float(np.mean([*rewards, *[MALFORMED_REWARD] * filtered])),
+            "filtered": filtered,
+            "groups_equal": groups_given
+            - sum(
+                len({r for r, label in zip(rewards, labels, strict=True) if label == number}) > 1
+                for number in set(labels)
+            ),
+        }
+    )
     if config.oversample:
-        metrics["groups_late"] = len(prompts) - config.prompts
-    metrics["equal_share"] = metrics["groups_equal"] / len(prompts)
+        metrics["groups_late"] = late
+    metrics["equal_share"] = metrics["groups_equal"] / (groups_given + late)
     if rewards:
         metrics["reward"] = float(np.mean(rewards))
     if len(set(rewards)) < 2:
@@ -140,10 +157,8 @@ def collect_groups(engine: Engine, feed: rl.Feed, step: int, config: PapoConfig)
         if answer := answers.get((number, sample)):  # else another process has it
             example = example_of(answer.trajectory, advantage, engine.tags, config)
             groups.setdefault(number, []).append(example)
-    places = {number: place for place, number in enumerate(sorted(set(labels)))}
-    return rl.Collected(
-        list(groups.values()), [places[number] for number in groups], metrics, shown
-    )
+    order = {number: place for place, number in enumerate(sorted(set(labels)))}
+    return rl.Collected(list(groups.values()), [order[number] for number in groups], metrics, shown)
 
 
 def example_of(

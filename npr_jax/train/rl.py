@@ -22,6 +22,7 @@ from npr_jax.data.problems import Problem, shuffled
 from npr_jax.decode import EngineConfig
 from npr_jax.runs.profile import ProfileConfig
 from npr_jax.train.batch import Batch, facts, make_batch
+from npr_jax.train.carry import Carried
 from npr_jax.train.deal import advice
 from npr_jax.train.evaluation import EvaluateConfig
 from npr_jax.train.objective import Objective
@@ -52,6 +53,10 @@ class RLConfig(Checked, abc.ABC):
         whose longest answers are longest: they are given up as soon as enough others are finished.
         The bias: problems that take long answers are trained on less, all the less the larger this
         is, which favours short answers; and the metrics are of the groups that are kept. 0 is off.
+      carry (tokens): by which an answer may grow on each of its paths in a batch. One that has not
+        ended then goes on in the next, with its tokens and the log-probs under which they were
+        drawn; its group counts as one of `prompts`, and is trained on when all of its answers have
+        ended. No batch waits for the longest, whose first tokens are of older weights. 0 is off.
       minibatches (optimizer steps): per rollout batch; each one after the first is off-policy.
       max_prompt_tokens (tokens): problems with longer prompts are left out.
       max_tokens (tokens): the most that an answer may have, all its branches together.
@@ -85,6 +90,7 @@ class RLConfig(Checked, abc.ABC):
     prompts: Count = 16
     samples: Count = 16
     oversample: PositiveOrZero = 0.0
+    carry: CountOrZero = 0
     minibatches: Count = 1
     max_prompt_tokens: Count = 2048
     max_tokens: Count
@@ -111,6 +117,11 @@ class RLConfig(Checked, abc.ABC):
             raise ValueError(
                 "train.exact is true and engine.exact false, but exact needs both: set "
                 "engine.exact to true, or train.exact to false"
+            )
+        if self.carry and self.oversample:
+            raise ValueError(
+                f"carry is {self.carry} and oversample {self.oversample}, needed is one of them at "
+                "most: what is carried over is not given up"
             )
         if self.mesh.rollout and not self.staleness:
             raise ValueError(
@@ -156,12 +167,17 @@ class RLConfig(Checked, abc.ABC):
 
 
 class Feed:
-    """Prompts and reference answers in a shuffled, endless order; `position` is all its state."""
+    """Prompts and reference answers in a shuffled, endless order; its state is `position`, and what
+    the last batch has `carried` over."""
 
     def __init__(self, problems: list[Problem], prompts: list[list[int]], *path: int):
         self._problems, self._prompts = problems, prompts
         self._order = shuffled(len(problems), *path)
-        self.position = 0
+        self.position, self.carried = 0, Carried()
+
+    def prompt(self, position: int) -> list[int]:
+        """The prompt that stands there."""
+        return self._prompts[int(self._order[position])]
 
     def problem(self, position: int) -> Problem:
         """The problem that stands there."""

@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from jax.sharding import Mesh
@@ -32,6 +32,8 @@ STAGES = ("zero", "beta", "papo")
 # In the seed paths of orders and rollouts, after the run's seed:
 ZERO, BETA, PAPO, EVALUATION = range(4)
 
+
+NOTHING_ENDED = "no group has all of its answers yet: they go on"
 
 # metric of a rollout batch: of what it is the mean, of an answer's figures
 _MEANS = {
@@ -87,19 +89,13 @@ def roll_out(
     own, seeds = dealt[group_rank()], derive_seeds(count, *seed_path)
     keys = [(some.prompt, sample) for some in own for sample in some.samples]
     race = Race(keys, count, first) if first is not None and first < count else None
-    begun, before = time.perf_counter(), engine.stats()["sampled_tokens"]
-
-    def progress(done: int, total: int) -> None:
-        rate = (engine.stats()["sampled_tokens"] - before) / (time.perf_counter() - begun)
-        tell(f"{done}/{total} answers, {rate:.0f} tokens/s")
-
     with part("rollout"):
-        trajectories = engine.generate(
+        trajectories = generate(
+            engine,
             [prompts[some.prompt] for some in own],
             dataclasses.replace(sampling, seed=tuple(seeds[some.prompt] for some in own)),
-            progress,
-            samples=[some.samples for some in own],
-            watch=_watch(race),
+            [some.samples for some in own],
+            race,
         )
     found = dict(zip(keys, trajectories, strict=True))
     if race:
@@ -108,6 +104,24 @@ def roll_out(
     expected = [references[number] for number, _ in found]
     with part("judge"):
         return dict(zip(found, judge(engine, list(found.values()), expected), strict=True))
+
+
+def generate(
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
+    sampling: SamplingParams,
+    samples: Sequence[range],
+    race: Race | None = None,
+    **more: Any,
+) -> list[Trajectory]:
+    """`Engine.generate` with `more`, which tells how far it is."""
+    begun, before = time.perf_counter(), engine.stats()["sampled_tokens"]
+
+    def progress(done: int, total: int) -> None:
+        rate = (engine.stats()["sampled_tokens"] - before) / (time.perf_counter() - begun)
+        tell(f"{done}/{total} answers, {rate:.0f} tokens/s")
+
+    return engine.generate(prompts, sampling, progress, samples=samples, watch=_watch(race), **more)
 
 
 _given_up: Callable[[], bool] | None = None
@@ -145,16 +159,26 @@ def of_all(values: Mapping[tuple[int, int], T]) -> dict[tuple[int, int], T]:
 
 class Shown(NamedTuple):
     """Answers for people to look at, by their samples' numbers: those of this process to one
-    problem, which is the `number`th of its rollout batch, from 0."""
+    problem, which stands so many behind the first that the rollout batch has asked anew."""
 
     number: int = 0
     answers: Mapping[int, Answer] = MappingProxyType({})
 
 
-def first_of(own: Mapping[tuple[int, int], Answer], everyones: Iterable[tuple[int, int]]) -> Shown:
-    """This process's `own` answers to the first problem that is answered by any."""
+def first_of(
+    own: Mapping[tuple[int, int], Answer],
+    everyones: Iterable[tuple[int, int]],
+    places: Sequence[int],
+    begun: int,
+) -> Shown:
+    """This process's `own` answers to the first problem that is answered by any.
+
+    Args:
+      places: of the problems among all; begun: of the first that was asked anew.
+    """
     first = min(number for number, _ in everyones)
-    return Shown(first, {i: answer for (number, i), answer in own.items() if number == first})
+    mine = {i: answer for (number, i), answer in own.items() if number == first}
+    return Shown(places[first] - begun, mine)
 
 
 def engine_params(config: ModelConfig, params: dict, dtype: str, mesh: Mesh | None) -> dict:

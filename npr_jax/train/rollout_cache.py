@@ -19,11 +19,14 @@ from etils import epath
 from npr_jax.base.distributed import group_rank, group_size
 from npr_jax.base.files import numbered, write_atomically, writing
 from npr_jax.base.progress import Scalar
+from npr_jax.decode import Trajectory
 from npr_jax.runs.directory import INPUTS, SIZES, essence
+from npr_jax.train.carry import Carried, from_arrays, to_arrays
 from npr_jax.train.packing import Example
 from npr_jax.tree import TreeLayout
 
 _log = logging.getLogger(__name__)
+_CARRIED = ".carried"
 _FIELDS = ("token_ids", "loss_mask", "advantage", "old_logp")
 _LAYOUT = ("positions", "hidden", "pred", "forced")
 
@@ -103,15 +106,44 @@ class Pending:
         groups = [[next(examples) for _ in range(size)] for size in meta["groups"]]
         return groups, meta["metrics"], meta["position"]
 
+    def save_carried(self, step: int, weights: int, carried: Carried) -> None:
+        """Writes this process's answers that the batch of `step` leaves to the next one."""
+        facts, arrays = to_arrays(carried)
+        meta = json.dumps({"key": self._key(step, weights), "facts": facts}).encode()
+        file = io.BytesIO()
+        arrays["meta"] = np.frombuffer(meta, np.uint8)
+        np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]  # none is "allow_pickle"
+        with writing(self.directory):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            write_atomically(self._path(step, _CARRIED), file.getvalue())
+
+    def load_carried(self, step: int, weights: int) -> dict[tuple[int, int], Trajectory] | None:
+        """The answers that were given to `save_carried`; None if there are none."""
+        path = self._path(step, _CARRIED)
+        if not path.exists():
+            return None
+        try:
+            with np.load(io.BytesIO(path.read_bytes())) as file:
+                arrays = dict(file)
+        except (zipfile.BadZipFile, ValueError, EOFError):  # the archive has checksums
+            return None
+        meta = json.loads(arrays["meta"].tobytes())
+        return (
+            from_arrays(meta["facts"], arrays) if meta["key"] == self._key(step, weights) else None
+        )
+
     def drop(self, step: int) -> None:
-        """Removes what was sampled for `step` and before."""
+        """Removes what was sampled for `step` and before, but for what it leaves to the next."""
         if self.directory.exists():
             for number, path in numbered(self.directory, ".npz").items():
                 if number <= step:
                     path.unlink()
+            for number, path in numbered(self.directory, _CARRIED).items():
+                if number < step:
+                    path.unlink()
 
-    def _path(self, step: int) -> epath.Path:
-        return self.directory / f"{step}.npz"
+    def _path(self, step: int, ending: str = ".npz") -> epath.Path:
+        return self.directory / f"{step}{ending}"
 
     def _key(self, step: int, weights: int) -> list:
         return [self._config, step, weights]

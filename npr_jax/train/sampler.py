@@ -10,7 +10,7 @@ by the devices that train (`ByTurns`), or by others at the same time (sides.py).
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -19,6 +19,7 @@ from npr_jax.base.parts import part
 from npr_jax.decode import Engine
 from npr_jax.evaluate.traces import make_trace, write_traces
 from npr_jax.runs import sigterm
+from npr_jax.train.carry import Carried, UnderWay
 from npr_jax.train.figures import engine_counts
 from npr_jax.train.optimizer import TrainState
 from npr_jax.train.rl import Collected, Feed, RLConfig
@@ -37,6 +38,7 @@ class Sampled:
       collected: what is trained on, this process's part of it.
       first, last: where its problems begin and end among all.
       version, weights: of the weights that sampled it, after how many steps, and `fingerprint`.
+      under_way: groups that it leaves to the next one.
       seconds, tokens: that it took, and that were sampled in them; 0 where it was on disk.
       counts: of the engine meanwhile (`figures.engine_counts`).
     """
@@ -46,6 +48,7 @@ class Sampled:
     last: int
     version: int
     weights: int
+    under_way: Sequence[UnderWay] = ()
     seconds: float = 0.0
     tokens: float = 0.0
     counts: Mapping[str, float] = dataclasses.field(default_factory=dict)
@@ -71,6 +74,7 @@ class Sampler(Generic[C]):
     ):
         self.config, self.collect, self.feed = config, collect, feed
         self.pending, self.directory, self.check = pending, directory, check
+        self.carried = Carried()  # by the last batch
 
     def find(self, number: int, weights: int, first: int) -> Sampled | None:
         """The batch of that number as it is on disk, where all processes have it."""
@@ -82,7 +86,23 @@ class Sampler(Generic[C]):
         groups, metrics, position = found
         collected = Collected(groups, position["places"], metrics)
         version = position.get("version", number - 1)
-        return Sampled(collected, first, position["problem"], version, weights)
+        under_way = [UnderWay(*group) for group in position.get("under_way", ())]
+        self.take_up(number, weights, under_way)
+        return Sampled(collected, first, position["problem"], version, weights, under_way)
+
+    def take_up(self, number: int, weights: int, under_way: Sequence[UnderWay]) -> None:
+        """The next batch goes on with what that one, which these weights sampled, has left to it:
+        these groups, and their answers as they are on disk."""
+        found = self.pending.load_carried(number, weights) if under_way else {}
+        if found is None:
+            _log.warning(
+                "the answers that step %d left unfinished are not in %s, or are damaged: those of "
+                "%d groups are begun anew",
+                number,
+                self.pending.directory,
+                len(under_way),
+            )
+        self.carried = Carried([*under_way], found or {})
 
     def sample(
         self, engine: Engine, number: int, version: int, weights: int, first: int
@@ -93,9 +113,10 @@ class Sampler(Generic[C]):
         feed, begun = self.feed, time.perf_counter()
         before, tokens = engine_counts(engine.stats()), engine.stats()["sampled_tokens"]
         with sigterm.interruptible(), part("collect"):
-            feed.position = first
+            feed.position, feed.carried = first, self.carried
             collected = self.collect(engine, feed, number, self.config)
         self.check()
+        self.carried = carried = feed.carried
         after = engine_counts(engine.stats())
         with part("keep"):
             self._write_traces(engine, number, first, collected)
@@ -104,6 +125,9 @@ class Sampler(Generic[C]):
                 "places": collected.places,
                 "version": version,
             }
+            if carried.groups:
+                position["under_way"] = [[*group] for group in carried.groups]
+                self.pending.save_carried(number, weights, carried)
             self.pending.save(number, weights, collected.groups, collected.metrics, position)
         return Sampled(
             collected,
@@ -111,6 +135,7 @@ class Sampler(Generic[C]):
             feed.position,
             version,
             weights,
+            carried.groups,
             time.perf_counter() - begun,
             engine.stats()["sampled_tokens"] - tokens,
             {name: after[name] - before[name] for name in after},
@@ -135,10 +160,14 @@ class Queue:
     def __init__(self):
         self.ready: dict[int, Sampled] = {}
         self.last = 0  # where the problems of the last one end
+        self.newest: tuple[int, int, Sequence[UnderWay]] = 0, 0, ()  # number, weights, what it left
         self.known: dict[int, tuple[int, int, int]] = {}  # weights, first, last: those to find
+        self.moved = False  # and not brought back yet
 
     def put(self, number: int, sampled: Sampled) -> None:
         self.ready[number] = sampled
+        if number > self.newest[0]:
+            self.newest = number, sampled.weights, sampled.under_way
         self.last = max(self.last, sampled.last)
 
     def drop(self, number: int) -> None:
@@ -149,12 +178,21 @@ class Queue:
         """Where the run goes on: JSON values."""
         ready = {n: (found.weights, found.first, found.last) for n, found in self.ready.items()}
         ahead = {str(n): list(of) for n, of in sorted((self.known | ready).items())}
-        return {"problem": self.last} | ({"ahead": ahead} if ahead else {})
+        found: dict[str, Any] = {"problem": self.last}
+        if ahead:
+            found["ahead"] = ahead
+        number, weights, under_way = self.newest
+        if under_way:
+            found["carried"] = [number, weights, [[*group] for group in under_way]]
+        return found
 
     def move(self, position: Mapping[str, Any]) -> None:
         """Goes to where `position` says."""
         self.last = position["problem"]
         self.known = {int(n): tuple(of) for n, of in position.get("ahead", {}).items()}
+        number, weights, under_way = position.get("carried", (0, 0, ()))
+        self.newest = number, weights, [UnderWay(*group) for group in under_way]
+        self.moved = True
 
     def bring_back(self, sampler: Sampler) -> dict[int, int]:
         """Finds what was ready when the run was saved. What is not on disk any more has to be
@@ -171,7 +209,9 @@ class Queue:
                     number,
                     sampler.pending.directory,
                 )
-        self.known = {}
+        if self.moved:
+            sampler.take_up(*self.newest)
+        self.known, self.moved = {}, False
         return lost
 
 

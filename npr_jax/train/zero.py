@@ -21,9 +21,18 @@ from npr_jax.evaluate.judge import Answer
 from npr_jax.runs.log import Report
 from npr_jax.train import policy, rl
 from npr_jax.train.advantages import group_std
+from npr_jax.train.ask import ask
 from npr_jax.train.objective import Objective
 from npr_jax.train.rewards import RIGHT, WRONG, Rule, zero_reward
-from npr_jax.train.rollout import ZERO, Shown, first_of, of_all, roll_out, sampled_example, summary
+from npr_jax.train.rollout import (
+    NOTHING_ENDED,
+    ZERO,
+    Shown,
+    first_of,
+    of_all,
+    sampled_example,
+    summary,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,6 +70,11 @@ class ZeroConfig(rl.RLConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.carry and self.max_refills:
+            raise ValueError(
+                f"carry is {self.carry} and max_refills {self.max_refills}, needed is "
+                "max_refills=0: what a refill asks could not end in this batch either"
+            )
         if self.samples < 2:
             raise ValueError(f"samples is {self.samples}, needed is 2 or more: a group to compare")
         if self.overlong_buffer > self.max_tokens:
@@ -94,18 +108,21 @@ def collect_groups(engine: Engine, feed: rl.Feed, step: int, config: ZeroConfig)
     )
     groups, places, everything, own_rewards, rewards = [], [], [], [], []
     taken = found = surplus = late = rounds = 0
+    begun, carried = feed.position, {}
     shown = Shown()
     while found < config.prompts and rounds <= config.max_refills:
         wanted = to_ask(config, taken, found)
-        prompts, references = feed.take(config.asked(wanted))
-        taken, late = taken + wanted, late + len(prompts) - wanted
         seeds = (config.seed, ZERO, step, rounds)
-        answers = roll_out(engine, prompts, references, sampling, seeds, wanted)
+        answers, standing, left, carried = ask(engine, feed, config, sampling, seeds, step, wanted)
+        late += left
         own = {key: reward_of(answer, config) for key, answer in answers.items()}
         everything, own_rewards = [*everything, *answers.values()], [*own_rewards, *own.values()]
         everyones = of_all(own)
+        if not everyones:
+            return rl.Collected([], [], carried | {"skipped_because": NOTHING_ENDED})
+        taken += len({number for number, _ in everyones})
         if not rounds:
-            shown = first_of(answers, everyones)
+            shown = first_of(answers, everyones, standing, begun)
         rewards += everyones.values()
         for _, keys in itertools.groupby(everyones, key=lambda key: key[0]):
             keys = list(keys)
@@ -126,18 +143,22 @@ def collect_groups(engine: Engine, feed: rl.Feed, step: int, config: ZeroConfig)
             found += 1
         rounds += 1
     reward = float(np.mean(rewards))
-    metrics = summary(everything) | {
-        "reward": reward,
-        "score": reward,
-        **{
-            f"reward/{name}": mean
-            for name, mean in reward_parts(everything, own_rewards, config.reward).items()
-        },
-        "groups": found,
-        "groups_dropped": taken - found - surplus,
-        "equal_share": (taken - found - surplus) / taken,
-        "rounds": rounds,
-    }
+    metrics = (
+        carried
+        | summary(everything)
+        | {
+            "reward": reward,
+            "score": reward,
+            **{
+                f"reward/{name}": mean
+                for name, mean in reward_parts(everything, own_rewards, config.reward).items()
+            },
+            "groups": found,
+            "groups_dropped": taken - found - surplus,
+            "equal_share": (taken - found - surplus) / taken,
+            "rounds": rounds,
+        }
+    )
     if config.refill == "rate":
         metrics["groups_surplus"] = surplus
     if config.oversample:
