@@ -77,12 +77,15 @@ def test_nodes_share_what_crosses_the_network():
     )
 
 
-def test_a_step_with_fewer_rows_than_places_is_told():
-    config = stage_config("zero", "qwen3-4b")
+def test_a_plan_and_a_run_say_alike_that_a_step_is_smaller_than_the_mesh():
+    config = stage_config("zero", "qwen3-4b", ["minibatches=32"])
     few = plan("qwen3-4b", config, "h100:8x4", lengths="3000", prompt=200)
-    assert "an optimizer step has 2 rows for 32 places: 6% of them are used; make" in report(few)
-    full = plan("qwen3-4b", stage_config("papo", "qwen3-4b"), "h100:8")
-    assert "places" not in report(full) and full["row_use"] == 1
+    assert config.advice(32) and few["thin"] == config.advice(32)
+    assert f"\n  {few['thin']}\n" in report(few)
+    helped = plan("qwen3-4b", config, "h100:8x4", parse_mesh("fsdp=16,tensor=2"))
+    assert helped["thin"] == "" and "empty rows" not in report(helped)
+    beta = stage_config("beta", "qwen3-4b", ["fit.batch=8"])
+    assert plan("qwen3-4b", beta, "h100:8x4", problems=1000)["thin"] == beta.advice(32) != ""
 
 
 def test_lengths_are_spread_over_what_is_given(tmp_path):

@@ -69,7 +69,7 @@ def plan(
       params, optimizer, reference, engine_weights: resident, beside the pool; page, pages,
       pages_wanted: of the pool; flops, network: of one micro-batch; compute_s, collective_s,
       network_s, least_s: the least time of it; decode_least_s: of one decode step of few, short
-      answers; hbm, fits, advice;
+      answers; hbm, fits, advice; thin: what a run says where a step is smaller than the mesh;
       and what `whole_step` gives.
 
     Raises:
@@ -130,6 +130,7 @@ def plan(
     found["pages_wanted"] = config.engine.pages
     found["fits"] = trains and found["pages"] >= found["pages_wanted"]
     found["advice"] = "" if found["fits"] else _advice(found, place, config)
+    found["thin"] = config.advice(batch_shards(made))
     run = found | {"pages": found["pages_wanted"]}
     found |= whole_step(run, arch, config, place, lengths, prompt, problems)
     return found
@@ -240,23 +241,9 @@ def _whole(found: dict) -> list[str]:
         )
     else:
         lines.append("  hours: say with --problems how many the file has")
-    if told := thin(found):
-        lines.append(f"  {told}")
+    if found["thin"]:
+        lines.append(f"  {found['thin']}")
     return lines
-
-
-def thin(found: dict) -> str:
-    """What to change where the rows of an optimizer step are fewer than the parts of a batch: then
-    chips compute rows of nothing. Empty where they are not."""
-    least = min(found["rows"])
-    if least >= found["micro_batch"]:
-        return ""
-    return (
-        f"an optimizer step has {least} rows for {found['micro_batch']} places: "
-        f"{100 * found['row_use']:.0f}% of them are used; make mesh.sequence or mesh.tensor larger "
-        "in place of mesh.fsdp, or "
-        + ("fit.batch larger" if found["stage"] == "beta" else "minibatches fewer")
-    )
 
 
 def _reference_bytes(params, config: RLConfig | BetaConfig) -> int:
