@@ -504,5 +504,5 @@ def test_errors_name_what_was_typed(tmp_path):
 
 def test_the_warm_up_of_zero_is_the_reference_s_ten_rollout_batches():
     config = load_config(CONFIGS["zero"], "qwen3_4b_zero")
-    assert config.train.optimizer.warmup == 10 * config.minibatches == 320
+    assert config.train.optimizer.warmup == 10 * config.minibatches == 80
     assert meanings(OptimizerConfig)["warmup"].unit == "optimizer steps"

@@ -300,7 +300,7 @@ def test_errors_name_the_row_and_the_prompts(groups):
 
 
 def test_a_step_that_is_smaller_than_the_mesh_says_what_helps():
-    config = stage_config("zero", "qwen3-4b")
+    config = stage_config("zero", "qwen3-4b", ["minibatches=32"])
     assert config.advice(16) == ""
     assert config.advice(64) == (
         "an optimizer step has 16 examples for 64 parts of the batch (mesh.data x mesh.fsdp): 48 "
@@ -312,6 +312,11 @@ def test_a_step_that_is_smaller_than_the_mesh_says_what_helps():
     assert "prompts to 64 or more and minibatches to 1" in config.advice(1024)
     assert dataclasses.replace(config, prompts=64, minibatches=1).advice(1024) == ""
     assert "fit.batch to 256 or more" in stage_config("beta", "qwen3-4b").advice(256)
+
+
+@pytest.mark.parametrize("stage", ["zero", "papo"])
+def test_a_step_of_the_presets_is_as_large_as_64_chips(stage):
+    assert stage_config(stage, "qwen3-4b").advice(64) == ""
 
 
 def test_exact_mode_has_one_shape():
