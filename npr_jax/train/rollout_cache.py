@@ -17,7 +17,7 @@ import yaml
 from etils import epath
 
 from npr_jax.base.distributed import group_rank, group_size
-from npr_jax.base.files import numbered, write_atomically, writing
+from npr_jax.base.files import json_text, numbered, write_atomically, writing
 from npr_jax.base.progress import Scalar
 from npr_jax.decode import Trajectory
 from npr_jax.runs.directory import INPUTS, SIZES, essence
@@ -109,7 +109,7 @@ class Pending:
     def save_carried(self, step: int, weights: int, carried: Carried) -> None:
         """Writes this process's answers that the batch of `step` leaves to the next one."""
         facts, arrays = to_arrays(carried)
-        meta = json.dumps({"key": self._key(step, weights), "facts": facts}).encode()
+        meta = json_text({"key": self._key(step, weights), "facts": facts}).encode()
         file = io.BytesIO()
         arrays["meta"] = np.frombuffer(meta, np.uint8)
         np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]  # none is "allow_pickle"

@@ -27,6 +27,7 @@ from jax.sharding import Mesh
 from orbax.checkpoint import multihost
 
 from npr_jax.base.distributed import exchange, gather, group, group_rank, is_main
+from npr_jax.base.files import json_text
 from npr_jax.base.mesh import (
     MeshConfig,
     local_decode_mesh,
@@ -208,7 +209,7 @@ class Link:
     def end(self, why: Literal["end", "signal", "failed"], text: str = "") -> None:
         """Tells all processes why this side ends; the first to say so is heard."""
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # one was before
-            self._client.key_value_set(f"{self._prefix}/stop", json.dumps([why, text]))
+            self._client.key_value_set(f"{self._prefix}/stop", json_text([why, text]))
 
     def part_ways(self, failed: bool) -> None:
         """Before this process ends without having come to its end: one that rolls out goes when
