@@ -101,4 +101,6 @@ def _inline(value: Any) -> str:
     """A value as YAML in one line; the first words of a text of several."""
     if isinstance(value, str) and "\n" in value:
         return textwrap.shorten(value, 40, placeholder=" ...")
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_inline, value))}]"
     return to_yaml({"x": value}).strip().removeprefix("x: ")

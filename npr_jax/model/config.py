@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from numbers import Real
 from typing import Any, Literal, get_args
 
+from npr_jax.base.fields import Checked, Count, Positive
 from npr_jax.model.rope import Yarn, product, read_rope
 
 ATTENTION = ("", "blockwise", "dense", "pallas", "exact")
@@ -14,6 +15,49 @@ REMAT = get_args(Remat)
 VOCAB_MULTIPLE = (
     128  # rows of the embedding: the lane width of a TPU, and divisible by any mesh axis
 )
+
+
+# The matrices that may have adapters: their names in Hugging Face's files, and in the parameters.
+TARGETS = {
+    "q_proj": "wq",
+    "k_proj": "wk",
+    "v_proj": "wv",
+    "o_proj": "wo",
+    "gate_proj": "w_gate",
+    "up_proj": "w_up",
+    "down_proj": "w_down",
+}
+Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig(Checked):
+    """Adapters (LoRA, arXiv 2106.09685): beside a frozen matrix W stand A and B, of which alone is
+    trained, and x W becomes x W + alpha / rank * (x A) B.
+
+    Attributes:
+      rank: columns of A, and rows of B.
+      alpha: what they add counts alpha / rank times.
+      targets: the matrices of each layer that have adapters, by their names in Hugging Face's
+        files; all others, norms, the embedding with the rows of the tags, and the head are frozen.
+    """
+
+    rank: Count = 16
+    alpha: Positive = 32.0
+    targets: tuple[Target, ...] = get_args(Target)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.targets or len(set(self.targets)) < len(self.targets):
+            raise ValueError(
+                f"targets is {list(self.targets)}, needed is one or more of {', '.join(TARGETS)}, "
+                "each once"
+            )
+
+    @property
+    def scale(self) -> float:
+        """What the product of A and B is multiplied by."""
+        return self.alpha / self.rank
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +80,7 @@ class ModelConfig:
       logp_chunk: tokens whose logits exist at one time.
       init_*: standard deviations and gains of a random initialisation.
       yarn: how positions beyond the original ones are read; it says max_position_embeddings.
+      lora: the adapters that the parameters have beside the model's own (model/lora.py), or None.
     """
 
     model_type: str
@@ -62,6 +107,7 @@ class ModelConfig:
     init_qk_gain: float = 1.0
     init_out_scale: float = 1.0
     yarn: Yarn | None = None
+    lora: LoraConfig | None = None
 
     def __post_init__(self):
         checks = (

@@ -4,6 +4,7 @@ once, however many there are, and knows nothing of what a mask hides."""
 import numpy as np
 
 from npr_jax.model.config import ModelConfig
+from npr_jax.model.lora import plain
 from npr_jax.model.params import num_params
 
 
@@ -16,14 +17,18 @@ def train_flops(config: ModelConfig, rows: int, row_len: int) -> float:
 
 def work_flops(config: ModelConfig, tokens: int, pairs: float) -> float:
     """FLOPs of a forward and backward pass over `tokens` that see `pairs` keys together; layers
-    that are computed again (remat) count again."""
+    that are computed again (remat) count again. Weights beside adapters are frozen, and have no
+    gradient."""
     c = config
     table = c.padded_vocab_size * c.hidden_size
-    layers = num_params(c) - table * (1 if c.tie_word_embeddings else 2)
+    other = 0 if c.tie_word_embeddings else table  # rows that are looked up
+    layers = num_params(c) - table - other
+    frozen = num_params(plain(c)) - other if c.lora else 0
     matrices = 2 * layers * tokens
     attention = 4 * c.num_layers * c.num_heads * c.head_dim * pairs
     again = 1 if c.remat == "full" else 0  # "dots" keeps what costs
-    return (3 + again) * (matrices + attention) + 3 * 2 * table * tokens  # logits: never again
+    logits = 3 * 2 * table * tokens  # never again
+    return (3 + again) * (matrices + attention) + logits - 2 * frozen * tokens
 
 
 def row_work(hidden: np.ndarray, pred: np.ndarray) -> tuple[int, int]:

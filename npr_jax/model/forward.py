@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from npr_jax.base.mesh import activations
 from npr_jax.kernels import exact
 from npr_jax.kernels.blocks import SAVED
-from npr_jax.model.config import ModelConfig
+from npr_jax.model.config import TARGETS, ModelConfig
 from npr_jax.model.exact import head as exact_head
 from npr_jax.model.exact import lay_out
 from npr_jax.model.rope import Yarn
@@ -91,6 +91,14 @@ def forward(
         mesh, where rows and tokens are split apart."""
         return y if mesh is not None else y.reshape(-1, y.shape[-1])
 
+    adapted = [TARGETS[name] for name in c.lora.targets] if c.lora else []
+
+    def product(y, w: dict, name: str):
+        """y times the matrix of that name, and its adapters."""
+        if c.lora is None or name not in adapted:
+            return y @ w[name]
+        return y @ w[name] + (y @ w[f"{name}_a"] * c.lora.scale) @ w[f"{name}_b"]
+
     x = settle(table[tokens])
 
     def layer(carry, inputs):
@@ -100,7 +108,7 @@ def forward(
             w = lay_out(w, exact.many_rows)
         with jax.named_scope("attention"):
             y = flat(norm(x, w["attn_norm"]))
-            q, k, v = y @ w["wq"], y @ w["wk"], y @ w["wv"]
+            q, k, v = (product(y, w, name) for name in ("wq", "wk", "wv"))
             if state is not None:
                 # Else the TPU compiler makes heads of the weights instead of the products, and each
                 # call of the engine turns these weights of all layers over.
@@ -118,11 +126,12 @@ def forward(
             if same_bits:
                 q, k, v = jax.lax.optimization_barrier((q, k, v))
             out, state = attend(q, k, v, number, state)
-            out = flat(out.reshape(batch, length, -1)) @ w["wo"]
+            out = product(flat(out.reshape(batch, length, -1)), w, "wo")
             x = settle(x + out.reshape(x.shape))
         with jax.named_scope("mlp"):
             y = flat(norm(x, w["mlp_norm"]))
-            y = (jax.nn.silu(y @ w["w_gate"]) * (y @ w["w_up"])) @ w["w_down"]
+            y = jax.nn.silu(product(y, w, "w_gate")) * product(y, w, "w_up")
+            y = product(y, w, "w_down")
             x = settle(x + y.reshape(x.shape))
         return (x, state), None
 

@@ -2,6 +2,8 @@
 
 Parameters are a nested dict {"embed", "layers": {name: [L, ...]}, "final_norm"[, "unembed"]}; the
 layers are stacked on the first axis, and every matrix is stored so that `x @ w` needs no transpose.
+With `config.lora` layers also have the adapters of each target w, as w_a [L, in, rank] and w_b
+[L, rank, out] (model/lora.py).
 """
 
 import functools
@@ -10,7 +12,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from npr_jax.model.config import ModelConfig
+from npr_jax.model.config import TARGETS, ModelConfig
+
+ADAPTERS = frozenset(f"{name}_{part}" for name in TARGETS.values() for part in "ab")
 
 
 class Weight(NamedTuple):
@@ -56,6 +60,12 @@ def weight_table(config: ModelConfig) -> dict:
             ("bv", kv, "kv_heads"),
         ):
             layers[name] = Weight((c.num_layers, size), ("layers", axis), 0.0)
+    targets, r = (c.lora.targets, c.lora.rank) if c.lora else ((), 0)
+    for name in map(TARGETS.__getitem__, targets):
+        (_, rows, cols), (_, first, last) = layers[name].shape, layers[name].axes
+        # A has the variance of PEFT's, and B is 0, so that the adapters begin with adding nothing.
+        layers[f"{name}_a"] = matrix(rows, r, (first, "rank"), 3**-0.5)
+        layers[f"{name}_b"] = Weight((c.num_layers, r, cols), ("layers", "rank", last), 0.0)
     table = {
         "embed": Weight((c.padded_vocab_size, d), ("vocab", "embed"), c.init_embed_std),
         "layers": layers,
@@ -74,18 +84,23 @@ def init_params(config: ModelConfig, key: jax.Array, dtype="float32") -> dict:
     """Random parameters in the structure that this module describes.
 
     Args:
-      key: of `jax.random.key`; each weight of the table folds a key of its own from it.
+      key: of `jax.random.key`; each weight of the table folds a key of its own from it, so that a
+        model has the same weights with adapters and without.
       dtype: of all parameters, which are drawn in float32.
     """
     leaves, tree = jax.tree.flatten_with_path(weight_table(config), is_leaf=_is_weight)
+    names = [path[-1].key for path, _ in leaves]
+    number = {name: i for i, name in enumerate(sorted(names, key=ADAPTERS.__contains__))}
 
-    def make(number: int, w: Weight):
+    def make(name: str, w: Weight):
         if w.std is None:
             return jnp.full(w.shape, w.gain, dtype)
-        noise = jax.random.normal(jax.random.fold_in(key, number), w.shape, jnp.float32)
+        noise = jax.random.normal(jax.random.fold_in(key, number[name]), w.shape, jnp.float32)
         return (noise * w.std).astype(dtype)
 
-    return jax.tree.unflatten(tree, [make(i, w) for i, (_, w) in enumerate(leaves)])
+    return jax.tree.unflatten(
+        tree, [make(name, w) for name, (_, w) in zip(names, leaves, strict=True)]
+    )
 
 
 def unstack(params: dict) -> dict:

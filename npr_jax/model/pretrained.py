@@ -15,6 +15,7 @@ from npr_jax.base.fields import Dtype, wanted
 from npr_jax.base.files import DEMO, absent, hub_error, publish, writing
 from npr_jax.model.config import PRESETS, ModelConfig
 from npr_jax.model.hf import CONFIG, SourceFiles, read_config, read_params, write
+from npr_jax.model.lora import merge, plain
 from npr_jax.model.params import check_finite, init_params
 from npr_jax.model.sharding import place_params, train_shardings
 from npr_jax.model.tokenizer import add_tags, demo_tokenizer, has_tags
@@ -27,13 +28,24 @@ TOKENIZER_FILES = ["*.json", "*.txt", "*.jinja"]  # and the config
 class Model:
     """`params`: see model/params.py. `tokenizer` is None where there is none; `tags` too, or where
     tokenizer and vocabulary do not have the eight tags (`with_tags` adds them). `source`: what the
-    configuration files said that it came from, which an export keeps."""
+    configuration files said that it came from, which an export keeps. `base`: the directory, hub
+    id or preset that the weights without adapters were loaded from, None where there is none."""
 
     config: ModelConfig
     params: dict
     tokenizer: Any = None
     tags: TagIds | None = None
     source: SourceFiles | None = None
+    base: str | None = None
+
+    def merged(self) -> "Model":
+        """The model without adapters that computes the same, in their dtype (`lora.merge`); the
+        model itself if it has none. In bfloat16 what is small beside a weight is rounded away: load
+        in float32 to merge."""
+        if self.config.lora is None:
+            return self
+        params = merge(self.config, self.params)
+        return dataclasses.replace(self, config=plain(self.config), params=params, base=None)
 
     def with_tags(self) -> "Model":
         """The model with the eight tags as single tokens; the model itself if it has them.
@@ -82,7 +94,7 @@ def load(
         if mesh is not None:
             make = jax.jit(make, out_shardings=train_shardings(config, mesh))
         tokenizer = demo_tokenizer() if str(source) == "tiny" else None
-        model = _assemble(config, make(jax.random.key(seed)), tokenizer)
+        model = _assemble(config, make(jax.random.key(seed)), tokenizer, str(source))
         return model.with_tags() if tags else model
     directory = Path(source)
     if not directory.is_dir():
@@ -92,7 +104,7 @@ def load(
     if not config.eos_token_ids and tokenizer is not None:
         config = dataclasses.replace(config, eos_token_ids=_own_eos(directory, config, tokenizer))
     params = read_params(directory, config, dtype)
-    model = dataclasses.replace(_assemble(config, params, tokenizer), source=files)
+    model = _assemble(config, params, tokenizer, str(source), files)
     model = model.with_tags() if tags else model
     if mesh is None:
         return dataclasses.replace(model, params=jax.tree.map(jnp.asarray, model.params))
@@ -143,11 +155,13 @@ def _own_eos(directory: Path, config: ModelConfig, tokenizer) -> tuple[int]:
     return (eos,)
 
 
-def _assemble(config: ModelConfig, params: dict, tokenizer) -> Model:
+def _assemble(
+    config: ModelConfig, params: dict, tokenizer, base: str, files: SourceFiles | None = None
+) -> Model:
     tags = None
     if tokenizer is not None and has_tags(tokenizer, config.vocab_size):
         tags = TagIds.from_tokenizer(tokenizer)
-    return Model(config, params, tokenizer, tags)
+    return Model(config, params, tokenizer, tags, files, base)
 
 
 def save(model: Model, directory: str | Path) -> None:

@@ -23,6 +23,7 @@ DECODE_RULES = {
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
+    "rank": None,
 }
 # Training: every matrix is also split over `fsdp`, and gathered where it is used.
 TRAIN_RULES = DECODE_RULES | {"embed": "fsdp"}

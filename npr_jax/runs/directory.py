@@ -81,6 +81,8 @@ LATER: tuple[str, ...] = (
     "importance_bound",
     "oversample",
     "refill",
+    "train.lora",
+    "fit.train.lora",
     *(f"evaluate.{name}" for name in ("every", "problems", "samples")),
 )
 # Why others may not change: of the first pattern that is found in the key.
@@ -92,6 +94,7 @@ _WHY = (
     (r"(^|\.)exact$", "a run is exact from its first step on, or it is not"),
     (r"^evaluate", "evaluations are compared with those before"),
     (r"optimizer\.", "the updates so far were made with it"),
+    (r"(^|\.)lora(\.|$)", "what is trained depends on it"),
     (r"compute_dtype$|cache_dtype$", "numbers of another dtype are others"),
     (r"^engine\.|(^|\.)(max_tokens|temperature|top_p)$", "what is sampled depends on it"),
     (

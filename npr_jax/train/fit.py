@@ -16,6 +16,7 @@ from npr_jax.base.mesh import batch_shards
 from npr_jax.base.parts import part
 from npr_jax.base.progress import Scalar, numeric
 from npr_jax.data.problems import shuffled
+from npr_jax.model.lora import joined
 from npr_jax.model.pretrained import Model
 from npr_jax.runs import loop, sigterm
 from npr_jax.runs.checkpoint import Checkpoints
@@ -27,15 +28,9 @@ from npr_jax.train.batch import facts, make_batch
 from npr_jax.train.deal import ALL, advice
 from npr_jax.train.figures import figures, flops_of
 from npr_jax.train.objective import Objective
-from npr_jax.train.optimizer import (
-    TrainState,
-    learning_rate,
-    new_state,
-    state_shardings,
-    warn_untrained,
-)
+from npr_jax.train.optimizer import TrainState, learning_rate, warn_untrained
 from npr_jax.train.packing import Example
-from npr_jax.train.step import TrainConfig, optimize
+from npr_jax.train.step import TrainConfig, begin, optimize
 
 _log = logging.getLogger(__name__)
 
@@ -99,9 +94,10 @@ def fit(
     what the examples need.
 
     Metrics and checkpoints go to `directory`; the same call again goes on where it stopped.
-    Returns the trained model, float32. Raises ValueError without examples, for an example that is
-    longer than a row, and for a directory of another run; OSError where it cannot write;
-    FloatingPointError after `max_nonfinite` steps; Preempted after SIGTERM.
+    Returns the trained model, float32; with `train.lora` the model in train.compute_dtype, with its
+    adapters in float32 (`Model.merged` adds them). Raises ValueError without examples, for an
+    example that is longer than a row, and for a directory of another run; OSError where it cannot
+    write; FloatingPointError after `max_nonfinite` steps; Preempted after SIGTERM.
     """
     body = Fit(lambda: model, examples, config, Path(directory), seed, name, mesh, depth)
     return loop.run(body, report)
@@ -127,7 +123,7 @@ class Fit(Body[TrainState, Model]):
             raise ValueError(f"{name}: there are no examples to train on")
         config.train.check(mesh)
         self.load, self.examples, self.config, self.mesh = load, examples, config, mesh
-        self.name, self.directory, self.profile = name, directory, config.profile
+        self.name, self.directory, self.profile, self.seed = name, directory, config.profile, seed
         self.total = config.num_steps(len(examples))
         self.every, self.max_nonfinite = config.train.checkpoint_every, config.train.max_nonfinite
         deepest = max(example.layout.hidden.shape[1] for example in examples)
@@ -143,10 +139,7 @@ class Fit(Body[TrainState, Model]):
     def begin(self) -> tuple[TrainState, Checkpoints]:
         train = self.config.train
         with sigterm.interruptible():
-            model = self.load()
-        shardings = self.mesh and state_shardings(model.config, train.optimizer, self.mesh)
-        state = new_state(model.params, train.optimizer, shardings)
-        self.model = dataclasses.replace(model, params={})
+            self.model, self.base, state = begin(self.load(), train, self.seed, self.mesh)
         place = self.config.checkpoints or self.directory / "checkpoints"
         return state, Checkpoints(place, self.text, train.keep_checkpoints, train.keep_best)
 
@@ -176,7 +169,7 @@ class Fit(Body[TrainState, Model]):
         with part("train"):
             flops = flops_of(model_config, rows)
             state, metrics = optimize(
-                state, rows, model_config, train, config.loss, rate, self.mesh
+                state, rows, model_config, train, config.loss, rate, self.mesh, base=self.base
             )
         trained = time.perf_counter()
         with part("log"):
@@ -192,7 +185,7 @@ class Fit(Body[TrainState, Model]):
 
     def finish(self, state: TrainState) -> Model:
         warn_untrained(state, self.total)
-        return dataclasses.replace(self.model, params=state.params)
+        return dataclasses.replace(self.model, params=joined(self.base, state.params))
 
 
 def _digest(examples: Sequence[Example]) -> str:

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from npr_jax.base.fields import Checked, Positive, PositiveOrZero, Range
 from npr_jax.model import ModelConfig, abstract_params
+from npr_jax.model.lora import trained
 from npr_jax.model.sharding import train_shardings
 
 _log = logging.getLogger(__name__)
@@ -58,7 +59,8 @@ class OptimizerConfig(Checked):
 
 @struct.dataclass
 class TrainState:
-    """float32 parameters, the optimizer's moments, and the optimizer steps done (i32)."""
+    """float32 parameters, those alone that are trained (`lora.trained`), the optimizer's moments,
+    and the optimizer steps done (i32)."""
 
     params: dict
     opt_state: optax.OptState
@@ -75,7 +77,7 @@ def new_state(params: dict, config: OptimizerConfig, shardings: TrainState | Non
 
 def abstract_state(model_config: ModelConfig, config: OptimizerConfig, mesh: Mesh | None):
     """The state as ShapeDtypeStructs, with their shardings on a mesh."""
-    state = jax.eval_shape(functools.partial(_state, config), abstract_params(model_config))
+    state = _shapes(model_config, config)
     if mesh is None:
         return state
     return jax.tree.map(
@@ -87,8 +89,9 @@ def abstract_state(model_config: ModelConfig, config: OptimizerConfig, mesh: Mes
 
 def state_shardings(model_config: ModelConfig, config: OptimizerConfig, mesh: Mesh) -> TrainState:
     """Where the state lives: the moments beside their parameters, the counts everywhere."""
-    everywhere, params = NamedSharding(mesh, P()), train_shardings(model_config, mesh)
-    state = jax.eval_shape(functools.partial(_state, config), abstract_params(model_config))
+    everywhere = NamedSharding(mesh, P())
+    params = trained(model_config, train_shardings(model_config, mesh))
+    state = _shapes(model_config, config)
     opt_state = optax.tree.map_params(
         make_optimizer(config),
         lambda _, sharding: sharding,
@@ -97,6 +100,11 @@ def state_shardings(model_config: ModelConfig, config: OptimizerConfig, mesh: Me
         transform_non_params=lambda _: everywhere,
     )
     return TrainState(params, opt_state, cast(Any, everywhere))  # in the place of an array
+
+
+def _shapes(model_config: ModelConfig, config: OptimizerConfig) -> TrainState:
+    params = trained(model_config, abstract_params(model_config))
+    return jax.eval_shape(functools.partial(_state, config), params)
 
 
 def _state(config: OptimizerConfig, params: dict) -> TrainState:

@@ -22,12 +22,21 @@ from npr_jax.base.distributed import gather, group_size
 from npr_jax.base.fields import Checked, Count, Dtype, PositiveOrZero, Range
 from npr_jax.base.mesh import BATCH, batch_shards
 from npr_jax.model import ModelConfig
-from npr_jax.model.config import Remat
+from npr_jax.model.config import LoraConfig, Remat
+from npr_jax.model.lora import base_of, init_adapters, joined, plain, trained
+from npr_jax.model.pretrained import Model
 from npr_jax.model.score import Figures, row_logp
+from npr_jax.model.sharding import train_shardings
 from npr_jax.train.batch import Batch
 from npr_jax.train.deal import Shapes, shapes
-from npr_jax.train.objective import Objective, loss_sums
-from npr_jax.train.optimizer import OptimizerConfig, TrainState, make_optimizer, state_shardings
+from npr_jax.train.objective import Objective, cast, loss_sums
+from npr_jax.train.optimizer import (
+    OptimizerConfig,
+    TrainState,
+    make_optimizer,
+    new_state,
+    state_shardings,
+)
 from npr_jax.train.packing import Row, count_loss_tokens, stack
 
 
@@ -60,6 +69,9 @@ class TrainConfig(Checked):
       max_nonfinite (steps): in a row without a finite update, after which the run stops.
       exact: the forward pass has the bits of an engine with `engine.exact`, so that the gap is 0
         until the first update of a batch; on one CPU device.
+      lora: adapters that are trained in place of the model, which is frozen in compute_dtype; null
+        trains the model. The run's `final` has them added to the model, and beside it, in
+        `final/adapter`, the adapters alone as PEFT reads them.
     """
 
     optimizer: OptimizerConfig
@@ -75,6 +87,15 @@ class TrainConfig(Checked):
     keep_best: Annotated[int, Range(ge=0, le=1)] = 0
     max_nonfinite: Count = 3
     exact: bool = False
+    lora: LoraConfig | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.exact and self.lora:
+            raise ValueError(
+                "exact is true and lora given, but exact is not for adapters: set exact to false, "
+                "or lora to null"
+            )
 
     def check(self, mesh: Mesh | None, name: str = "train") -> None:
         """Raises ValueError where rows cannot be split over the mesh, or where there is one and
@@ -111,7 +132,30 @@ class TrainConfig(Checked):
     def model(self, config: ModelConfig) -> ModelConfig:
         """The model's config as it is trained."""
         attention = "exact" if self.exact else config.attention
-        return dataclasses.replace(config, remat=self.remat, attention=attention)
+        return dataclasses.replace(config, remat=self.remat, attention=attention, lora=self.lora)
+
+
+def begin(
+    model: Model, config: TrainConfig, seed: int, mesh: Mesh | None = None
+) -> tuple[Model, dict | None, TrainState]:
+    """What a training begins with: the model as it is trained, without its parameters; the frozen
+    base that `optimize` wants with `config.lora`, else None; and the state before the first step.
+
+    On a mesh the model has been loaded onto it. Adapters that it has are merged first. `seed`: of
+    the new ones.
+    """
+    model = model.merged()
+    arch, params, base = dataclasses.replace(model.config, lora=config.lora), model.params, None
+    if config.lora:
+        shardings = mesh and train_shardings(arch, mesh)
+        to_dtype = functools.partial(cast, dtype=config.compute_dtype)
+        base = jax.jit(to_dtype, out_shardings=shardings and base_of(shardings))(params)
+        make = functools.partial(init_adapters, arch)
+        make = jax.jit(make, out_shardings=shardings and trained(arch, shardings))
+        params = make(jax.random.key(seed))
+    shardings = mesh and state_shardings(arch, config.optimizer, mesh)
+    state = new_state(params, config.optimizer, shardings)
+    return dataclasses.replace(model, config=arch, params={}), base, state
 
 
 def optimize(
@@ -123,6 +167,7 @@ def optimize(
     rate: float,
     mesh: Mesh | None = None,
     reference: dict | None = None,
+    base: dict | None = None,
 ) -> tuple[TrainState, dict[str, float]]:
     """One optimizer step over `rows`: the new state (the old one is used up) and metrics.
 
@@ -130,8 +175,9 @@ def optimize(
     several processes gives rows of its own, one at least (`packing.empty_row`), and all run as many
     micro-batches as the one with the most rows. All make the call together.
 
-    `reference`: parameters in the dtype that computes, laid out as those of the state, for
-    `objective.kl`.
+    `base`: of a model with adapters, which alone the state then has: the frozen parameters, in the
+    dtype that computes, laid out as `train_shardings` says. `reference`: parameters of a model
+    without adapters, of that dtype and laid out so too, for `objective.kl`; they may be the base.
 
     Metrics are means over the loss tokens that are computed, of all processes (`loss` over those
     that are not, too), beside `grad_norm` (before the clip), `loss_tokens` (all), `learning_rate`,
@@ -147,20 +193,22 @@ def optimize(
     numbers = np.float32(batch.count), np.float32(rate)
     optimizer = dataclasses.replace(config.optimizer, learning_rate=0.0)  # it is an argument
     kind = model_config, optimizer, objective, config.compute_dtype, mesh
+    frozen = () if base is None else (base,)
     parts = _placed(batch, mesh)
     if objective.kl:
         assert reference is not None
-        add_logp, used = compiled_reference(model_config, mesh), batch.used if batch.fused else None
+        add_logp = compiled_reference(plain(model_config), mesh)
+        used = batch.used if batch.fused else None
         parts = (
             add_logp(reference, part, np.int32(used or part["tokens"].shape[0])) for part in parts
         )
     if batch.fused:
         (part,) = parts
-        found = compiled_step(*kind)(state, part, np.int32(batch.used), *numbers)
+        found = compiled_step(*kind)(state, part, np.int32(batch.used), *numbers, *frozen)
     else:
         add, total = compiled_sums(*kind), None
         for part in parts:
-            total = add(state.params, part, total)
+            total = add(state.params, part, total, *frozen)
         found = compiled_update(model_config, optimizer, mesh)(state, total, *numbers)
     state, sums, largest, norm, finite = found
     metrics = {name: float(value) / batch.computed for name, value in sums.items()}
@@ -207,7 +255,8 @@ def compiled_step(
     compute_dtype: str,
     mesh: Mesh | None,
 ) -> Callable:
-    """The compiled step(state, batch, used, count, rate), which uses the state up.
+    """The compiled step(state, batch, used, count, rate), which uses the state up; of a model with
+    adapters step(..., rate, base).
 
     Over batch [M, B, T, ...], of which the first `used` i32 micro-batches run; `count` f32 loss
     tokens, learning rate `rate` f32. Returns the new state, sums over loss tokens {name: f32},
@@ -217,9 +266,9 @@ def compiled_step(
     shardings = None if mesh is None else state_shardings(model_config, config, mesh)
     gradient = _gradient(model_config, objective, compute_dtype, mesh, shardings)
 
-    def step(state, batch, used, count, rate):
-        total = _zeros(gradient, state.params, batch)
-        total = _add(gradient, state.params, batch, used, total)
+    def step(state, batch, used, count, rate, base=None):
+        total = _zeros(gradient, state.params, batch, base)
+        total = _add(gradient, state.params, batch, used, total, base)
         return _finish(config, state, total, count, rate)
 
     if mesh is None:
@@ -228,7 +277,10 @@ def compiled_step(
     return jax.jit(
         step,
         donate_argnums=0,
-        in_shardings=(shardings, batch, everywhere, everywhere, everywhere),
+        in_shardings=(
+            *(shardings, batch, everywhere, everywhere, everywhere),
+            *_base_shardings(model_config, mesh),
+        ),
         out_shardings=(shardings, everywhere, everywhere, everywhere, everywhere),
     )
 
@@ -260,13 +312,13 @@ def compiled_sums(
     mesh: Mesh | None,
 ) -> Callable:
     """The compiled add(params, batch, total), which uses `total` up: `Sums` with all micro-batches
-    of batch [M, B, T, ...] added; None is zero. A program for every shape of the batch, where
-    `compiled_step` has all in one for one shape."""
+    of batch [M, B, T, ...] added; None is zero. Of a model with adapters add(..., total, base). A
+    program for every shape of the batch, where `compiled_step` has all in one for one shape."""
     shardings = None if mesh is None else state_shardings(model_config, config, mesh)
     gradient = _gradient(model_config, objective, compute_dtype, mesh, shardings)
 
-    def add(params, batch, total):
-        return _add(gradient, params, batch, len(batch["tokens"]), total)
+    def add(params, batch, total, base=None):
+        return _add(gradient, params, batch, len(batch["tokens"]), total, base)
 
     sums = None
     if mesh is None or shardings is None:
@@ -277,20 +329,20 @@ def compiled_sums(
         add = jax.jit(
             add,
             donate_argnums=2,
-            in_shardings=(shardings.params, batch, sums),
+            in_shardings=(shardings.params, batch, sums, *_base_shardings(model_config, mesh)),
             out_shardings=sums,
         )
     zeros: list[Callable] = []  # one for batches of every shape
 
-    def start(params, batch):
+    def start(params, batch, *base):
         if not zeros:
-            like = jax.eval_shape(lambda: _zeros(gradient, params, batch))
+            like = jax.eval_shape(lambda: _zeros(gradient, params, batch, *base))
             make = functools.partial(jax.tree.map, lambda x: jnp.zeros(x.shape, x.dtype), like)
             zeros.append(jax.jit(make, out_shardings=sums))
         return zeros[0]()
 
-    return lambda params, batch, total: add(
-        params, batch, start(params, batch) if total is None else total
+    return lambda params, batch, total, *base: add(
+        params, batch, start(params, batch, *base) if total is None else total, *base
     )
 
 
@@ -319,13 +371,17 @@ def _gradient(
     mesh: Mesh | None,
     shardings,
 ) -> Callable:
-    """(params, batch, i) -> `Sums` of micro-batch i."""
+    """(params, batch, i, base) -> `Sums` of micro-batch i; the gradient is in `params`, beside
+    which a model with adapters has a base."""
+
+    def loss(params, base, *rest):
+        return loss_sums(joined(base, params), *rest)
 
     @jax.named_scope("gradient")
-    def gradient(params, batch, i):
+    def gradient(params, batch, i, base=None):
         rows = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), batch)
-        function = jax.grad(loss_sums, has_aux=True)
-        grads, figures = function(params, rows, model_config, objective, compute_dtype, mesh)
+        function = jax.grad(loss, has_aux=True)
+        grads, figures = function(params, base, rows, model_config, objective, compute_dtype, mesh)
         if shardings is not None:  # or every device would hold the whole gradient
             grads = jax.lax.with_sharding_constraint(grads, shardings.params)
         return grads, figures
@@ -333,16 +389,23 @@ def _gradient(
     return gradient
 
 
-def _zeros(gradient: Callable, params: dict, batch: dict) -> Sums:
-    shapes = jax.eval_shape(lambda: gradient(params, batch, 0))
+def _base_shardings(config: ModelConfig, mesh: Mesh) -> tuple:
+    """Of the base of a model with adapters, which compiled functions then take last."""
+    return (base_of(train_shardings(config, mesh)),) if config.lora else ()
+
+
+def _zeros(gradient: Callable, params: dict, batch: dict, base: dict | None = None) -> Sums:
+    shapes = jax.eval_shape(lambda: gradient(params, batch, 0, base))
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
 
-def _add(gradient: Callable, params: dict, batch: dict, used, total: Sums) -> Sums:
+def _add(
+    gradient: Callable, params: dict, batch: dict, used, total: Sums, base: dict | None = None
+) -> Sums:
     """`total` and the sums of the first `used` micro-batches."""
 
     def add(i, total):
-        grads, (sums, largest) = gradient(params, batch, i)
+        grads, (sums, largest) = gradient(params, batch, i, base)
         return (
             jax.tree.map(jnp.add, total[0], grads),
             (
