@@ -22,11 +22,13 @@ from npr_jax.base.mesh import local_decode_mesh, make_mesh, parse_mesh
 from npr_jax.cli import app
 from npr_jax.decode import runner as runner_module
 from npr_jax.decode.steps import compiled_steps
-from npr_jax.model import PRESETS, abstract_params
-from npr_jax.model.config import REMAT
+from npr_jax.model import PRESETS, abstract_params, num_params
+from npr_jax.model.config import REMAT, LoraConfig
 from npr_jax.model.flops import train_flops
+from npr_jax.model.lora import base_of, joined, plain, trained
 from npr_jax.plan.hlo import collective_bytes
-from npr_jax.plan.plan import plan, report, stage_config
+from npr_jax.plan.places import array_bytes
+from npr_jax.plan.plan import STATE, plan, report, stage_config
 from npr_jax.plan.programs import architecture, decode_step, train_step
 from npr_jax.train import beta, papo, rl, zero
 from npr_jax.train import step as step_module
@@ -103,11 +105,13 @@ def test_loops_are_read_as_the_tpu_compiler_writes_them():
     assert collective_bytes(dynamic) == 2 * 4096 * 3 / 4
 
 
+@pytest.mark.parametrize("lora", [None, LoraConfig(8)], ids=["all", "adapters"])
 @pytest.mark.parametrize("remat", REMAT)
-def test_flops_are_those_of_the_program(remat):
+def test_flops_are_those_of_the_program(remat, lora):
     config = dataclasses.replace(
         PRESETS["tiny"], num_layers=1, hidden_size=256, intermediate_size=512, remat=remat
     )
+    config = dataclasses.replace(config, lora=lora)
     rows, row_len = 2, 64
     row = empty_row(row_len, 2)
     batch = {
@@ -115,14 +119,23 @@ def test_flops_are_those_of_the_program(remat):
     }
     grad = jax.jit(
         jax.grad(
-            lambda p, b: loss_sums(p, b, config, Objective("sft"), "float32")[0],
+            lambda p, base, b: loss_sums(joined(base, p), b, config, Objective("sft"), "float32")[
+                0
+            ],
         )
     )
+
+    def unrolled(params):
+        one = params["layers"].items()
+        return {
+            **params,
+            "layers": ({name: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for name, x in one},),
+        }
+
     params = abstract_params(config)
-    params["layers"] = (
-        {name: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for name, x in params["layers"].items()},
-    )
-    counted = grad.lower(params, batch).compile().cost_analysis()["flops"]
+    base = unrolled(base_of(params)) if lora else None
+    params = unrolled(trained(config, params))
+    counted = grad.lower(params, base, batch).compile().cost_analysis()["flops"]
     assert train_flops(config, rows, row_len) == pytest.approx(counted, rel=0.2)
 
 
@@ -142,6 +155,8 @@ RUNS = [
     ("papo", [], 3, "papo"),
     ("papo", ["layout=reference"], 6, "papo"),
     ("papo", ["objective=dapo"], 3, "dapo"),
+    ("papo", ["train.lora.rank=4", "train.compute_dtype=bfloat16"], 3, "papo"),
+    ("beta", ["fit.train.lora.targets=[q_proj]"], 2, "sft"),
 ]
 
 
@@ -203,9 +218,10 @@ def test_what_is_planned_is_the_program_of_the_run(
         return x.shape, x.dtype
 
     assert jax.tree.map(aval, abstract) == jax.tree.map(aval, arguments)
-    assert [x.sharding for x in jax.tree.leaves(abstract[:2])] == [
-        x.sharding for x in jax.tree.leaves(arguments[:2])
-    ]
+    for part in (slice(2), slice(5, None)):  # state and batch, and a base
+        assert [x.sharding for x in jax.tree.leaves(abstract[part])] == [
+            x.sharding for x in jax.tree.leaves(arguments[part])
+        ]
     # And both are what is meant.
     assert arguments[1]["hidden"].shape[-2] == depth and key[1].name == loss
 
@@ -264,6 +280,49 @@ def test_a_good_plan_is_quiet_about_the_host_that_is_not_there(tpu_compiler):
     assert result.returncode == 0 and "It fits." in result.stdout, result.stderr
     assert "compiling the decode step" in result.stderr
     assert not re.search("INVALID_ARGUMENT|Failed|WARNING|Error", result.stderr), result.stderr
+
+
+def test_adapters_take_a_fifth_of_the_state_of_all_weights():
+    """Parameters, base and optimizer of the 4B preset, by shapes alone."""
+    mesh, lora = parse_mesh("fsdp=8"), ["train.lora.rank=16"]
+    whole, some = (
+        plan("qwen3-4b", stage_config("papo", "qwen3-4b", changes), "h100:8", mesh)
+        for changes in ([], lora)
+    )
+
+    def state(found):
+        return sum(found[name] for name in STATE)
+
+    assert state(whole) == pytest.approx(12 * 4.02e9 / 8, rel=0.01)
+    assert state(some) < state(whole) / 5 and some["base"] == pytest.approx(8.04e9 / 8, rel=0.01)
+    assert some["params"] < 0.01 * whole["params"] and some["reference"] == 0
+    assert 0.75 * whole["flops"] < some["flops"] < 0.9 * whole["flops"]
+    assert some["train_temp"] < whole["train_temp"] - 2 * 0.98 * whole["params"]
+    assert some["checkpoint_bytes"] < 0.01 * whole["checkpoint_bytes"]
+    assert some["handover_s"] < 0.01 * whole["handover_s"]
+    assert "frozen base (lora)" in report(some) and "frozen base" not in report(whole)
+    kl = plan("qwen3-4b", stage_config("papo", "qwen3-4b", [*lora, "kl=0.1"]), "h100:8", mesh)
+    assert kl["reference"] == 0  # it is the base
+
+
+def test_the_state_of_adapters_is_what_the_program_takes():
+    """The arguments of the compiled step on the host's devices, to the byte."""
+    changes = ["train.lora.rank=4", "train.compute_dtype=bfloat16", "mesh.data=2", "mesh.fsdp=4"]
+    config = stage_config("papo", "tiny", changes)
+    mesh = make_mesh(config.mesh)
+    arch = config.train.model(PRESETS["tiny"])
+    step, arguments = train_step(arch, config, mesh)
+    state, *_, base = arguments
+    memory = step.lower(*arguments).compile().memory_analysis()
+    assert memory.argument_size_in_bytes == array_bytes(arguments)
+    assert array_bytes(base) == pytest.approx(2 * num_params(plain(arch)) / 4, rel=0.01)
+    adapters = num_params(arch) - num_params(plain(arch))
+    assert array_bytes(state) <= 12 * adapters and array_bytes(state) > 12 * adapters / 4
+    # Neither a gradient nor another copy of what is frozen.
+    whole, rest = stage_config("papo", "tiny", changes[1:]), memory.temp_size_in_bytes
+    step, arguments = train_step(whole.train.model(PRESETS["tiny"]), whole, mesh)
+    temp = step.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+    assert rest < temp
 
 
 @pytest.mark.parametrize("topology", spread(TINY_MESHES, test=1))

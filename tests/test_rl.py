@@ -75,6 +75,21 @@ def test_the_engine_has_the_only_copy_of_its_weights(settings):
     assert [np.subtract(count, before).tolist() for count in counts] == [[3, 1]] * 3
 
 
+@pytest.mark.slow
+def test_with_adapters_there_is_one_base_for_trainer_engine_and_reference(settings):
+    """In bfloat16, without a copy for any of them; of float32 weights nothing is left."""
+    changes = "train.compute_dtype=bfloat16", "train.lora.rank=4", "kl=0.1"
+    config, counts = settings("zero", "steps=3", *changes), []
+
+    def collect(engine, feed, step, config):
+        counts.append((arrays("float32"), arrays("bfloat16")))
+        return nothing(engine, feed, step, config)
+
+    before = arrays("float32"), arrays("bfloat16")
+    loop.run(policy.Policy(config, collect), lambda metrics: None)
+    assert [np.subtract(count, before).tolist() for count in counts] == [[0, 1]] * 3
+
+
 def test_sampling_keeps_the_weights_of_the_engine_only(settings, tmp_path, monkeypatch):
     config, counts = settings("beta", "sampler_model=tiny", "sample.batch=8"), []
     config = dataclasses.replace(

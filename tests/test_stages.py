@@ -71,22 +71,25 @@ def without_times(directory):
     ]
 
 
+LORA = ("train.lora.rank=4", "train.optimizer.learning_rate=0.01")
 CASES = [
     ("papo",),
+    ("zero", *LORA),
     ("zero",),
+    ("papo", "kl=0.1", "train.compute_dtype=bfloat16", *LORA),
     ("zero", "oversample=0.5", "refill=rate"),
     ("papo", "kl=0.1", "train.optimizer.name=lion", "train.optimizer.moments=bfloat16"),
 ]
 
 
-@pytest.mark.parametrize("case", spread(CASES, test=1), ids=" ".join)
+@pytest.mark.parametrize("case", spread(CASES, test=2), ids=" ".join)
 def test_a_cut_off_run_ends_as_if_nothing_had_happened(home, tmp_path, monkeypatch, case):
     stage, *changes = case
     run = {"zero": zero.run, "papo": papo.run}[stage]
     changes = (*changes, "steps=3")
     whole = run(config(home, stage, tmp_path / "whole", *changes))
     start = load({"zero": home / "seed", "papo": home / "tree"}[stage])
-    assert not np.array_equal(load(whole).params["embed"], start.params["embed"])
+    assert not np.array_equal(load(whole).params["layers"]["wq"], start.params["layers"]["wq"])
     # The checkpoint of a step follows its metrics: the second step is done again.
     with pytest.raises(Cut):
         run(config(home, stage, tmp_path / "cut", *changes), cut_after(2))
@@ -121,7 +124,8 @@ def test_a_cut_off_run_ends_as_if_nothing_had_happened(home, tmp_path, monkeypat
     assert "12 answers." in page and "entropy" in page and "checkpoint_every" in page
     assert [line["step"] for line in lines] == [1, 2, 3]
     # The trainer sees what the engine saw.
-    assert max(line["logp_gap_max"] for line in lines if not line["skipped"]) < 1e-4
+    most = 0.3 if "train.compute_dtype=bfloat16" in changes else 1e-4
+    assert max(line["logp_gap_max"] for line in lines if not line["skipped"]) < most
     assert run(config(home, stage, tmp_path / "cut", *changes)) == resumed
     assert sampled == [3, 3]  # it is done
     with pytest.raises(ValueError, match="samples was 4, is 5"):

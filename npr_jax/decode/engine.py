@@ -94,6 +94,10 @@ class Engine:
     def set_params(self, params) -> None:
         """Swaps the weights, and forgets the cached prompts, which the old ones computed.
 
+        An engine of a model with adapters takes three kinds, and compiles nothing again for any of
+        them: all weights; the adapters alone (`lora.adapters_of`), beside which the others stay;
+        and merged weights, or those of another model without adapters.
+
         Raises:
           RuntimeError: answers are unfinished.
           ValueError: a leaf is missing, or has another shape or dtype than before (so nothing

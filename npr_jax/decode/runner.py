@@ -35,6 +35,7 @@ from npr_jax.decode.tables import Tables
 from npr_jax.kernels import choose_attention
 from npr_jax.kernels.exact import key_block
 from npr_jax.model.exact import check, for_engine, require
+from npr_jax.model.lora import adapters_of, alone, joined, same_part
 from npr_jax.model.params import unstack
 from npr_jax.model.sharding import decode_shardings, place_params
 
@@ -86,6 +87,11 @@ class Runner:
     def __init__(self, model_config, params, config: EngineConfig, mesh: Mesh | None = None):
         if config.exact:
             require(model_config, mesh, "engine.exact")
+            if model_config.lora:
+                raise ValueError(
+                    "engine.exact is true and the model has adapters, for which exact is not: set "
+                    "it to false, or decode with merged weights (npr_jax.Model.merged)"
+                )
             model_config = dataclasses.replace(model_config, attention="exact")
         self.model_config, self.config, self.mesh = model_config, config, mesh
         self.replicas = mesh.shape["data"] if mesh else 1
@@ -123,18 +129,25 @@ class Runner:
         self.stats = dict.fromkeys(names, 0)
 
     def set_params(self, params) -> None:
-        """Takes these weights from the next call on.
+        """Takes these weights from the next call on: all of them; of a model with adapters also the
+        adapters alone, for the base that is there, or a model's without, to which none is added.
 
         Raises ValueError if a leaf is not what it was when the runner was made.
         """
-        _refuse_unlike(params, self._like)
+        config = self.model_config
+        if config.lora and not alone(config, params) and not adapters_of(params)["layers"]:
+            nothing = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), adapters_of(self._like))
+            params = joined(params, nothing)
+        _refuse_unlike(params, same_part(config, self._like, params))
+        adapters = alone(config, params)
         if self.mesh is not None:
-            params = place_params(params, decode_shardings(self.model_config, self.mesh))
+            shardings = decode_shardings(config, self.mesh)
+            params = place_params(params, same_part(config, shardings, params))
         if jax.default_backend() == "cpu":
             params = _unstack(params)
         if self.config.exact:
-            params = for_engine(self.model_config, params)
-        self.params = params
+            params = for_engine(config, params)
+        self.params = joined(self.params, params) if adapters else params
 
     def _refuse_inexact(self, dtype) -> None:
         """Refuses pages in which keys do not keep their bits, or that attention cannot take."""

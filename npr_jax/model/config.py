@@ -332,7 +332,8 @@ _HARMLESS = _words(
 )
 
 
-def _is_off(value) -> bool:
+def is_off(value) -> bool:
+    """Whether the value of a key says that there is nothing of what it names."""
     return value is None or value in (False, 0, "", [], {})
 
 
@@ -343,7 +344,7 @@ def unknown_keys(hf: Mapping) -> list[str]:
         for key, value in hf.items()
         if key not in _READ | _HARMLESS
         and not key.startswith(("_", "unsloth_"))
-        and not _is_off(value)
+        and not is_off(value)
     )
 
 
@@ -367,7 +368,7 @@ def _refuse_variants(hf: Mapping, kind: str, layers: int) -> None:
             f"{hf.get('sliding_window')!r}, use_sliding_window {hf.get('use_sliding_window')!r}"
         )
     for name in sorted(_MUST_BE_OFF & hf.keys()):
-        if not _is_off(hf[name]) and name != "use_sliding_window":
+        if not is_off(hf[name]) and name != "use_sliding_window":
             refuse(name, "none of it")
     for name in sorted(_MUST_BE_ONE & hf.keys()):
         if hf[name] is not None and hf[name] != 1:

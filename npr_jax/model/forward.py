@@ -142,6 +142,8 @@ def forward(
         kept = policies.save_from_both_policies(
             policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(SAVED)
         )
+        if c.lora:
+            kept = _but_for_sums_of(c.lora.rank, kept)
         # A loop over layers needs no barrier against CSE, and XLA on a CPU is faster without; with
         # "full" the TPU compiler holds and moves less where there is one.
         layer = jax.checkpoint(layer, prevent_cse=False, policy=kept)
@@ -153,6 +155,20 @@ def forward(
         numbers = jnp.arange(c.num_layers, dtype=jnp.int32)
         (x, state), _ = jax.lax.scan(layer, (x, state), (numbers, layers))
     return norm(x, params["final_norm"]), state
+
+
+def _but_for_sums_of(rank: int, kept: Callable) -> Callable:
+    """A policy that keeps what another keeps, but for products (x A) B: they are as large as those
+    that they are added to, and cheap."""
+
+    def policy(primitive, *avals, **params):
+        if primitive.name == "dot_general":
+            (contracted, _), _ = params["dimension_numbers"]
+            if [avals[0].shape[i] for i in contracted] == [rank]:
+                return False
+        return kept(primitive, *avals, **params)
+
+    return policy
 
 
 def head(config: ModelConfig, params: dict) -> jax.Array | exact.Weights:

@@ -35,7 +35,7 @@ _TOP = {
     "model.norm.weight": ("final_norm", False),
     HEAD: ("unembed", True),
 }
-_LAYER = {
+LAYER = {
     "input_layernorm.weight": ("attn_norm", False),
     "self_attn.q_proj.weight": ("wq", True),
     "self_attn.k_proj.weight": ("wk", True),
@@ -75,7 +75,7 @@ def read_config(directory: Path) -> tuple[ModelConfig, SourceFiles]:
     path = directory / CONFIG
     if not path.exists():
         raise FileNotFoundError(f"{directory} has no {CONFIG}")
-    source = SourceFiles(_read_json(path), _read_json(directory / GENERATION))
+    source = SourceFiles(read_json(path), read_json(directory / GENERATION))
     try:
         config = ModelConfig.from_hf(source.config)
     except ValueError as error:
@@ -89,8 +89,8 @@ def read_config(directory: Path) -> tuple[ModelConfig, SourceFiles]:
     return config, source
 
 
-def _read_json(path: Path) -> dict:
-    """The object in a file; {} where there is none."""
+def read_json(path: Path) -> dict:
+    """The object in a file; {} where there is none. Raises ValueError for other files."""
     if not path.exists():
         return {}
 
@@ -109,14 +109,17 @@ def _read_json(path: Path) -> dict:
     return value
 
 
-def _places(config: ModelConfig) -> dict[str, tuple[str, int | None, bool]]:
-    """Tensor name -> (weight, layer or None, transposed) for every tensor the model needs."""
+Places = dict[str, tuple[str, int | None, bool]]  # of tensors: weight, layer, transposed
+
+
+def _places(config: ModelConfig) -> Places:
+    """Where every tensor goes that the model needs; its adapters have files of their own."""
     table = weight_table(config)
-    places: dict[str, tuple[str, int | None, bool]] = {
+    places: Places = {
         name: (ours, None, flip) for name, (ours, flip) in _TOP.items() if ours in table
     }
     for layer in range(config.num_layers):
-        for name, (ours, flip) in _LAYER.items():
+        for name, (ours, flip) in LAYER.items():
             if ours in table["layers"]:
                 places[f"model.layers.{layer}.{name}"] = (ours, layer, flip)
     return places
@@ -129,7 +132,7 @@ def _files(directory: Path) -> list[Path]:
         if single.exists():
             return [single]
         raise FileNotFoundError(f"{directory} has neither {SINGLE} nor {INDEX}")
-    names = _read_json(index).get("weight_map")
+    names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not all(
         isinstance(name, str) and Path(name).name == name for name in names.values()
     ):
@@ -167,7 +170,9 @@ def _shape(config: ModelConfig, weight: Weight, ours: str, layer: int | None, fl
     return shape[::-1] if flip else shape
 
 
-def _find(directory: Path, config: ModelConfig, places: dict) -> dict[Path, list[str]]:
+def _find(
+    directory: Path, files: list[Path], config: ModelConfig, places: dict
+) -> dict[Path, list[str]]:
     """The tensors to be read from each file, known from the files' headers alone.
 
     Raises:
@@ -176,12 +181,13 @@ def _find(directory: Path, config: ModelConfig, places: dict) -> dict[Path, list
     """
     table = weight_table(config)
     problems, found, wanted = [], {}, {}
-    for path in _files(directory):
+    tied = EMBEDDING in places and config.tie_word_embeddings
+    for path in files:
         wanted[path] = []
         with _opened(path) as file:
             for name in sorted(file.keys()):
                 place = places.get(name)
-                if name == HEAD and config.tie_word_embeddings:  # compared with the embedding
+                if name == HEAD and tied:  # compared with the embedding
                     place = (*places[EMBEDDING][:2], False)
                 if place is None:
                     if not name.endswith("rotary_emb.inv_freq"):
@@ -226,13 +232,21 @@ def read_params(directory: Path, config: ModelConfig, dtype="float32") -> dict:
         shape or of a dtype that is not float, all of them named before any is read; or one holds
         what is not finite in `dtype`.
     """
-    table, places = weight_table(config), _places(config)
-    wanted = _find(directory, config, places)
-    dtype = jnp.dtype(dtype)
+    return read_tensors(directory, _files(directory), config, _places(config), dtype)
+
+
+def read_tensors(
+    directory: Path, files: list[Path], config: ModelConfig, places: Places, dtype="float32"
+) -> dict:
+    """As `read_params`, of the tensors of these files at these places; the weights that have none
+    are left out."""
+    table = weight_table(config)
+    wanted = _find(directory, files, config, places)
+    dtype, named = jnp.dtype(dtype), {ours for ours, _, _ in places.values()}
     arrays = {
         name: np.zeros(w.shape, dtype)
         for name, w in (table | table["layers"]).items()
-        if name != "layers"
+        if name in named
     }
     tied_head = None
     for path, names in wanted.items():
@@ -255,8 +269,21 @@ def read_params(directory: Path, config: ModelConfig, dtype="float32") -> dict:
         raise ValueError(
             f"{tied_head[0]}: {HEAD} differs from the embedding, but tie_word_embeddings is true"
         )
-    layers = {name: arrays.pop(name) for name in table["layers"]}
+    layers = {name: arrays.pop(name) for name in table["layers"] if name in named}
     return arrays | {"layers": layers}
+
+
+def tensors_of(host: dict, config: ModelConfig, places: Places) -> dict[str, np.ndarray]:
+    """What a file holds of parameters on the host; padding rows are dropped."""
+    tensors = {}
+    for name, (ours, layer, flip) in places.items():
+        x = host[ours] if layer is None else host["layers"][ours][layer]
+        if ours == "embed":
+            x = x[: config.vocab_size]
+        elif ours == "unembed":
+            x = x[:, : config.vocab_size]
+        tensors[name] = np.ascontiguousarray(x.T if flip else x)
+    return tensors
 
 
 def write(
@@ -274,14 +301,7 @@ def write(
     for old in directory.glob("model*.safetensors*"):
         old.unlink()
     host = jax.device_get(params)
-    tensors = {}
-    for name, (ours, layer, flip) in _places(config).items():
-        x = host[ours] if layer is None else host["layers"][ours][layer]
-        if ours == "embed":
-            x = x[: config.vocab_size]
-        elif ours == "unembed":
-            x = x[:, : config.vocab_size]
-        tensors[name] = np.ascontiguousarray(x.T if flip else x)
+    tensors = tensors_of(host, config, _places(config))
     shards: list[dict] = [{}]
     size = 0
     for name, x in tensors.items():
@@ -300,7 +320,7 @@ def write(
             "metadata": {"total_size": sum(x.nbytes for x in tensors.values())},
             "weight_map": {t: n for n, s in zip(names, shards, strict=True) for t in s},
         }
-        _write_json(directory / INDEX, index)
+        write_json(directory / INDEX, index)
     ours, source = config.to_hf(str(host["embed"].dtype)), source or SourceFiles()
     eos = ours["eos_token_id"]
     unchanged = config.eos_token_ids == source.eos_ids(config.vocab_size)
@@ -311,9 +331,10 @@ def write(
     # What `ours` says by other names, or in its own way; and code, which is left.
     old = {"torch_dtype", "rope_scaling", "original_max_position_embeddings", "auto_map"}
     kept = {name: value for name, value in source.config.items() if name not in old}
-    _write_json(directory / GENERATION, {**source.generation, **said(source.generation)})
-    _write_json(directory / CONFIG, kept | ours | said(source.config))
+    write_json(directory / GENERATION, {**source.generation, **said(source.generation)})
+    write_json(directory / CONFIG, kept | ours | said(source.config))
 
 
-def _write_json(path: Path, value: dict) -> None:
+def write_json(path: Path, value: dict) -> None:
+    """Writes an object as a file."""
     path.write_text(json_text(value, indent=2) + "\n", encoding="utf-8")

@@ -30,6 +30,16 @@ def base_of(params: dict) -> dict:
     return {**params, "layers": {name: x for name, x in layers.items() if name not in ADAPTERS}}
 
 
+def alone(config: ModelConfig, params: dict) -> bool:
+    """Whether these are the adapters alone of a model that has some."""
+    return config.lora is not None and "embed" not in params
+
+
+def same_part(config: ModelConfig, tree: dict, params: dict) -> dict:
+    """Of a tree for all parameters what is for these, which may be the adapters alone."""
+    return adapters_of(tree) if alone(config, params) else tree
+
+
 def trained(config: ModelConfig, params: dict) -> dict:
     """What is trained of the parameters: the adapters alone, or all of a model that has none."""
     return adapters_of(params) if config.lora else params

@@ -62,7 +62,8 @@ def weight_table(config: ModelConfig) -> dict:
             layers[name] = Weight((c.num_layers, size), ("layers", axis), 0.0)
     targets, r = (c.lora.targets, c.lora.rank) if c.lora else ((), 0)
     for name in map(TARGETS.__getitem__, targets):
-        (_, rows, cols), (_, first, last) = layers[name].shape, layers[name].axes
+        _, rows, cols = layers[name].shape
+        _, first, last = (x if x == "embed" else f"adapted_{x}" for x in layers[name].axes)
         # A has the variance of PEFT's, and B is 0, so that the adapters begin with adding nothing.
         layers[f"{name}_a"] = matrix(rows, r, (first, "rank"), 3**-0.5)
         layers[f"{name}_b"] = Weight((c.num_layers, r, cols), ("layers", "rank", last), 0.0)

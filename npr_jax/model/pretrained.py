@@ -15,12 +15,19 @@ from npr_jax.base.fields import Dtype, wanted
 from npr_jax.base.files import DEMO, absent, hub_error, publish, writing
 from npr_jax.model.config import PRESETS, ModelConfig
 from npr_jax.model.hf import CONFIG, SourceFiles, read_config, read_params, write
-from npr_jax.model.lora import merge, plain
+from npr_jax.model.lora import adapters_of, joined, merge, plain
 from npr_jax.model.params import check_finite, init_params
+from npr_jax.model.peft import (
+    ADAPTER_CONFIG,
+    read_adapter_config,
+    read_adapters,
+    write_adapters,
+)
 from npr_jax.model.sharding import place_params, train_shardings
 from npr_jax.model.tokenizer import add_tags, demo_tokenizer, has_tags
 from npr_jax.tree import TAG_NAMES, TagIds
 
+ADAPTER_DIR = "adapter"  # in the directory of a merged model
 TOKENIZER_FILES = ["*.json", "*.txt", "*.jinja"]  # and the config
 
 
@@ -73,7 +80,8 @@ def load(
 
     Args:
       source: a Hugging Face directory, a hub id ("Qwen/Qwen3-4B"), or the name of a preset, which
-        gets random weights.
+        gets random weights. Or the directory or hub id of adapters in PEFT's layout: then the model
+        that its base_model_name_or_path names, with these adapters, unmerged (`Model.merged`).
       dtype: of the parameters.
       seed: of a preset's weights.
       tags: adds the eight tags to a tokenizer that lacks them (`Model.with_tags`).
@@ -99,6 +107,8 @@ def load(
     directory = Path(source)
     if not directory.is_dir():
         directory = _download(str(source), [*TOKENIZER_FILES, "*.safetensors"])
+    if _is_adapter(directory):
+        return _load_adapted(directory, dtype, seed, tags, mesh)
     config, files = read_config(directory)
     tokenizer = _read_tokenizer(directory)
     if not config.eos_token_ids and tokenizer is not None:
@@ -112,6 +122,38 @@ def load(
     return dataclasses.replace(model, params=place_params(model.params, shardings))
 
 
+def _is_adapter(directory: Path) -> bool:
+    """Whether a directory has adapters, and no model."""
+    if not (directory / ADAPTER_CONFIG).exists():
+        return False
+    if (directory / CONFIG).exists():
+        raise ValueError(
+            f"{directory} has {CONFIG} and {ADAPTER_CONFIG}: a model or adapters to one? Keep one "
+            "of the two"
+        )
+    return True
+
+
+def _load_adapted(directory: Path, dtype: str, seed: int, tags: bool, mesh: Mesh | None) -> Model:
+    """The model that the adapters of a directory are for, with them."""
+    lora, base = read_adapter_config(directory)
+    try:
+        model = load(base, dtype, seed, tags, mesh)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise type(error)(
+            f"{directory / ADAPTER_CONFIG}: base_model_name_or_path: {error}"
+        ) from error
+    if model.config.lora:
+        raise ValueError(f"{directory}: the model that its adapters are for, {base}, has some too")
+    config = dataclasses.replace(model.config, lora=lora)
+    adapters = read_adapters(directory, config, dtype)
+    if mesh is None:
+        adapters = jax.tree.map(jnp.asarray, adapters)
+    else:
+        adapters = place_params(adapters, adapters_of(train_shardings(config, mesh)))
+    return dataclasses.replace(model, config=config, params=joined(model.params, adapters))
+
+
 def load_tokenizer(source: str | Path):
     """The tokenizer of a model as the stages use it, with the eight tags; no weights are read.
 
@@ -123,6 +165,8 @@ def load_tokenizer(source: str | Path):
         directory = Path(source)
         if not directory.is_dir():
             directory = _download(str(source), TOKENIZER_FILES)
+        if _is_adapter(directory):
+            return load_tokenizer(read_adapter_config(directory)[1])
         tokenizer = _read_tokenizer(directory)
     if tokenizer is None:
         raise ValueError(f"{source} has no tokenizer")
@@ -165,7 +209,11 @@ def _assemble(
 
 
 def save(model: Model, directory: str | Path) -> None:
-    """Writes a directory that `load` and transformers read."""
+    """Writes a directory that `load` and transformers read. A model with adapters is merged, and
+    the adapters alone are in `adapter`, a directory that `load` and PEFT read."""
+    if model.config.lora:
+        write_adapters(Path(directory) / ADAPTER_DIR, model.config, model.params, model.base)
+        model = model.merged()
     if model.tokenizer is not None:
         model.tokenizer.save_pretrained(directory)
     # config.json last: it is all there

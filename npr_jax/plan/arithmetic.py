@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from npr_jax.base.mesh import batch_shards
 from npr_jax.model import ModelConfig, abstract_params, num_params
 from npr_jax.model.flops import train_flops
+from npr_jax.model.lora import plain
 from npr_jax.model.sharding import decode_shardings
 from npr_jax.plan.places import array_bytes
 from npr_jax.train.beta import BetaConfig
@@ -44,7 +45,8 @@ def train_temp(arch: ModelConfig, train: TrainConfig, mesh, params: int) -> floa
     }[arch.remat]
     layer, table = _layer(arch) / tensor, _table(arch) / tensor
     at_hand = tokens * item * (6 * width + 1.5 * (3 * inner + 2 * queries + 4 * keys))
-    gathered = layer * (2 * item + 4) + table * (item + 4)
+    gradient = 0 if arch.lora else 4  # of what is frozen there is none
+    gathered = layer * (2 * item + gradient) + table * (item + gradient)
     return 2 * params + arch.num_layers * tokens * item * kept + at_hand + gathered
 
 
@@ -56,7 +58,8 @@ def train_collectives(arch: ModelConfig, train: TrainConfig, mesh) -> float:
     item = jnp.dtype(train.compute_dtype).itemsize
     passes = 3 if arch.remat == "full" else 2
     parts, tensor, sequence = mesh["fsdp"], mesh["tensor"], mesh["sequence"]
-    weights = num_params(arch) / tensor * (passes * item + 4) * (parts - 1) / parts
+    moved = num_params(arch) * passes * item + 4 * num_trained(arch)
+    weights = moved / tensor * (parts - 1) / parts
     tokens = train.micro_rows * train.row_len / sequence
     sums = {3: 5, 2: 4}[passes] * tokens * arch.hidden_size * item * 2 * (tensor - 1) / tensor
     keys = 2 * arch.num_kv_heads * arch.head_dim / tensor * item  # every part sees all of a row's
@@ -105,6 +108,11 @@ def prefill_flops(arch: ModelConfig, tokens: int) -> float:
 def token_flops(arch: ModelConfig) -> float:
     """FLOPs of a token that is decoded, but for those over the keys that it sees."""
     return 2 * (arch.num_layers * _layer(arch) + _table(arch))
+
+
+def num_trained(arch: ModelConfig) -> int:
+    """Number of parameters that are trained."""
+    return num_params(arch) - (num_params(plain(arch)) if arch.lora else 0)
 
 
 def _table(arch: ModelConfig) -> int:

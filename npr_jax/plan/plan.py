@@ -16,16 +16,19 @@ import jax.numpy as jnp
 from npr_jax.base.chips import GIB
 from npr_jax.base.config import load_config
 from npr_jax.base.mesh import MeshConfig, batch_shards
-from npr_jax.model import PRESETS
+from npr_jax.model import PRESETS, num_params
 from npr_jax.plan import arithmetic
+from npr_jax.plan.arithmetic import num_trained
 from npr_jax.plan.places import Place, array_bytes, find_place
 from npr_jax.plan.programs import architecture, decode_figures, train_figures, train_step
 from npr_jax.plan.whole import DISK_RATE, HOST_RATE, whole_step
 from npr_jax.train.beta import BetaConfig
 from npr_jax.train.configs import CONFIGS
-from npr_jax.train.optimizer import abstract_state
+from npr_jax.train.optimizer import abstract_base, abstract_state
 from npr_jax.train.rl import RLConfig
 from npr_jax.train.rollout import STAGES
+
+STATE = ("params", "base", "optimizer", "reference")  # what is resident where a stage trains
 
 
 def stage_config(stage: str, model: str, overrides: Sequence[str] = ()) -> RLConfig | BetaConfig:
@@ -66,10 +69,11 @@ def plan(
       train_temp, decode_temp: of the steps; collectives: of one micro-batch; decode_bytes,
       decode_collectives: of a decode step. What follows is arithmetic.
       rollout: chips that do nothing but roll out, beside those of the mesh.
-      params, optimizer, reference, engine_weights: resident, beside the pool; page, pages,
-      pages_wanted: of the pool; flops, network: of one micro-batch; compute_s, collective_s,
-      network_s, least_s: the least time of it; decode_least_s: of one decode step of few, short
-      answers; hbm, fits, advice; thin: what a run says where a step is smaller than the mesh;
+      params, base (frozen, of train.lora), optimizer, reference, engine_weights: resident, beside
+      the pool; page, pages, pages_wanted: of the pool; flops, network: of one micro-batch;
+      compute_s, collective_s, network_s, least_s: the least time of it; decode_least_s: of one
+      decode step of few, short answers; engine_next: of the weights that are handed over; hbm,
+      fits, advice; thin: what a run says where a step is smaller than the mesh;
       and what `whole_step` gives.
 
     Raises:
@@ -101,6 +105,7 @@ def plan(
         "rollout_hosts": place.rollout_hosts,
         "hbm": chip.hbm,
         "params": array_bytes(state.params),
+        "base": array_bytes(abstract_base(arch, config.train.compute_dtype, made)),
         "optimizer": array_bytes(state.opt_state),
         "reference": _reference_bytes(state.params, config),
         "row_len": config.train.row_len,
@@ -116,11 +121,13 @@ def plan(
         found |= arithmetic.train_figures(arch, config.train, made, found["params"])
         found |= arithmetic.decode_figures(arch, config, place.local)
     found |= _times(found, place, slices)
-    state = sum(found[n] for n in ("params", "optimizer", "reference"))
-    # When the engine gets new weights, both copies are there for a moment, and no step runs.
-    temps = [found["decode_temp"], found["engine_weights"]]
+    state = sum(found[n] for n in STATE)
+    # When the engine gets new weights, both copies are there for a moment, and no step runs. Of a
+    # model with adapters these alone are handed over.
+    found["engine_next"] = found["engine_weights"] * num_trained(arch) / num_params(arch)
+    temps = [found["decode_temp"], found["engine_next"]]
     if apart:  # the weights are also there while they are on their way
-        trains = state + max(found["train_temp"], found["engine_weights"]) <= chip.hbm
+        trains = state + max(found["train_temp"], found["engine_next"]) <= chip.hbm
         resident = found["engine_weights"]
     else:
         trains, resident = True, state + found["engine_weights"]
@@ -177,6 +184,7 @@ def report(found: dict) -> str:
     lines = [
         f"{found['model']}, {found['stage']}, {found['topology']}{slices}, mesh {mesh}; per chip:",
         f"  parameters (float32)        {gib('params')}",
+        *([f"  frozen base (lora)          {gib('base')}"] if found["base"] else []),
         f"  optimizer                   {gib('optimizer')}",
         *([f"  reference (kl)              {gib('reference')}"] if found["reference"] else []),
         f"  engine's copy of weights    {gib('engine_weights')}",
@@ -247,7 +255,10 @@ def _whole(found: dict) -> list[str]:
 
 
 def _reference_bytes(params, config: RLConfig | BetaConfig) -> int:
-    """Of the copy of the parameters from which `kl` keeps the policy."""
+    """Of the copy of the parameters from which `kl` keeps the policy; with adapters it is the
+    base."""
+    if config.train.lora:
+        return 0
     dtype = jnp.dtype(config.train.compute_dtype)
     return array_bytes(params) * dtype.itemsize // 4 if config.loss.kl else 0
 
@@ -255,7 +266,7 @@ def _reference_bytes(params, config: RLConfig | BetaConfig) -> int:
 def _advice(found: dict, place: Place, config: RLConfig | BetaConfig) -> str:
     """Which setting to change: that of the largest part."""
     mesh, host = place.mesh, place.local.size
-    state = found["params"] + found["optimizer"] + found["reference"]
+    state = sum(found[name] for name in STATE)
     sizes = {
         "state": state,
         "weights": found["engine_weights"],

@@ -30,7 +30,7 @@ from npr_jax.plan.hlo import collective_bytes
 from npr_jax.plan.places import array_bytes
 from npr_jax.plan.traffic import Program
 from npr_jax.train.beta import BetaConfig
-from npr_jax.train.optimizer import abstract_state
+from npr_jax.train.optimizer import abstract_base, abstract_state
 from npr_jax.train.packing import empty_row
 from npr_jax.train.rl import RLConfig
 from npr_jax.train.step import TrainConfig, compiled_step
@@ -39,7 +39,7 @@ from npr_jax.train.step import TrainConfig, compiled_step
 def architecture(preset: ModelConfig, train: TrainConfig) -> ModelConfig:
     """A model as the stage trains it on a TPU."""
     attention = choose_attention(preset.attention, preset.head_dim, "tpu")
-    return dataclasses.replace(preset, remat=train.remat, attention=attention)
+    return dataclasses.replace(train.model(preset), attention=attention)
 
 
 def train_step(arch: ModelConfig, config: RLConfig | BetaConfig, mesh: Mesh) -> tuple:
@@ -63,7 +63,9 @@ def train_step(arch: ModelConfig, config: RLConfig | BetaConfig, mesh: Mesh) -> 
     ]
     optimizer = dataclasses.replace(train.optimizer, learning_rate=0.0)  # it is an argument
     step = compiled_step(arch, optimizer, config.loss, train.compute_dtype, mesh)
-    return step, (abstract_state(arch, train.optimizer, mesh), batch, *scalars)
+    base = abstract_base(arch, train.compute_dtype, mesh)
+    frozen = () if base is None else (base,)
+    return step, (abstract_state(arch, train.optimizer, mesh), batch, *scalars, *frozen)
 
 
 def decode_step(arch: ModelConfig, config: RLConfig | BetaConfig, mesh: Mesh) -> tuple:

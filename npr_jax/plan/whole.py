@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from npr_jax.model import ModelConfig, num_params
-from npr_jax.plan.arithmetic import prefill_flops, token_flops
+from npr_jax.plan.arithmetic import num_trained, prefill_flops, token_flops
 from npr_jax.plan.places import Place
 from npr_jax.train.beta import BetaConfig
 from npr_jax.train.packing import best_fit
@@ -158,19 +158,18 @@ def whole_step(
         made = _beta(found, arch, config, place, lengths, prompt, problems)
     else:
         made = _rl(found, arch, config, place, lengths, prompt)
-    parameters = num_params(arch)
     state = found["params"] + found["optimizer"]
-    whole = 4.0 * 3 * parameters
+    whole = 4.0 * 3 * num_trained(arch)
     train = config.train
     copies = place.mesh.size // (place.mesh.shape["fsdp"] * place.mesh.shape["tensor"])
     made |= {
         # Each chip receives its part of the engine's weights from those that hold them.
-        "handover_s": found["engine_weights"] / place.chip.link_rate,
+        "handover_s": found["engine_next"] / place.chip.link_rate,
         "checkpoint_bytes": whole,
         "checkpoint_copy_s": state / HOST_RATE,
         "checkpoint_write_s": whole / place.hosts / DISK_RATE,
         # One more is there while it is written, and the model at the end.
-        "disk": whole * (train.keep_checkpoints + train.keep_best + 1) + 4.0 * parameters,
+        "disk": whole * (train.keep_checkpoints + train.keep_best + 1) + 4.0 * num_params(arch),
         "copies": copies,
     }
     if found["rollout"]:

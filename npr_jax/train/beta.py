@@ -174,7 +174,7 @@ def _train(config: BetaConfig, output: Path, report: Report | None) -> Model:
         )
 
     def seed_model() -> Model:
-        model = load(config.model, seed=config.seed, tags=True, mesh=mesh)
+        model = load(config.model, seed=config.seed, tags=True, mesh=mesh).merged()
         claim_inputs(output, {"model": model_content(config.model, model)})
         return model
 

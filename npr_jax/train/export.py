@@ -9,13 +9,16 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
-from npr_jax.base.fields import Checked, Seed
+from npr_jax.base.fields import Checked, Dtype, Seed
 from npr_jax.model import abstract_params
+from npr_jax.model.config import LoraConfig
 from npr_jax.model.hf import read_config as read_model_config
+from npr_jax.model.lora import joined, trained
 from npr_jax.model.pretrained import Model, load, load_tokenizer, publish_model
 from npr_jax.runs.checkpoint import best_step, checkpoint_steps, read_checkpoint_params
 from npr_jax.runs.directory import known_inputs, read_config
 from npr_jax.train.inputs import model_content
+from npr_jax.train.objective import cast
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +28,8 @@ class _Begun(Checked):
     model: str
     seed: Seed
     checkpoints: str | None
+    lora: LoraConfig | None = None
+    compute_dtype: Dtype = "float32"
 
 
 def export(
@@ -40,8 +45,9 @@ def export(
       run: run directory of a stage, which may be going on; it is only read.
       output: directory that is not there yet, outside of the run's.
       step: of the checkpoint; None is the last one.
-      start: the model that the run began with, which has its tokenizer; None is the run's `final`,
-        or what its config names.
+      start: the model that the run began with, which has its tokenizer, and of a run with
+        `train.lora` the base; None is the run's `final`, where it holds these, or what the run's
+        config names.
       best: in place of a step, that whose checkpoint has the largest value (`keep_best`).
 
     Raises ValueError for what is no run directory, a step that has no checkpoint or a damaged one,
@@ -68,12 +74,15 @@ def export(
         )
     model = _start(run, begun, start)
     here = SingleDeviceSharding(jax.devices()[0])
+    config = dataclasses.replace(model.config, lora=begun.lora)
     wanted = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=here),
-        abstract_params(model.config),
+        trained(config, abstract_params(config)),
     )
     params = read_checkpoint_params(place, step, wanted)
-    publish_model(dataclasses.replace(model, params=params), output)
+    if begun.lora:
+        params = joined(cast(model.params, begun.compute_dtype), params)
+    publish_model(dataclasses.replace(model, config=config, params=params), output)
     return step
 
 
@@ -101,6 +110,10 @@ def _read(path: Path) -> tuple[_Begun, str]:
         if not isinstance(owner, dict):
             raise ValueError(f"fit is {owner!r}, needed are keys with values")
         values: dict[str, Any] = {key: config.get(key) for key in ("model", "seed")}
+        train = owner.get("train") or {}
+        if lora := train.get("lora"):
+            lora = LoraConfig(lora["rank"], lora["alpha"], tuple(lora["targets"]))
+            values |= {"lora": lora, "compute_dtype": train["compute_dtype"]}
         begun = _Begun(**values, checkpoints=owner.get("checkpoints"))
     except ValueError as error:
         raise ValueError(f"{path} is no config of zero, beta or papo: {error}") from error
@@ -115,12 +128,14 @@ def checkpoints_of(run: Path) -> str:
 def _start(run: Path, begun: _Begun, start: str | None) -> Model:
     """A model with the config and the tokenizer of the run's."""
     final = run / "final"
-    source = start or (str(final) if final.exists() else begun.model)
+    # Into the weights of `final` the adapters are merged.
+    source = start or (str(final) if final.exists() and not begun.lora else begun.model)
     try:
-        model = load(source, seed=begun.seed, tags=True)
+        model = load(source, seed=begun.seed, tags=True).merged()
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"the model that the run began with is needed for its tokenizer: say where it lies now "
+            f"the model that the run began with is needed for its tokenizer"
+            f"{' and base' if begun.lora else ''}: say where it lies now "
             f"with --model DIR. {error}"
         ) from error
     if source != str(final):

@@ -169,7 +169,7 @@ class Fit(Body[TrainState, Model]):
         with part("train"):
             flops = flops_of(model_config, rows)
             state, metrics = optimize(
-                state, rows, model_config, train, config.loss, rate, self.mesh, base=self.base
+                state, rows, model_config, train, config.loss, rate, self.mesh, None, self.base
             )
         trained = time.perf_counter()
         with part("log"):

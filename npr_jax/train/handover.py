@@ -18,6 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from npr_jax.model import ModelConfig, abstract_params
+from npr_jax.model.lora import adapters_of
 from npr_jax.model.sharding import decode_shardings
 
 _BITS = {2: jnp.uint16, 4: jnp.uint32}
@@ -31,6 +32,7 @@ class Handover:
       dtype: that the engine computes in.
       train, rollout: meshes (data, tensor) of each side.
       local: of the second the part that is this process's; None for a single device, or none.
+      adapters: whether they alone are handed over, of a model that has some.
     """
 
     def __init__(
@@ -40,8 +42,10 @@ class Handover:
         train: Mesh,
         rollout: Mesh,
         local: Mesh | None,
+        adapters: bool = False,
     ):
-        self._config, self._dtype, self._train, self._local = config, dtype, train, local
+        self._dtype, self._train, self._local = dtype, train, local
+        self._part = adapters_of if adapters else lambda tree: tree
         devices = np.concatenate([train.devices, rollout.devices])
         self._groups = len(devices)
         both = Mesh(devices, ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
@@ -51,10 +55,10 @@ class Handover:
             functools.partial(jax.tree.map, lambda x: x[:count]),
             out_shardings=NamedSharding(both, P(None, "tensor")),
         )
-        self._splits = jax.tree.map(_split, decode_shardings(config, train))
-        self._shapes = abstract_params(config, dtype)
+        self._splits = jax.tree.map(_split, self._part(decode_shardings(config, train)))
+        self._shapes = self._part(abstract_params(config, dtype))
         self._pack = jax.jit(self._packed, out_shardings=NamedSharding(train, P("data", "tensor")))
-        here = decode_shardings(config, local) if local else None
+        here = self._part(decode_shardings(config, local)) if local else None
         self._unpack = jax.jit(self._unpacked, out_shardings=here)
 
     def pack(self, params: dict) -> dict:
@@ -69,7 +73,7 @@ class Handover:
 
     def receive(self) -> dict:
         """On the side that rolls out: the parameters as the engine of this process decodes."""
-        nothing = jax.eval_shape(self._packed, abstract_params(self._config))
+        nothing = jax.eval_shape(self._packed, self._shapes)
         received = self._turn(jax.tree.map(self._empty, nothing))
 
         def here(x: jax.Array) -> jax.Array:

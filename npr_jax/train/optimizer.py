@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from npr_jax.base.fields import Checked, Positive, PositiveOrZero, Range
 from npr_jax.model import ModelConfig, abstract_params
-from npr_jax.model.lora import trained
+from npr_jax.model.lora import base_of, trained
 from npr_jax.model.sharding import train_shardings
 
 _log = logging.getLogger(__name__)
@@ -84,6 +84,21 @@ def abstract_state(model_config: ModelConfig, config: OptimizerConfig, mesh: Mes
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         state,
         state_shardings(model_config, config, mesh),
+    )
+
+
+def abstract_base(model_config: ModelConfig, dtype: str, mesh: Mesh | None) -> dict | None:
+    """The frozen base beside the state of a model with adapters, as ShapeDtypeStructs, with their
+    shardings on a mesh; None beside that of another model."""
+    if model_config.lora is None:
+        return None
+    base = base_of(abstract_params(model_config, dtype))
+    if mesh is None:
+        return base
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        base,
+        base_of(train_shardings(model_config, mesh)),
     )
 
 

@@ -19,7 +19,9 @@ from npr_jax.base.parts import part, tell
 from npr_jax.base.progress import Scalar, numeric
 from npr_jax.data.problems import read_problems
 from npr_jax.decode import Engine, SamplingParams
+from npr_jax.model.lora import joined
 from npr_jax.model.pretrained import load, publish_model
+from npr_jax.model.sharding import train_shardings
 from npr_jax.runs import loop, sigterm
 from npr_jax.runs.checkpoint import Checkpoints, checkpoint_steps
 from npr_jax.runs.directory import SIZES, claim, claim_inputs
@@ -33,17 +35,15 @@ from npr_jax.train.objective import cast
 from npr_jax.train.optimizer import (
     TrainState,
     learning_rate,
-    new_state,
-    state_shardings,
     warn_untrained,
 )
 from npr_jax.train.rl import Feed, merged, minibatches, prompt_key
 from npr_jax.train.rollout import STAGES, encode_problems, engine_params
 from npr_jax.train.rollout_cache import Pending
 from npr_jax.train.sampler import ByTurns, C, Collect, Sampled, Sampler
-from npr_jax.train.sides import Ahead, Link, handover_of, linked, roll_out_side
+from npr_jax.train.sides import Ahead, Link, linked, roll_out_side
 from npr_jax.train.start import find_start
-from npr_jax.train.step import optimize
+from npr_jax.train.step import begin, optimize
 
 _log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ class Policy(Body[TrainState, Path], Generic[C]):
     def begin(self) -> tuple[TrainState, Checkpoints]:
         config, train = self.config, self.config.train
         with sigterm.interruptible():
-            model = load(config.model, seed=config.seed, tags=True, mesh=self.mesh)
+            model = load(config.model, seed=config.seed, tags=True, mesh=self.mesh).merged()
             given = read_problems(config.problems)
             problems, prompts = encode_problems(model.tokenizer, given, config.max_prompt_tokens)
             self.evaluation, held_out = evaluation_of(
@@ -90,11 +90,10 @@ class Policy(Body[TrainState, Path], Generic[C]):
                 SamplingParams(max_tokens=config.max_tokens, parallel=config.parallel),
                 config.seed,
             )
-            shardings = self.mesh and state_shardings(model.config, train.optimizer, self.mesh)
-            state = new_state(model.params, train.optimizer, shardings)
-            self.reference = None
-            if config.kl:
-                laid_out = shardings and shardings.params
+            self.model, self.base, state = begin(model, train, config.seed, self.mesh)
+            self.reference = self.base if config.kl else None
+            if config.kl and self.base is None:
+                laid_out = self.mesh and train_shardings(model.config, self.mesh)
                 to_dtype = functools.partial(cast, dtype=train.compute_dtype)
                 self.reference = jax.jit(to_dtype, out_shardings=laid_out)(model.params)
             contents = {
@@ -108,13 +107,13 @@ class Policy(Body[TrainState, Path], Generic[C]):
             start = find_start(config.start, vars(config).keys(), contents["model"])
         text = self.text + claim_inputs(self.directory, contents)
         # The state has the parameters from here on, and the engine gets its own in the first step.
-        self.model, self.engine = dataclasses.replace(model, params={}), None
+        self.engine = None
         # Each stage has an order of its own: what the stage before has learnt teaches nothing.
         self.feed = Feed(problems, prompts, config.seed, STAGES.index(config.command))
         self.pending = Pending(f"{place}/rollouts", text)
         if self.link:
-            handover, known = handover_of(config, model.config), contents["problems"]
-            self.source = Ahead(self.link, config, handover, model.config, text, known, self._good)
+            arch, known = self.model.config, contents["problems"]
+            self.source = Ahead(self.link, config, arch, self.base, text, known, self._good)
         else:
             sampler = Sampler(config, self.collect, self.feed, self.pending, self.directory)
             self.source = ByTurns(sampler, self._set_params)
@@ -185,6 +184,7 @@ class Policy(Body[TrainState, Path], Generic[C]):
                     rate,
                     self.mesh,
                     self.reference,
+                    self.base,
                 )
             history.append(metrics)
         trained = time.perf_counter()
@@ -242,7 +242,8 @@ class Policy(Body[TrainState, Path], Generic[C]):
         warn_untrained(state, self.total)
         final = self.directory / "final"
         self.pending.drop(self.total)
-        publish_model(dataclasses.replace(self.model, params=state.params), final)
+        params = joined(self.base, state.params)
+        publish_model(dataclasses.replace(self.model, params=params), final)
         return final
 
     def _good(self) -> int:
@@ -263,7 +264,9 @@ class Policy(Body[TrainState, Path], Generic[C]):
         dtype, mesh = self.config.train.compute_dtype, self.mesh
         with part("hand_over"):
             # Waited for, or the rollout would be charged with it, which waits for it anyway.
-            params = engine_params(self.model.config, state.params, dtype, mesh)
+            # Adapters are handed over alone, to an engine that has the base.
+            params = joined(self.base, state.params) if self.engine is None else state.params
+            params = engine_params(self.model.config, params, dtype, mesh)
             params = jax.block_until_ready(params)
             if self.engine is not None:
                 self.engine.set_params(params)

@@ -40,6 +40,7 @@ from npr_jax.base.progress import Progress
 from npr_jax.data.problems import read_problems
 from npr_jax.decode import Engine
 from npr_jax.model import ModelConfig
+from npr_jax.model.lora import joined
 from npr_jax.model.pretrained import Model, load_tokenizer
 from npr_jax.runs import sigterm
 from npr_jax.train.batch import bare
@@ -332,6 +333,7 @@ class Ahead(Generic[C]):
 
     Args:
       model, problems: of `Start`; `config_text` too.
+      base: frozen parameters beside those of the state, if there are some.
       good: the last step whose checkpoint is whole.
     """
 
@@ -339,14 +341,15 @@ class Ahead(Generic[C]):
         self,
         link: Link,
         config: C,
-        handover: Handover,
         model: ModelConfig,
+        base: dict | None,
         config_text: str,
         problems: str,
         good: Callable[[], int],
     ):
         self.queue = Queue()
-        self._link, self._config, self._handover = link, config, handover
+        self._link, self._config, self._base = link, config, base
+        self._handover = handover_of(config, model, adapters=base is not None)
         self._told, self._good = (model, config_text, problems), good
         self._begun: int | None = None  # the step that the run goes on from
         self._sent = 0  # version of the weights that the other side has
@@ -385,8 +388,9 @@ class Ahead(Generic[C]):
         for given in self._link.swap(None):
             self._receive(given)
         self.queue.known = {}
+        whole = self._handover if self._base is None else handover_of(self._config, model)
         with self._link.together("hand_over"):
-            self._handover.send(self._handover.pack(state.params))
+            whole.send(whole.pack(joined(self._base, state.params)))
         self._begun = self._sent = step
         numbers = range(step + 1, self._config.steps + 1)
         self._coming = [number for number in numbers if number not in self.queue.ready]
@@ -438,9 +442,11 @@ def needed_version(number: int, staleness: int, begun: int) -> int:
     return max(begun, number - 1 - staleness)
 
 
-def handover_of(config: RLConfig, model: ModelConfig, local: Mesh | None = None) -> Handover:
-    """Between the two sides of a run; `local` as for `Handover`."""
-    return Handover(model, config.train.compute_dtype, *sides(config.mesh), local)
+def handover_of(
+    config: RLConfig, model: ModelConfig, local: Mesh | None = None, adapters: bool = False
+) -> Handover:
+    """Between the two sides of a run; `local` and `adapters` as for `Handover`."""
+    return Handover(model, config.train.compute_dtype, *sides(config.mesh), local, adapters)
 
 
 def roll_out_side(config: C, collect: Collect[C], link: Link) -> Path:
@@ -462,7 +468,9 @@ def roll_out_side(config: C, collect: Collect[C], link: Link) -> Path:
         pending = Pending(f"{place}/rollouts", start.config_text)
         sampler = Sampler(config, collect, feed, pending, directory, link.give_up)
         local = local_decode_mesh(rollout_mesh(config.mesh))
-        handover, queue = handover_of(config, start.model, local), Queue()
+        whole, queue = handover_of(config, start.model, local), Queue()
+        adapters = start.model.lora is not None  # then they alone are new each time
+        handover = handover_of(config, start.model, local, True) if adapters else whole
         queue.move(start.position)
         again = queue.bring_back(sampler)
         link.meet("found")
@@ -471,7 +479,7 @@ def roll_out_side(config: C, collect: Collect[C], link: Link) -> Path:
         for _, found in ready:
             link.deliver(_carried(found))
         with link.together("hand_over"):
-            params = handover.receive()
+            params = whole.receive()
         model = Model(start.model, params, tokenizer, TagIds.from_tokenizer(tokenizer))
         engine = Engine(model, config.engine, local)
         version, weights, last = start.step, start.weights, queue.last
