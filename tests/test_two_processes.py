@@ -92,6 +92,22 @@ def test_answers_are_carried_over_by_two_processes_as_by_one(settings, tmp_path)
 
 
 @pytest.mark.nightly
+def test_two_processes_train_adapters_as_one_device_does(settings, tmp_path):
+    lora = ["train.lora.rank=4", "train.optimizer.learning_rate=0.003", "kl=0.1"]
+    two_processes.run(*command(settings, tmp_path / "two", *lora), **settings[1])
+    one = [*settings[0], *lora, f"output={tmp_path / 'one'}"]
+    zero.run(load_config(zero.ZeroConfig, "tiny_zero", one))
+    for a, b in zip(lines(tmp_path / "two"), lines(tmp_path / "one"), strict=True):
+        assert a.keys() == b.keys()
+        np.testing.assert_allclose([a[k] for k in a], [b[k] for k in b], rtol=1e-3, atol=1e-4)
+    for name in ("final", "final/adapter"):
+        two, one = (load(tmp_path / run / name).params["layers"] for run in ("two", "one"))
+        assert two.keys() == one.keys() and ("wq_a" in two) == (name == "final/adapter")
+        for key, x in two.items():
+            np.testing.assert_allclose(x, one[key], atol=1e-4)
+
+
+@pytest.mark.nightly
 def test_sigterm_to_one_ends_both_and_the_same_command_goes_on(settings, undisturbed, tmp_path):
     output = tmp_path / "run"
     processes = two_processes.start(*command(settings, output), **settings[1])
