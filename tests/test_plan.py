@@ -26,8 +26,9 @@ from npr_jax.model import PRESETS, abstract_params, num_params
 from npr_jax.model.config import REMAT, LoraConfig
 from npr_jax.model.flops import train_flops
 from npr_jax.model.lora import base_of, joined, plain, trained
+from npr_jax.plan import arithmetic
 from npr_jax.plan.hlo import collective_bytes
-from npr_jax.plan.places import array_bytes
+from npr_jax.plan.places import array_bytes, find_place
 from npr_jax.plan.plan import STATE, plan, report, stage_config
 from npr_jax.plan.programs import architecture, decode_step, train_step
 from npr_jax.train import beta, papo, rl, zero
@@ -339,6 +340,31 @@ def test_tiny_is_planned_for(tpu_compiler, topology):
     assert chip.hbm - found["page"] < used <= chip.hbm
     text = report(found)
     assert "It fits." in text and f"{found['pages']:,} of 16 tokens" in text
+
+
+@pytest.mark.slow
+def test_adapters_send_no_more_between_chips_than_all_weights(tpu_compiler):
+    """Sums over `tensor` go once for all matrices that share an input, as without adapters."""
+    changes = ["train.lora.rank=4"], []
+    some, whole = (
+        plan("tiny", stage_config("papo", "tiny", change), "v5e:4x4", parse_mesh("data=8,tensor=2"))
+        for change in changes
+    )
+    assert some["collectives"] < 1.1 * whole["collectives"]
+    assert some["train_temp"] < 1.1 * whole["train_temp"]
+
+
+@pytest.mark.nightly
+def test_qwen3_4b_with_adapters_takes_what_arithmetic_says(tpu_compiler):
+    mesh, config = parse_mesh("fsdp=16,tensor=4"), ["train.lora.rank=16"]
+    config = stage_config("papo", "qwen3-4b", config)
+    found = plan("qwen3-4b", config, "v5p:4x4x4", mesh)
+    assert sum(found[name] for name in STATE) < 12 * 4.02e9 / 64 / 5
+    arch = architecture(PRESETS["qwen3-4b"], config.train)
+    made = find_place("v5p:4x4x4", mesh).mesh
+    said = arithmetic.train_figures(arch, config.train, made, found["params"])
+    assert said["train_temp"] == pytest.approx(found["train_temp"], rel=0.1)
+    assert said["collectives"] == pytest.approx(found["collectives"], rel=0.15)
 
 
 @pytest.mark.slow

@@ -92,12 +92,20 @@ def forward(
         return y if mesh is not None else y.reshape(-1, y.shape[-1])
 
     adapted = [TARGETS[name] for name in c.lora.targets] if c.lora else []
+    scale = c.lora.scale if c.lora else 0.0
 
-    def product(y, w: dict, name: str):
-        """y times the matrix of that name, and its adapters."""
-        if c.lora is None or name not in adapted:
-            return y @ w[name]
-        return y @ w[name] + (y @ w[f"{name}_a"] * c.lora.scale) @ w[f"{name}_b"]
+    def times(y, w: dict) -> Callable:
+        """name -> y times the matrix of that name, and its adapters."""
+        # The gradient in y of all matrices is added up before that of adapters: of parts on
+        # `tensor`, whose sum is then sent once and not for each matrix.
+        beside = jnp.array(y, copy=True) if adapted else y
+
+        def product(name: str):
+            if name not in adapted:
+                return y @ w[name]
+            return y @ w[name] + (beside @ w[f"{name}_a"] * scale) @ w[f"{name}_b"]
+
+        return product
 
     x = settle(table[tokens])
 
@@ -108,7 +116,7 @@ def forward(
             w = lay_out(w, exact.many_rows)
         with jax.named_scope("attention"):
             y = flat(norm(x, w["attn_norm"]))
-            q, k, v = (product(y, w, name) for name in ("wq", "wk", "wv"))
+            q, k, v = map(times(y, w), ("wq", "wk", "wv"))
             if state is not None:
                 # Else the TPU compiler makes heads of the weights instead of the products, and each
                 # call of the engine turns these weights of all layers over.
@@ -126,12 +134,12 @@ def forward(
             if same_bits:
                 q, k, v = jax.lax.optimization_barrier((q, k, v))
             out, state = attend(q, k, v, number, state)
-            out = product(flat(out.reshape(batch, length, -1)), w, "wo")
+            out = times(flat(out.reshape(batch, length, -1)), w)("wo")
             x = settle(x + out.reshape(x.shape))
         with jax.named_scope("mlp"):
             y = flat(norm(x, w["mlp_norm"]))
-            y = jax.nn.silu(product(y, w, "w_gate")) * product(y, w, "w_up")
-            y = product(y, w, "w_down")
+            product = times(y, w)
+            y = times(jax.nn.silu(product("w_gate")) * product("w_up"), w)("w_down")
             x = settle(x + y.reshape(x.shape))
         return (x, state), None
 

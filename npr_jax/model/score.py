@@ -75,7 +75,7 @@ def token_loss(
     values the largest stays. It is asked for `logp_chunk` tokens at a time (the last of them may be
     none: zeros with a `pred` of -1), and the gradient of their logits is formed then and there, so
     that logits neither stay nor are computed again (as in Liger-Kernel, arXiv 2410.10989). Only the
-    loss has a gradient, and only in the parameters; of a model with adapters in these alone.
+    loss has a gradient, and only in the parameters.
 
     Args:
       rows: i32[B, T] tokens, positions and pred, i32[B, T, D, 2] hidden; more columns [B, T].
@@ -176,17 +176,12 @@ def _chunked_loss(config: ModelConfig, measure: Callable, mesh: Mesh | None) -> 
 
     def values_and_gradients(weights, x, columns):
         def add(d_weights, chunk):
-            if config.lora:  # the head is frozen
-                value, d_x = jax.value_and_grad(loss, 1, has_aux=True)(weights, *chunk)
-                return None, (value, d_x)
             value, (d_w, d_x) = jax.value_and_grad(loss, (0, 1), has_aux=True)(weights, *chunk)
             return d_weights + d_w, (value, d_x)
 
-        # of many chunks, so not in bfloat16
-        zeros = None if config.lora else jnp.zeros(weights.shape, jnp.float32)
+        zeros = jnp.zeros(weights.shape, jnp.float32)  # of many chunks, so not in bfloat16
         d_weights, (found, d_x) = jax.lax.scan(add, zeros, _chunks(config, x, columns))
-        if d_weights is not None:
-            d_weights = jax.lax.psum(d_weights, axes).astype(weights.dtype)
+        d_weights = jax.lax.psum(d_weights, axes).astype(weights.dtype)
         d_x = d_x.reshape(-1, x.shape[-1])[: x.shape[0] * x.shape[1]].reshape(x.shape)
         return found, d_weights, d_x
 
@@ -201,7 +196,7 @@ def _chunked_loss(config: ModelConfig, measure: Callable, mesh: Mesh | None) -> 
 
     def backward(gradients, cotangent):
         scale, _ = cotangent
-        return *jax.tree.map(lambda g: (scale * g).astype(g.dtype), gradients), None
+        return *((scale * g).astype(g.dtype) for g in gradients), None
 
     total.defvjp(forward_, backward)
     return total
