@@ -37,6 +37,7 @@ from npr_jax.train.export import export
 from npr_jax.train.objective import Objective, loss_sums
 from npr_jax.train.optimizer import OptimizerConfig
 from npr_jax.train.packing import make_rows, stack
+from npr_jax.train.start import find_start
 from npr_jax.train.step import TrainConfig, begin, optimize
 
 LORA = LoraConfig(rank=4, alpha=8.0)
@@ -474,3 +475,18 @@ def test_a_training_begins_with_the_merged_weights_of_adapters():
     new, base, state = begin(model, dataclasses.replace(TRAIN, lora=None), 0)
     assert new.config.lora is base is None
     chex.assert_trees_all_equal(state.params, model.merged().params)
+
+
+def test_a_run_goes_on_from_one_with_the_same_adapters_alone(tmp_path):
+    lora = {"rank": 4, "alpha": 8.0, "targets": list(LORA.targets)}
+    for name, value in (("some", lora), ("none", None)):
+        (tmp_path / name).mkdir()
+        config = {"model": "tiny", "seed": 0, "train": {"lora": value}}
+        (tmp_path / name / "config.yaml").write_text(json.dumps(config))
+    keys = {"model", "seed", "train"}
+    for name, given in (("some", LORA), ("none", None)):
+        with pytest.raises(ValueError, match="has no checkpoint of step 3"):
+            find_start(f"{tmp_path / name}@3", keys, "preset tiny", given)
+    for name, given in (("some", SOME), ("some", None), ("none", LORA)):
+        with pytest.raises(ValueError, match=r"train\.lora is .*, needed is that of .*"):
+            find_start(f"{tmp_path / name}@3", keys, "preset tiny", given)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
 from npr_jax.base.fields import Checked, Dtype, Seed
+from npr_jax.base.files import describe
 from npr_jax.model import abstract_params
 from npr_jax.model.config import LoraConfig
 from npr_jax.model.hf import read_config as read_model_config
@@ -113,10 +114,10 @@ def _read(path: Path) -> tuple[_Begun, str]:
         train = owner.get("train") or {}
         if lora := train.get("lora"):
             lora = LoraConfig(lora["rank"], lora["alpha"], tuple(lora["targets"]))
-            values |= {"lora": lora, "compute_dtype": train["compute_dtype"]}
+            values |= {"lora": lora, "compute_dtype": train.get("compute_dtype", "float32")}
         begun = _Begun(**values, checkpoints=owner.get("checkpoints"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no config of zero, beta or papo: {error}") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is no config of zero, beta or papo: {describe(error)}") from error
     return begun, begun.checkpoints or str(directory / "checkpoints")
 
 

@@ -4,6 +4,7 @@ from collections.abc import Set
 from pathlib import Path
 from typing import NamedTuple
 
+from npr_jax.model.config import LoraConfig
 from npr_jax.runs.checkpoint import checkpoint_steps
 from npr_jax.runs.directory import known_inputs, read_config
 from npr_jax.train.export import checkpoints_of
@@ -25,19 +26,25 @@ def parse_start(text: str) -> tuple[Path, int]:
     return Path(run), int(step)
 
 
-def find_start(text: str, keys: Set[str], model: str) -> Start:
-    """The checkpoint that is named by RUN@STEP, for a new run whose config has these keys, and of a
-    model of that content.
+def find_start(text: str, keys: Set[str], model: str, lora: LoraConfig | None = None) -> Start:
+    """The checkpoint that is named by RUN@STEP, for a new run whose config has these keys, of a
+    model of that content and with these adapters.
 
-    Raises ValueError where there is none, or it is of another stage or of another model.
+    Raises ValueError where there is none, or it is of another stage, model or other adapters.
     """
     run, step = parse_start(text)
     path = run / "config.yaml"
     if not path.is_file():
         raise ValueError(f"start is {text}: {run} is no run directory, for it has no config.yaml")
-    if foreign := read_config(path).keys() - keys:
+    config = read_config(path)
+    if foreign := config.keys() - keys:
         raise ValueError(
             f"start is {text}: {run} is a run of another stage, for it has {min(foreign)}"
+        )
+    seen, train = lora and {**vars(lora), "targets": list(lora.targets)}, config.get("train") or {}
+    if seen != train.get("lora"):
+        raise ValueError(
+            f"start is {text}: train.lora is {seen}, needed is that of {run}, {train.get('lora')}"
         )
     known = known_inputs(run).get("model", model)
     if known != model:
