@@ -69,6 +69,16 @@ ARMS = {
         "PAPO with 4 optimizer steps a batch, clipped",
         papo=("minibatches=4", "objective=dapo"),
     ),
+    "lora": Arm(
+        "adapters of rank 16",
+        zero=("train.lora.rank=16", "train.optimizer.learning_rate=3e-3"),
+        beta=(
+            "fit.train.lora.rank=16",
+            "fit.train.optimizer.learning_rate=1e-2",
+            "fit.train.optimizer.final_learning_rate=1e-3",
+        ),
+        papo=("train.lora.rank=16", "train.optimizer.learning_rate=2e-3"),
+    ),
 }
 # What is measured: (stage, how it is decoded), for the stages that an arm changes.
 MEASURED = {"zero": "sequential", "beta": "parallel", "papo": "parallel"}
