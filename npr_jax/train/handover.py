@@ -32,7 +32,7 @@ class Handover:
       dtype: that the engine computes in.
       train, rollout: meshes (data, tensor) of each side.
       local: of the second the part that is this process's; None for a single device, or none.
-      adapters: whether they alone are handed over, of a model that has some.
+      alone: of a model with adapters, whether these alone are sent.
     """
 
     def __init__(
@@ -42,10 +42,10 @@ class Handover:
         train: Mesh,
         rollout: Mesh,
         local: Mesh | None,
-        adapters: bool = False,
+        alone: bool = False,
     ):
-        self._dtype, self._train, self._local = dtype, train, local
-        self._part = adapters_of if adapters else lambda tree: tree
+        part = adapters_of if alone else lambda params: params
+        self._config, self._dtype, self._train, self._local = config, dtype, train, local
         devices = np.concatenate([train.devices, rollout.devices])
         self._groups = len(devices)
         both = Mesh(devices, ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
@@ -55,10 +55,10 @@ class Handover:
             functools.partial(jax.tree.map, lambda x: x[:count]),
             out_shardings=NamedSharding(both, P(None, "tensor")),
         )
-        self._splits = jax.tree.map(_split, self._part(decode_shardings(config, train)))
-        self._shapes = self._part(abstract_params(config, dtype))
+        self._splits = jax.tree.map(_split, part(decode_shardings(config, train)))
+        self._shapes = part(abstract_params(config, dtype))
         self._pack = jax.jit(self._packed, out_shardings=NamedSharding(train, P("data", "tensor")))
-        here = self._part(decode_shardings(config, local)) if local else None
+        here = part(decode_shardings(config, local)) if local else None
         self._unpack = jax.jit(self._unpacked, out_shardings=here)
 
     def pack(self, params: dict) -> dict:

@@ -333,7 +333,7 @@ class Ahead(Generic[C]):
 
     Args:
       model, problems: of `Start`; `config_text` too.
-      base: frozen parameters beside those of the state, if there are some.
+      base: of a model with adapters, which is sent with the first of them.
       good: the last step whose checkpoint is whole.
     """
 
@@ -349,7 +349,7 @@ class Ahead(Generic[C]):
     ):
         self.queue = Queue()
         self._link, self._config, self._base = link, config, base
-        self._handover = handover_of(config, model, adapters=base is not None)
+        self._first, self._handover = handovers_of(config, model)
         self._told, self._good = (model, config_text, problems), good
         self._begun: int | None = None  # the step that the run goes on from
         self._sent = 0  # version of the weights that the other side has
@@ -388,9 +388,8 @@ class Ahead(Generic[C]):
         for given in self._link.swap(None):
             self._receive(given)
         self.queue.known = {}
-        whole = self._handover if self._base is None else handover_of(self._config, model)
         with self._link.together("hand_over"):
-            whole.send(whole.pack(joined(self._base, state.params)))
+            self._first.send(self._first.pack(joined(self._base, state.params)))
         self._begun = self._sent = step
         numbers = range(step + 1, self._config.steps + 1)
         self._coming = [number for number in numbers if number not in self.queue.ready]
@@ -442,11 +441,14 @@ def needed_version(number: int, staleness: int, begun: int) -> int:
     return max(begun, number - 1 - staleness)
 
 
-def handover_of(
-    config: RLConfig, model: ModelConfig, local: Mesh | None = None, adapters: bool = False
-) -> Handover:
-    """Between the two sides of a run; `local` and `adapters` as for `Handover`."""
-    return Handover(model, config.train.compute_dtype, *sides(config.mesh), local, adapters)
+def handovers_of(
+    config: RLConfig, model: ModelConfig, local: Mesh | None = None
+) -> tuple[Handover, Handover]:
+    """Between the two sides of a run, the first one and those after it, for which adapters go
+    alone; `local` as for `Handover`."""
+    arguments = model, config.train.compute_dtype, *sides(config.mesh), local
+    first = Handover(*arguments)
+    return first, Handover(*arguments, alone=True) if model.lora else first
 
 
 def roll_out_side(config: C, collect: Collect[C], link: Link) -> Path:
@@ -468,9 +470,7 @@ def roll_out_side(config: C, collect: Collect[C], link: Link) -> Path:
         pending = Pending(f"{place}/rollouts", start.config_text)
         sampler = Sampler(config, collect, feed, pending, directory, link.give_up)
         local = local_decode_mesh(rollout_mesh(config.mesh))
-        whole, queue = handover_of(config, start.model, local), Queue()
-        adapters = start.model.lora is not None  # then they alone are new each time
-        handover = handover_of(config, start.model, local, True) if adapters else whole
+        (whole, handover), queue = handovers_of(config, start.model, local), Queue()
         queue.move(start.position)
         again = queue.bring_back(sampler)
         link.meet("found")
