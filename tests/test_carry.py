@@ -18,8 +18,10 @@ from npr_jax.runs.metrics import is_measured, read_metrics
 from npr_jax.train import papo, policy, zero
 from npr_jax.train.ask import ask
 from npr_jax.train.carry import Carried, UnderWay, from_arrays, to_arrays
-from npr_jax.train.rl import Feed
+from npr_jax.train.rl import Collected, Feed
 from npr_jax.train.rollout import roll_out
+from npr_jax.train.rollout_cache import Pending
+from npr_jax.train.sampler import Queue, Sampled, Sampler
 
 SAMPLING = SamplingParams(n=3, max_tokens=60)
 
@@ -180,6 +182,34 @@ def test_lost_answers_are_named(run, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         assert len(run("run")) == 6
     assert "the answers that step 3 left unfinished are not in" in caplog.text
+
+
+@pytest.mark.parametrize("lost", [3, 4])
+def test_a_batch_that_is_lost_goes_on_with_what_the_one_before_left(tmp_path, lost):
+    """Not with what it left itself: of these its own problems are a part, and would be twice in it.
+    The batch behind it, which is on disk, went on with what it had left."""
+    config, weights = config_of("carry=5"), 8
+    pending, nothing = Pending(tmp_path, "{}"), Collected([], [], {})
+    sampler = Sampler(config, lambda *_: nothing, Feed([], [], 0), pending, tmp_path)
+    left = {
+        3: [UnderWay(4, 0, 3)],
+        4: [UnderWay(4, 0, 3), UnderWay(6, 1, 4)],
+        5: [UnderWay(8, 2, 5)],
+    }
+    for number, groups in left.items():
+        position = {"problem": 2 * number, "places": [], "under_way": [[*g] for g in groups]}
+        if number != lost:
+            pending.save(number, weights, [], {}, position)
+            pending.save_carried(number, weights, Carried(groups, {}))
+    queue = Queue()
+    ahead = {str(n): [weights, 2 * n - 2, 2 * n] for n in left}
+    queue.move({"problem": 10, "ahead": ahead, "carried": [5, weights, [[8, 2, 5]]]})
+    assert queue.bring_back(sampler) == {lost: 2 * lost - 2}
+    assert [*queue.ready] == [*range(3, lost)] and queue.last == 10
+    assert sampler.carried.groups == left.get(lost - 1, [])
+    for number in range(lost, 6):  # sampled again
+        queue.put(number, Sampled(nothing, 0, 12, 2, weights, [UnderWay(9, 3, 5)]))
+    assert queue.position()["carried"] == [5, weights, [[9, 3, 5]]]
 
 
 def test_what_does_not_go_together_is_refused():

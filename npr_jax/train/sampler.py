@@ -166,7 +166,7 @@ class Queue:
 
     def put(self, number: int, sampled: Sampled) -> None:
         self.ready[number] = sampled
-        if number > self.newest[0]:
+        if number >= self.newest[0]:  # equal where it was lost and is sampled again
             self.newest = number, sampled.weights, sampled.under_way
         self.last = max(self.last, sampled.last)
 
@@ -196,8 +196,9 @@ class Queue:
 
     def bring_back(self, sampler: Sampler) -> dict[int, int]:
         """Finds what was ready when the run was saved. What is not on disk any more has to be
-        sampled anew: its numbers, and where its problems begin."""
-        lost = {}
+        sampled anew: its numbers, and where its problems begin. With `carry` so has all behind it,
+        which goes on with what it will leave, from where the problems end."""
+        lost, left = {}, self.newest
         for number, (weights, first, _) in sorted(self.known.items()):
             if found := sampler.find(number, weights, first):
                 self.put(number, found)
@@ -209,8 +210,12 @@ class Queue:
                     number,
                     sampler.pending.directory,
                 )
+                if sampler.config.carry:
+                    before = self.ready.get(number - 1)
+                    left = (number - 1, before.weights, before.under_way) if before else (0, 0, ())
+                    break
         if self.moved:
-            sampler.take_up(*self.newest)
+            sampler.take_up(*left)
         self.known, self.moved = {}, False
         return lost
 
