@@ -123,6 +123,20 @@ def test_answers_that_are_lost_are_begun_anew(model, feed):
     assert places <= seen
 
 
+def test_shares_are_of_the_groups_that_have_ended(model, feed):
+    engine, config = engine_of(model), config_of("carry=7", "samples=3", "max_tokens=60")
+    shares = []
+    for step in range(1, 9):
+        asked = config.prompts  # groups, with those that went on
+        metrics = papo.collect_groups(engine, feed, step, config).metrics
+        ended = asked - metrics["carried_groups"]
+        assert ("equal_share" in metrics) == (ended > 0)
+        if ended:
+            assert metrics["equal_share"] == metrics["groups_equal"] / ended
+            shares.append((metrics["carried_groups"], metrics["groups_equal"]))
+    assert any(left and equal for left, equal in shares)
+
+
 @pytest.fixture
 def run(tmp_path):
     """(name, changes, end) -> the metrics of a run of Zero that carries over; `end(number)` is

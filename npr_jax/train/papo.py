@@ -141,7 +141,7 @@ def collect_groups(engine: Engine, feed: rl.Feed, step: int, config: PapoConfig)
     )
     if config.oversample:
         metrics["groups_late"] = late
-    metrics["equal_share"] = metrics["groups_equal"] / (groups_given + late)
+    metrics["equal_share"] = metrics["groups_equal"] / groups_given
     if rewards:
         metrics["reward"] = float(np.mean(rewards))
     if len(set(rewards)) < 2:
