@@ -16,6 +16,7 @@ from conftest import examples, spread
 from npr_jax.base.config import load_config
 from npr_jax.decode import Engine, SamplingParams, fork_join
 from npr_jax.decode.attention import gather
+from npr_jax.decode.regrow import Begun
 from npr_jax.decode.runner import Runner
 from npr_jax.kernels import exact
 from npr_jax.model import exact as model_exact
@@ -123,6 +124,26 @@ def test_answers_have_the_same_bits_whatever_the_engines_shapes(variant, dtype):
         for answer, twin in zip(group, other, strict=True):
             np.testing.assert_array_equal(answer.token_ids, twin.token_ids)
             np.testing.assert_array_equal(answer.logp, twin.logp)
+
+
+@pytest.mark.slow
+def test_answers_that_go_on_have_the_same_bits():
+    """They are left after every 9 tokens, and also preempted between."""
+    params = SamplingParams(n=3, max_tokens=60, seed=(1, 2, 3))
+    whole = Engine(model(), CONFIG).generate(PROMPTS, params)
+    engine = Engine(model(), dataclasses.replace(CONFIG, pages=60))
+    made, begun, calls = [], None, 0
+    for limit in (*range(9, 60, 9), 1 << 30):
+        made = engine.generate(PROMPTS, params, begun=begun, pause=[limit] * len(whole))
+        begun = [
+            Begun(answer, limit) if answer.finish_reason == "aborted" else None for answer in made
+        ]
+        calls += any(begun)
+    for answer, twin in zip(whole, made, strict=True):
+        np.testing.assert_array_equal(answer.token_ids, twin.token_ids)
+        np.testing.assert_array_equal(answer.logp, twin.logp)
+    assert calls > 3 and max(answer.layout.depth for answer in whole) > 0
+    assert engine.stats()["preemptions"] > 0
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import dataclasses
 
 import bigram
+import jax
 import numpy as np
 import pytest
 from conftest import examples
@@ -194,3 +195,19 @@ def test_the_real_engine_goes_on_with_the_same_answers(report, more):
     report(f"{len(ours)} answers in {rounds} calls, {ties} ties")
     assert rounds > 2 and ties <= 2
     assert more or sum(one.layout.num_branches for one in ours) > 4
+
+
+@pytest.mark.slow
+def test_they_go_on_at_any_replica(report):
+    mesh = jax.make_mesh((4, 1), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    engine = Engine(bigram.model(), dataclasses.replace(CONFIG, lanes=3), mesh)
+    prompts = [[12, 13, 20, 9, 15, 11, 10, 14, 21, 9 + n] for n in range(6)]
+    sampling = SamplingParams(max_tokens=70, n=2)
+    theirs = whole(Engine(bigram.model(), CONFIG), prompts, sampling)
+    ours, rounds = in_pieces(engine, prompts, sampling, np.random.default_rng(1), share=0.2)
+    ties = sum(same(other, one) for one, other in zip(ours, theirs, strict=True))
+    report(f"{len(ours)} answers in {rounds} calls, {ties} ties")
+    assert rounds > 2 and ties <= 2
+    for scheduler in engine.schedulers:
+        recount(scheduler)
+        assert scheduler.pages.num_held == 0
