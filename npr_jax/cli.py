@@ -452,7 +452,9 @@ def _stage(
     kept = f"what is done is in {settings.output}"
     with ends_together(_tell), _interruptible(kept):
         if is_main():
-            typer.echo(describe(make_mesh(settings.mesh)), err=True)
+            apart = settings.mesh.rollout
+            more = f"; {apart} others do nothing but roll out" if apart else ""
+            typer.echo(describe(make_mesh(settings.mesh)) + more, err=True)
         with alone_in(settings.output):
             yield settings
             if is_main():

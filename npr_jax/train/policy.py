@@ -31,6 +31,7 @@ from npr_jax.runs.loop import Body
 from npr_jax.train.evaluation import evaluation_of
 from npr_jax.train.figures import figures, flops_of
 from npr_jax.train.inputs import model_content, problems_content
+from npr_jax.train.link import Link, linked
 from npr_jax.train.objective import cast
 from npr_jax.train.optimizer import (
     TrainState,
@@ -41,7 +42,7 @@ from npr_jax.train.rl import Feed, merged, minibatches, prompt_key
 from npr_jax.train.rollout import STAGES, encode_problems, engine_params
 from npr_jax.train.rollout_cache import Pending
 from npr_jax.train.sampler import ByTurns, C, Collect, Sampled, Sampler
-from npr_jax.train.sides import Ahead, Link, linked, roll_out_side
+from npr_jax.train.sides import Ahead, roll_out_side
 from npr_jax.train.start import find_start
 from npr_jax.train.step import begin, optimize
 
