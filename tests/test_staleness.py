@@ -73,7 +73,7 @@ def test_a_batch_is_sampled_by_the_weights_that_its_number_says(run, staleness):
 
 
 @pytest.mark.parametrize("staleness", [1, 2])
-@pytest.mark.parametrize("at", [1, 2, 4, 5])
+@pytest.mark.parametrize("at", [1, 4])
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, sigterm.Preempted])
 def test_a_run_that_was_ended_goes_on_with_the_same_batches(run, staleness, at, kind):
     changes = f"staleness={staleness}", "train.checkpoint_every=2"

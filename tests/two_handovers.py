@@ -1,12 +1,13 @@
 """One of two processes of four devices, one of which trains and the other rolls out, for the tests.
 
-    python tests/two_handovers.py
+    python tests/two_handovers.py FILE
 
-Prints the digest of the bits that were to arrive, and of those that have.
+Writes the digest of the bits that were to arrive, and of those that have.
 """
 
 import dataclasses
 import hashlib
+import sys
 
 import jax
 import numpy as np
@@ -46,7 +47,8 @@ for dtype, mesh in (
     if jax.process_index():
         arrived = handover.receive()
         assert all(isinstance(x.sharding.mesh, Mesh) for x in jax.tree.leaves(arrived))
-        print(digest(wanted), digest(arrived))
+        with open(sys.argv[1], "a", encoding="utf-8") as file:
+            print(digest(wanted), digest(arrived), file=file)
     else:
         with group([0]):
             there = place_params(params, train_shardings(config, make_mesh(mesh)))
