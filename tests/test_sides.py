@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 import two_processes
-from test_two_processes import _wait_for_step, lines
+from test_two_processes import lines, wait_for_step
 from train_toy import write_problems
 
 from npr_jax.base.mesh import MeshConfig, split_rollout
@@ -78,7 +78,7 @@ def test_both_sides_may_have_several_devices(settings, by_turns, tmp_path):
 def test_sigterm_to_either_side_ends_both_and_the_run_goes_on(settings, by_turns, tmp_path, side):
     output = tmp_path / "run"
     processes = two_processes.start(*command(settings, output), **settings[1])
-    _wait_for_step(output, 1, processes)
+    wait_for_step(output, 1, processes)
     processes[side].send_signal(signal.SIGTERM)
     errors = [process.communicate(timeout=600)[1] for process in processes]
     assert [process.returncode for process in processes] == [143, 143], [e[-2000:] for e in errors]
@@ -88,11 +88,22 @@ def test_sigterm_to_either_side_ends_both_and_the_run_goes_on(settings, by_turns
 
 
 @pytest.mark.nightly
+def test_answers_are_carried_over_on_the_side_that_rolls_out(settings, tmp_path):
+    more = ["carry=6", "max_refills=0", "minibatches=1"]
+    turns = command(settings, tmp_path / "turns", "mesh.rollout=0", *more)
+    turns.remove("--distributed")
+    two_processes.run_one(*turns, **settings[1])
+    two_processes.run(*command(settings, tmp_path / "sides", *more), **settings[1])
+    assert lines(tmp_path / "sides") == lines(tmp_path / "turns")
+    assert sum(line["carried"] > 0 for line in lines(tmp_path / "sides")) > 2
+
+
+@pytest.mark.nightly
 @pytest.mark.parametrize("side", [0, 1])
 def test_either_side_may_be_killed_and_the_run_goes_on(settings, by_turns, tmp_path, side):
     output = tmp_path / "run"
     processes = two_processes.start(*command(settings, output), **settings[1])
-    _wait_for_step(output, 2, processes)
+    wait_for_step(output, 2, processes)
     processes[side].kill()
     errors = [process.communicate(timeout=600)[1] for process in processes]
     assert processes[1 - side].returncode not in (0, None)

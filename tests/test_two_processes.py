@@ -111,7 +111,7 @@ def test_two_processes_train_adapters_as_one_device_does(settings, tmp_path):
 def test_sigterm_to_one_ends_both_and_the_same_command_goes_on(settings, undisturbed, tmp_path):
     output = tmp_path / "run"
     processes = two_processes.start(*command(settings, output), **settings[1])
-    _wait_for_step(output, 1, processes)
+    wait_for_step(output, 1, processes)
     processes[1].send_signal(signal.SIGTERM)
     errors = [process.communicate(timeout=600)[1] for process in processes]
     assert [process.returncode for process in processes] == [143, 143], [e[-2000:] for e in errors]
@@ -125,7 +125,7 @@ def test_sigterm_to_one_ends_both_and_the_same_command_goes_on(settings, undistu
 def test_a_process_that_dies_ends_the_other_with_a_message(settings, tmp_path):
     output = tmp_path / "run"
     processes = two_processes.start(*command(settings, output, "steps=500"), **settings[1])
-    _wait_for_step(output, 1, processes)
+    wait_for_step(output, 1, processes)
     processes[1].kill()
     error = processes[0].communicate(timeout=600)[1]
     processes[1].communicate()
@@ -133,7 +133,7 @@ def test_a_process_that_dies_ends_the_other_with_a_message(settings, tmp_path):
     assert re.search("another process has ended first|JAX distributed service|heartbeat", error)
 
 
-def _wait_for_step(output, step, processes):
+def wait_for_step(output, step, processes):
     path = output / "metrics.jsonl"
     for _ in range(3000):
         if path.exists() and path.read_text().count("\n") >= step:

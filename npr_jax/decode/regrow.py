@@ -61,7 +61,7 @@ def regrow(
     if ids[: answer.prompt_len] != trunk.own_tokens():
         raise ValueError(f"{name} goes on from an answer to another prompt")
     figures = np.zeros(len(ids), FIGURES)
-    for field in ("logp", "logp_sampled", "margin", "step", "forced"):
+    for field in FIGURES.names or ():
         figures[field] = getattr(answer, field)
     counts = answer.layout.positions < answer.prompt_len + begun.tokens
     growth = _Growth(config, tags)

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from npr_jax.decode import Trajectory
+from npr_jax.decode.sequence import FIGURES
 from npr_jax.tree import Block, layout
 
-_ARRAYS = ("token_ids", "logp", "logp_sampled", "margin", "step", "forced")
+_ARRAYS = ("token_ids", *(FIGURES.names or ()))
 
 
 class UnderWay(NamedTuple):

@@ -17,7 +17,7 @@ import yaml
 from etils import epath
 
 from npr_jax.base.distributed import group_rank, group_size
-from npr_jax.base.files import json_text, numbered, write_atomically, writing
+from npr_jax.base.files import numbered, write_atomically, writing
 from npr_jax.base.progress import Scalar
 from npr_jax.decode import Trajectory
 from npr_jax.runs.directory import INPUTS, SIZES, essence
@@ -67,32 +67,20 @@ class Pending:
             **{name: [getattr(e, name) for e in examples] for name in _FIELDS},
             **{f"layout_{name}": [getattr(e.layout, name) for e in examples] for name in _LAYOUT},
         }
-        arrays: dict[str, np.ndarray] = {"meta": np.frombuffer(json.dumps(meta).encode(), np.uint8)}
+        arrays: dict[str, np.ndarray] = {}
         for name, parts in columns.items():
             arrays[name] = np.concatenate([part.reshape(-1) for part in parts] or [np.zeros(0)])
             arrays[f"{name}_sizes"] = np.array([part.size for part in parts], np.int64)
-        file = io.BytesIO()
-        np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]  # none is "allow_pickle"
-        with writing(self.directory):
-            self.directory.mkdir(parents=True, exist_ok=True)
-            write_atomically(self._path(step), file.getvalue())
+        self._write(self._path(step), meta, arrays)
 
     def load(
         self, step: int, weights: int
     ) -> tuple[list[list[Example]], dict[str, Scalar], dict] | None:
         """(groups, metrics, position) as they were given to `save`; None if there are none."""
-        path = self._path(step)
-        if not path.exists():
+        found = self._read(self._path(step), step, weights)
+        if found is None:
             return None
-        try:
-            with np.load(io.BytesIO(path.read_bytes())) as file:
-                arrays = dict(file)
-        except (zipfile.BadZipFile, ValueError, EOFError) as error:  # the archive has checksums
-            _log.warning("%s is damaged (%s): its rollouts are sampled again", path, error)
-            return None
-        meta = json.loads(arrays["meta"].tobytes())
-        if meta["key"] != self._key(step, weights):
-            return None
+        meta, arrays = found
         names = (*_FIELDS, *(f"layout_{name}" for name in _LAYOUT))
         columns = [
             np.split(arrays[name], np.cumsum(arrays[f"{name}_sizes"])[:-1]) for name in names
@@ -109,28 +97,13 @@ class Pending:
     def save_carried(self, step: int, weights: int, carried: Carried) -> None:
         """Writes this process's answers that the batch of `step` leaves to the next one."""
         facts, arrays = to_arrays(carried)
-        meta = json_text({"key": self._key(step, weights), "facts": facts}).encode()
-        file = io.BytesIO()
-        arrays["meta"] = np.frombuffer(meta, np.uint8)
-        np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]  # none is "allow_pickle"
-        with writing(self.directory):
-            self.directory.mkdir(parents=True, exist_ok=True)
-            write_atomically(self._path(step, _CARRIED), file.getvalue())
+        meta = {"key": self._key(step, weights), "facts": facts}
+        self._write(self._path(step, _CARRIED), meta, arrays)
 
     def load_carried(self, step: int, weights: int) -> dict[tuple[int, int], Trajectory] | None:
         """The answers that were given to `save_carried`; None if there are none."""
-        path = self._path(step, _CARRIED)
-        if not path.exists():
-            return None
-        try:
-            with np.load(io.BytesIO(path.read_bytes())) as file:
-                arrays = dict(file)
-        except (zipfile.BadZipFile, ValueError, EOFError):  # the archive has checksums
-            return None
-        meta = json.loads(arrays["meta"].tobytes())
-        return (
-            from_arrays(meta["facts"], arrays) if meta["key"] == self._key(step, weights) else None
-        )
+        found = self._read(self._path(step, _CARRIED), step, weights)
+        return found and from_arrays(found[0]["facts"], found[1])
 
     def drop(self, step: int) -> None:
         """Removes what was sampled for `step` and before, but for what it leaves to the next."""
@@ -141,6 +114,30 @@ class Pending:
             for number, path in numbered(self.directory, _CARRIED).items():
                 if number < step:
                     path.unlink()
+
+    def _write(self, path: epath.Path, meta: Mapping, arrays: dict[str, np.ndarray]) -> None:
+        """Writes JSON values and arrays as one file."""
+        arrays["meta"] = np.frombuffer(json.dumps(meta).encode(), np.uint8)
+        file = io.BytesIO()
+        np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]  # none is "allow_pickle"
+        with writing(self.directory):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, file.getvalue())
+
+    def _read(
+        self, path: epath.Path, step: int, weights: int
+    ) -> tuple[dict, dict[str, np.ndarray]] | None:
+        """What `_write` was given, if it counts for these weights; None if there is none."""
+        if not path.exists():
+            return None
+        try:
+            with np.load(io.BytesIO(path.read_bytes())) as file:
+                arrays = dict(file)
+        except (zipfile.BadZipFile, ValueError, EOFError) as error:  # the archive has checksums
+            _log.warning("%s is damaged (%s): its rollouts are sampled again", path, error)
+            return None
+        meta = json.loads(arrays["meta"].tobytes())
+        return (meta, arrays) if meta["key"] == self._key(step, weights) else None
 
     def _path(self, step: int, ending: str = ".npz") -> epath.Path:
         return self.directory / f"{step}{ending}"
