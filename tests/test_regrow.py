@@ -129,6 +129,21 @@ def test_blocks_were_left_everywhere():
     }
 
 
+def test_blocks_that_were_refused_are_refused_again():
+    """They are plain text from then on, and the answer says why."""
+    config = dataclasses.replace(
+        CONFIGS[0], pages=600, max_branches=2, on_invalid_block="sequential"
+    )
+    prompts = [[*PROMPTS[n % len(PROMPTS)], 9 + n % 14] for n in range(60)]
+    ours, rounds = in_pieces(
+        engine_on_fake_device(config), prompts, KINDS[0], np.random.default_rng(1), share=0.1
+    )
+    theirs = whole(engine_on_fake_device(config), prompts, KINDS[0])
+    for one, other in zip(ours, theirs, strict=True):
+        equal(one, other)
+    assert rounds > 3 and sum(len(one.stats["refused_blocks"]) for one in ours) > 3
+
+
 def test_a_pause_is_the_same_whatever_the_schedule():
     """Answers that grow by nine tokens a call, on engines with other lanes, visits and pages."""
     roomy = dataclasses.replace(CONFIGS[0], pages=600, max_depth=3)
