@@ -131,6 +131,7 @@ def beta(
     config: Config,
     overrides: Overrides = None,
     output: Output = None,
+    start: Start = None,
     distributed: Distributed = False,
 ) -> None:
     """Stage 2: rejection sampling from Zero, then SFT of the seed model as trees.
@@ -139,7 +140,7 @@ def beta(
     """
     from npr_jax.train.beta import BetaConfig, run
 
-    with _stage(BetaConfig, config, overrides, output, distributed) as settings:
+    with _stage(BetaConfig, config, overrides, output, distributed, start) as settings:
         run(settings)
 
 

@@ -295,6 +295,7 @@ def test_beta_accepts_what_is_right_and_trains_it_as_trees(home, tmp_path, monke
                 "fit.batch=4",
                 "fit.train.row_len=256",
                 "fit.train.checkpoint_every=1",
+                "fit.train.keep_checkpoints=3",
                 *changes,
             ],
         )
@@ -333,6 +334,37 @@ def test_beta_accepts_what_is_right_and_trains_it_as_trees(home, tmp_path, monke
     assert weights(beta.run(settings("cut"))) == weights(whole)
     for part in ("sampling", "fit"):
         assert without_times(tmp_path / "cut" / part) == without_times(tmp_path / "whole" / part)
+
+    # From a step of that run: its answers, of which none is drawn again, and its state.
+    def draw(*_):
+        pytest.fail("answers are drawn again")
+
+    monkeypatch.setattr(beta, "_sample_batch", draw)
+    start = f"start={tmp_path / 'whole'}@2"
+    assert weights(beta.run(settings("new", start))) == weights(whole)
+    (tmp_path / "whole").rename(tmp_path / "gone")
+    fitted = without_times(tmp_path / "gone" / "fit")
+    assert without_times(tmp_path / "new" / "fit") == fitted[2:]
+    assert (tmp_path / "new" / "accepted.jsonl").read_bytes() == cut.read_bytes()
+    beta.run(settings("new", start, "fit.steps=5"))  # it has a state of its own by now
+    start = f"start={tmp_path / 'gone'}@2"
+    changed = beta.run(settings("changed", start, "fit.train.optimizer.learning_rate=0.1"))
+    assert weights(changed) != weights(tmp_path / "new" / "final-steps-3")
+    (tmp_path / "less.jsonl").write_text('{"problem": "1+1", "answer": "2"}\n')
+    for number, (change, message) in enumerate(
+        {
+            "sample.tries=5": r"sample\.tries is 5, needed is that of .*gone, 6: its accepted",
+            f"start={tmp_path / 'gone'}@7": "no checkpoint of step 7, there are 1, 2, 3",
+            f"problems={tmp_path / 'less.jsonl'}": "problems is .*, needed is that with which .*",
+            "model=tiny": "model is .*, needed is that with which .*gone began",
+            "fit.train.lora={rank: 2, alpha: 4, targets: [q_proj]}": r"fit\.train\.lora is .*, nee",
+        }.items()
+    ):
+        with pytest.raises(ValueError, match=message):
+            beta.run(settings(f"wrong{number}", start, change))
+    (tmp_path / "gone" / "accepted.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"there is no .*accepted.jsonl with its accepted answers"):
+        beta.run(settings("none", start))
 
 
 def test_beta_says_when_nothing_is_accepted(home, tmp_path):

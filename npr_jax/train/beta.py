@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, TypedDict
 
+import yaml
 from jax.sharding import Mesh
 
 from npr_jax.base.config import dump_config
@@ -26,19 +27,23 @@ from npr_jax.decode import Engine, EngineConfig, SamplingParams
 from npr_jax.evaluate.judge import Answer
 from npr_jax.model.pretrained import Model, load, load_tokenizer, publish_model
 from npr_jax.runs import loop, sigterm
-from npr_jax.runs.directory import SIZES, claim, claim_inputs
+from npr_jax.runs.checkpoint import checkpoint_steps
+from npr_jax.runs.directory import SIZES, claim, claim_inputs, read_config
 from npr_jax.runs.log import Report
 from npr_jax.runs.loop import Body
+from npr_jax.train.export import checkpoints_of
 from npr_jax.train.fit import Fit, FitConfig
 from npr_jax.train.inputs import model_content, problems_content
 from npr_jax.train.objective import Objective
 from npr_jax.train.packing import Example, loss_mask
 from npr_jax.train.rollout import BETA, encode_problems, engine_params, roll_out
+from npr_jax.train.start import Start, find_start, parse_start
 from npr_jax.train.step import TrainConfig
 from npr_jax.tree import TagIds, TraceError, layout, parse
 from npr_jax.tree.canonical import canonical
 from npr_jax.tree.parse import reference_depth
 
+ACCEPTED = "accepted.jsonl"  # in a run directory, its records
 MAX_DEPTH = 1  # what the format check accepts
 
 
@@ -88,6 +93,8 @@ class BetaConfig(Checked):
       sampler_model: the model of stage 1, which is sampled from.
       problems: JSONL file of problems and answers, or a directory of `npr-jax data prepare`.
       output: run directory; the trained model goes to its `final`.
+      start: RUN@STEP, a checkpoint of another run of the stage, with whose accepted answers, state
+        and place among them this one begins; null: with `model`, and answers of its own.
       seed: of the problems' order, of sampling and of the examples' order.
       engine: what decodes the answers.
       sample: how they are sampled and which are kept.
@@ -104,6 +111,7 @@ class BetaConfig(Checked):
     sampler_model: str
     problems: str
     output: str
+    start: str | None = None
     seed: Seed = 0
     engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
     sample: SampleConfig
@@ -114,6 +122,8 @@ class BetaConfig(Checked):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.start is not None:
+            parse_start(self.start)
         if self.mesh.rollout:
             raise ValueError(
                 f"mesh.rollout is {self.mesh.rollout}, needed is 0: Beta samples before it trains"
@@ -164,7 +174,11 @@ def run(config: BetaConfig, report: Report | None = None) -> Path:
 def _train(config: BetaConfig, output: Path, report: Report | None) -> Model:
     mesh = make_mesh(config.mesh)
     config.fit.train.check(mesh, "fit.train")
-    records = loop.run(Sampling(config, output / "accepted.jsonl", mesh), report)
+    start = None
+    if config.start is not None and not checkpoint_steps(checkpoints_of(output)):
+        start = find_start(config.start, vars(config).keys(), config.fit.train.lora)
+        _take_answers(start, config, output / ACCEPTED)
+    records = loop.run(Sampling(config, output / ACCEPTED, mesh, start), report)
     tags = TagIds.from_tokenizer(load_tokenizer(config.model))
     examples = make_examples(records, tags, config.layout, config.train_forced)
     if not examples:
@@ -175,13 +189,35 @@ def _train(config: BetaConfig, output: Path, report: Report | None) -> Model:
 
     def seed_model() -> Model:
         model = load(config.model, seed=config.seed, tags=True, mesh=mesh).merged()
-        claim_inputs(output, {"model": model_content(config.model, model)})
+        contents = {"model": model_content(config.model, model)}
+        if start:
+            start.check(contents)
+        claim_inputs(output, contents)
         return model
 
-    body = Fit(
-        seed_model, examples, config.fit, output / "fit", config.seed, "beta", mesh, config.depth
-    )
+    sizes = config.seed, "beta", mesh, config.depth
+    body = Fit(seed_model, examples, config.fit, output / "fit", *sizes, start)
     return loop.run(body, report)
+
+
+def _take_answers(start: Start, config: BetaConfig, path: Path) -> None:
+    """Writes the accepted answers of the run with which this one begins to `path`. Raises
+    ValueError where that run sampled otherwise, or has none."""
+    old = read_config(start.run / "config.yaml").get("sample")
+    new = yaml.safe_load(dump_config(config))["sample"]
+    for key in sorted(new):
+        was = old.get(key) if isinstance(old, dict) else None
+        if was != new[key]:
+            raise ValueError(
+                f"start is {start}: sample.{key} is {new[key]}, needed is that of {start.run}, "
+                f"{was}: its accepted answers are trained on"
+            )
+    source = start.run / ACCEPTED
+    if is_main() and not path.exists():
+        if not source.is_file():
+            raise ValueError(f"start is {start}: there is no {source} with its accepted answers")
+        with writing(path):
+            write_atomically(path, source.read_bytes())
 
 
 class Sampling(Body[list[Record], list[Record]]):
@@ -194,8 +230,10 @@ class Sampling(Body[list[Record], list[Record]]):
 
     name, unit, shown = "beta sampling", "round", ("accepted_rate", "covered_rate")
 
-    def __init__(self, config: BetaConfig, path: Path, mesh: Mesh | None = None):
-        self.config, self.path, self.mesh = config, path, mesh
+    def __init__(
+        self, config: BetaConfig, path: Path, mesh: Mesh | None = None, start: Start | None = None
+    ):
+        self.config, self.path, self.mesh, self.start = config, path, mesh, start
         self.directory = path.parent / "sampling"
 
     def begin(self) -> tuple[list[Record], "Records"]:
@@ -209,6 +247,8 @@ class Sampling(Body[list[Record], list[Record]]):
             "sampler_model": model_content(config.sampler_model, model),
             "problems": problems_content(problems, prompts),
         }
+        if self.start:
+            self.start.check(contents)
         claim_inputs(self.path.parent, contents)
         self.model, self.engine = model, None
         order = shuffled(len(problems), config.seed, BETA)

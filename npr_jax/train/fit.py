@@ -19,7 +19,7 @@ from npr_jax.data.problems import shuffled
 from npr_jax.model.lora import joined
 from npr_jax.model.pretrained import Model
 from npr_jax.runs import loop, sigterm
-from npr_jax.runs.checkpoint import Checkpoints
+from npr_jax.runs.checkpoint import Checkpoints, checkpoint_steps
 from npr_jax.runs.directory import SIZES, claim
 from npr_jax.runs.log import Report
 from npr_jax.runs.loop import Body
@@ -30,6 +30,7 @@ from npr_jax.train.figures import figures, flops_of
 from npr_jax.train.objective import Objective
 from npr_jax.train.optimizer import TrainState, learning_rate, warn_untrained
 from npr_jax.train.packing import Example
+from npr_jax.train.start import Start, around
 from npr_jax.train.step import TrainConfig, begin, optimize
 
 _log = logging.getLogger(__name__)
@@ -118,6 +119,7 @@ class Fit(Body[TrainState, Model]):
         name: str,
         mesh: Mesh | None,
         depth: int | None,
+        start: Start | None = None,
     ):
         if not examples:
             raise ValueError(f"{name}: there are no examples to train on")
@@ -128,7 +130,7 @@ class Fit(Body[TrainState, Model]):
         self.every, self.max_nonfinite = config.train.checkpoint_every, config.train.max_nonfinite
         deepest = max(example.layout.hidden.shape[1] for example in examples)
         self.depth: int = deepest + 1 if depth is None else depth
-        self.order = shuffled(len(examples), seed)
+        self.order, self.start = shuffled(len(examples), seed), start
         if is_main() and (text := config.advice(batch_shards(mesh))):
             _log.warning("%s: %s", name, text)
         self.text = f"{dump_config(config)}seed: {seed}\nexamples: {_digest(examples)}\n"
@@ -141,7 +143,10 @@ class Fit(Body[TrainState, Model]):
         with sigterm.interruptible():
             self.model, self.base, state = begin(self.load(), train, self.seed, self.mesh)
         place = self.config.checkpoints or self.directory / "checkpoints"
-        return state, Checkpoints(place, self.text, train.keep_checkpoints, train.keep_best)
+        checkpoints = Checkpoints(place, self.text, train.keep_checkpoints, train.keep_best)
+        if self.start and not checkpoint_steps(place):
+            self.start.begin(checkpoints, self.name)
+        return state, checkpoints
 
     def step(self, state: TrainState, number: int) -> tuple[TrainState, dict[str, Scalar]]:
         """One optimizer step on the next `batch` examples."""
@@ -178,7 +183,9 @@ class Fit(Body[TrainState, Model]):
         return state, {**metrics, "tokens_per_s": tokens / (trained - begun), **more}
 
     def remedies(self, training: bool) -> str:
-        return self.config.train.smaller("fit.train" if self.name == "beta" else "train")
+        if self.name != "beta":
+            return self.config.train.smaller("train")
+        return self.config.train.smaller("fit.train") + around(self.directory.parent, self.seed)
 
     def value(self, metrics: Mapping[str, Scalar]) -> float:
         return -numeric(metrics, "loss")

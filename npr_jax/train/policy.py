@@ -4,7 +4,6 @@ learns from its answers."""
 import dataclasses
 import functools
 import logging
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -43,7 +42,7 @@ from npr_jax.train.rollout import STAGES, encode_problems, engine_params
 from npr_jax.train.rollout_cache import Pending
 from npr_jax.train.sampler import ByTurns, C, Collect, Sampled, Sampler
 from npr_jax.train.sides import Ahead, roll_out_side
-from npr_jax.train.start import find_start
+from npr_jax.train.start import around, find_start
 from npr_jax.train.step import begin, optimize
 
 _log = logging.getLogger(__name__)
@@ -105,8 +104,8 @@ class Policy(Body[TrainState, Path], Generic[C]):
         place = config.checkpoints or self.directory / "checkpoints"
         start = None
         if config.start is not None and not checkpoint_steps(place):
-            known = vars(config).keys(), contents["model"], train.lora
-            start = find_start(config.start, *known)
+            start = find_start(config.start, vars(config).keys(), train.lora)
+            start.check({"model": contents["model"]})
         text = self.text + claim_inputs(self.directory, contents)
         # The state has the parameters from here on, and the engine gets its own in the first step.
         self.engine = None
@@ -121,10 +120,7 @@ class Policy(Body[TrainState, Path], Generic[C]):
             self.source = ByTurns(sampler, self._set_params)
         self.checkpoints = Checkpoints(place, text, train.keep_checkpoints, train.keep_best)
         if start:
-            self.checkpoints.start = start.checkpoints, start.step
-            if is_main():
-                told = f"{self.name}: goes on from step {start.step} of {start.run}"
-                print(told, file=sys.stderr)
+            start.begin(self.checkpoints, self.name)
         return state, self.checkpoints
 
     def position(self) -> dict[str, Any]:
@@ -234,10 +230,8 @@ class Policy(Body[TrainState, Path], Generic[C]):
     def remedies(self, training: bool) -> str:
         config = self.config
         if training:
-            return config.train.smaller(need=config.max_prompt_tokens + config.max_tokens) + (
-                "; to go around these answers, begin another run with a checkpoint of this one and "
-                f"another seed (--from {self.directory}@STEP --set seed={config.seed + 1})"
-            )
+            need = config.max_prompt_tokens + config.max_tokens
+            return config.train.smaller(need=need) + around(self.directory, config.seed)
         return config.engine.smaller()
 
     def finish(self, state: TrainState) -> Path:

@@ -1,11 +1,13 @@
 """Where a run begins that goes on from a step of another one: `start: RUN@STEP`, `--from`."""
 
-from collections.abc import Set
+import sys
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import NamedTuple
 
+from npr_jax.base.distributed import is_main
 from npr_jax.model.config import LoraConfig
-from npr_jax.runs.checkpoint import checkpoint_steps
+from npr_jax.runs.checkpoint import Checkpoints, checkpoint_steps
 from npr_jax.runs.directory import known_inputs, read_config
 from npr_jax.train.export import checkpoints_of
 
@@ -17,6 +19,25 @@ class Start(NamedTuple):
     step: int
     checkpoints: str
 
+    def check(self, inputs: Mapping[str, str]) -> None:
+        """Raises ValueError for an input (key: content) that is not what the run began with."""
+        known = known_inputs(self.run)
+        for key, content in inputs.items():
+            if known.get(key, content) != content:
+                raise ValueError(
+                    f"start is {self}: {key} is {content}, needed is that with which {self.run} "
+                    f"began, {known[key]}"
+                )
+
+    def begin(self, checkpoints: Checkpoints, name: str) -> None:
+        """Lets a run that has no checkpoint of its own begin with this one, and tells so."""
+        checkpoints.start = self.checkpoints, self.step
+        if is_main():
+            print(f"{name}: goes on from step {self.step} of {self.run}", file=sys.stderr)
+
+    def __str__(self) -> str:
+        return f"{self.run}@{self.step}"
+
 
 def parse_start(text: str) -> tuple[Path, int]:
     """The run directory and the step of RUN@STEP. Raises ValueError for other texts."""
@@ -26,11 +47,19 @@ def parse_start(text: str) -> tuple[Path, int]:
     return Path(run), int(step)
 
 
-def find_start(text: str, keys: Set[str], model: str, lora: LoraConfig | None = None) -> Start:
-    """The checkpoint that is named by RUN@STEP, for a new run whose config has these keys, of a
-    model of that content and with these adapters.
+def around(directory: Path, seed: int) -> str:
+    """How to leave out what a run of that seed cannot train on, to be added to other advice."""
+    return (
+        "; to go around these answers, begin another run with a checkpoint of this one and "
+        f"another seed (--from {directory}@STEP --set seed={seed + 1})"
+    )
 
-    Raises ValueError where there is none, or it is of another stage, model or other adapters.
+
+def find_start(text: str, keys: Set[str], lora: LoraConfig | None = None) -> Start:
+    """The checkpoint that is named by RUN@STEP, for a new run whose config has these keys, and with
+    these adapters.
+
+    Raises ValueError where there is none, or it is of another stage or other adapters.
     """
     run, step = parse_start(text)
     path = run / "config.yaml"
@@ -41,15 +70,12 @@ def find_start(text: str, keys: Set[str], model: str, lora: LoraConfig | None = 
         raise ValueError(
             f"start is {text}: {run} is a run of another stage, for it has {min(foreign)}"
         )
-    seen, train = lora and {**vars(lora), "targets": list(lora.targets)}, config.get("train") or {}
+    seen = lora and {**vars(lora), "targets": list(lora.targets)}
+    owner = "fit.train" if "fit" in config else "train"
+    train = (config.get("fit") or config).get("train") or {}
     if seen != train.get("lora"):
         raise ValueError(
-            f"start is {text}: train.lora is {seen}, needed is that of {run}, {train.get('lora')}"
-        )
-    known = known_inputs(run).get("model", model)
-    if known != model:
-        raise ValueError(
-            f"start is {text}: model is {model}, needed is that with which {run} began, {known}"
+            f"start is {text}: {owner}.lora is {seen}, needed is that of {run}, {train.get('lora')}"
         )
     place = checkpoints_of(run)
     steps = checkpoint_steps(place)
