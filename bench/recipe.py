@@ -49,6 +49,18 @@ class Arm:
     papo: tuple[str, ...] = ()
 
 
+LION = ("train.optimizer.name=lion",)
+
+
+def _rl(title: str, *settings: str) -> Arm:
+    return Arm(title, zero=settings, papo=settings)
+
+
+def _all(title: str, train: str, engine: str | None = None) -> Arm:
+    more = (engine,) if engine else ()
+    return Arm(title, (train, *more), (f"fit.{train}", *more), (train, *more))
+
+
 ARMS = {
     "base": Arm("the recipe"),
     "no_format_reward": Arm("Zero without format reward", zero=("reward=accuracy",)),
@@ -79,6 +91,27 @@ ARMS = {
         ),
         papo=("train.lora.rank=16", "train.optimizer.learning_rate=2e-3"),
     ),
+    "staleness": _rl("rollouts one batch ahead", "staleness=1"),
+    "oversample": _rl("half as many groups more, the last left out", "oversample=0.5"),
+    "carry": Arm(
+        "answers carried over after 24 tokens on a path",
+        zero=("carry=24", "max_refills=0"),
+        papo=("carry=24",),
+    ),
+    "refill": Arm("Zero's refills by the rate so far", zero=("refill=rate",)),
+    "kl": _rl("KL of 0.01", "kl=0.01"),
+    "lion": Arm(
+        "lion at a fifth of the learning rate",
+        zero=(*LION, "train.optimizer.learning_rate=6e-5"),
+        beta=(
+            f"fit.{LION[0]}",
+            "fit.train.optimizer.learning_rate=5e-4",
+            "fit.train.optimizer.final_learning_rate=5e-5",
+        ),
+        papo=(*LION, "train.optimizer.learning_rate=4e-5"),
+    ),
+    "moments": _all("moments in bfloat16", "train.optimizer.moments=bfloat16"),
+    "exact": _all("exact log-probs", "train.exact=true", engine="engine.exact=true"),
 }
 # What is measured: (stage, how it is decoded), for the stages that an arm changes.
 MEASURED = {"zero": "sequential", "beta": "parallel", "papo": "parallel"}
