@@ -38,7 +38,8 @@ class Segment:
         self.tokens: list[int] = []
         self.figures = bytearray()  # FIGURES of each token
         self.pages: list[int] = []
-        self.row: np.ndarray | None = None  # `pages` as an array; None where they have changed
+        # i32[P, 2], `pages` and its own entries before each; None where they have changed.
+        self.row: np.ndarray | None = None
         self.computed = 0  # tokens whose keys are in `pages`
         # Text of one line from position 0 on, which begins where a page of such text does; of its
         # pages the pool's cache knows the first `published`.

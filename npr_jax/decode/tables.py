@@ -28,8 +28,9 @@ class Tables:
         num_rows, width = rows.table.shape
         self._cells = np.zeros((num_rows, width, 2), np.int32)  # page, entries before it
         self._cells[:, :, 1] = FAR
+        self._pairs = self._cells.view(np.int64)[:, :, 0]  # the same, a cell as one number
         self._used = [0] * num_rows  # columns that list a page
-        self._ends = np.zeros((num_rows, 3), np.int32)
+        self._ends = [(0, 0, 0)] * num_rows  # as `Rows` has them: column, entry, room
         self._rows_changed: list[int] = []
         self._columns_changed: list[int] = []  # of these rows
         self._ends_changed = False
@@ -41,56 +42,60 @@ class Tables:
         """The row, and what else makes `count` rows, list these segments from now on, and the last
         of them grows."""
         tail, rows = segments[-1], slice(row, row + count)
-        used = sum(len(segment.pages) for segment in segments)
-        cells = np.zeros((max(used, *self._used[rows]), 2), np.int32)
+        cells = np.concatenate([self._row(segment) for segment in segments])
         column = entry = 0
-        for segment in segments:
-            end = column + len(segment.pages)
-            if segment.row is None:
-                segment.row = np.array(segment.pages, np.int32)
-            cells[column:end, 0] = segment.row
-            cells[column:end, 1] = entry + self._size * np.arange(end - column)
-            if segment is tail:
-                break
-            column, entry = end, entry + len(segment.tokens)
-        cells[used:, 1] = FAR
-        old = self._cells[rows, : len(cells)]
-        at, columns = (cells.view(np.int64) != old.view(np.int64))[:, :, 0].nonzero()
-        old[at, columns] = cells[columns]
+        for segment in segments[:-1]:
+            column, entry = column + len(segment.pages), entry + len(segment.tokens)
+            cells[column:, 1] += len(segment.tokens)
+        used, old = len(cells), max(self._used[rows])
+        self._names[rows] = [cells[:, 0].astype(">i4").tobytes()] * count
+        if used < old:
+            cells = np.concatenate([cells, np.full((old - used, 2), (0, FAR), np.int32)])
+        pairs = cells.view(np.int64)[:, 0]
+        at, columns = (pairs != self._pairs[rows, : len(pairs)]).nonzero()
+        self._pairs[rows, : len(pairs)] = pairs
         self._rows_changed += (row + at).tolist()
         self._columns_changed += columns.tolist()
         self._used[rows] = [used] * count
-        ends = np.array([column, entry, entry + self._size * len(tail.pages)], np.int32)
-        self._ends_changed |= bool((self._ends[rows] != ends).any())
+        ends = [(column, entry, entry + self._size * len(tail.pages))] * count
+        self._ends_changed |= self._ends[rows] != ends
         self._ends[rows] = ends
-        self._names[rows] = [cells[:used, 0].astype(">i4").tobytes()] * count
         self._found.clear()
+
+    def _row(self, segment: Segment) -> np.ndarray:
+        """`Segment.row`, made if need be."""
+        if segment.row is None:
+            entries = range(0, self._size * len(segment.pages), self._size)
+            pairs = list(zip(segment.pages, entries, strict=True))
+            segment.row = np.array(pairs, np.int32).reshape(-1, 2)
+        return segment.row
 
     def grow(self, row: int, tail: Segment) -> None:
         """The row's last segment may have got more pages since."""
-        used, (column, _, room) = self._used[row], self._ends[row].tolist()
+        used, (column, entry, room) = self._used[row], self._ends[row]
         new = tail.pages[used - column :]
         if not new:
             return
-        for column, page in enumerate(new, used):
-            self._cells[row, column] = page, room
+        for number, page in enumerate(new, used):
+            self._cells[row, number] = page, room
             room += self._size
         self._rows_changed += [row] * len(new)
         self._columns_changed += range(used, used + len(new))
         self._used[row] += len(new)
-        self._ends[row, 2], self._ends_changed = room, True
+        self._ends[row], self._ends_changed = (column, entry, room), True
 
     def send(self, anyway: bool = False) -> Rows:
         """The tables on the device, after what has changed was sent, if anything or `anyway`."""
         if self._rows_changed or self._ends_changed or anyway:
             at = np.array([self._rows_changed, self._columns_changed], np.int32)
             self._rows_changed, self._columns_changed, self._ends_changed = [], [], False
+            ends = np.array(self._ends, np.int32)
             for first in range(0, max(1, at.shape[1]), CELLS):
                 rows, columns = at[:, first : first + CELLS]
                 some = np.full((CELLS, 4), len(self._used), np.int32)  # a row that is not there
                 some[: len(rows), 0], some[: len(rows), 1] = rows, columns
                 some[: len(rows), 2:] = self._cells[rows, columns]
-                self._rows = self._write(self._rows, some, self._ends.copy())
+                self._rows = self._write(self._rows, some, ends)
         return self._rows
 
     def shared(self, rows: tuple[int, ...]) -> Shared:
@@ -113,7 +118,11 @@ def shared_runs(names: abc.Sequence[bytes], tables: abc.Sequence[np.ndarray], wo
     width = len(names)
     shared = Shared.nothing(width)
     order = sorted(range(width), key=names.__getitem__)
-    alike = [0] + [_alike(tables[a], tables[b]) for a, b in itertools.pairwise(order)]
+    alike = [0] * width
+    for i, (a, b) in enumerate(itertools.pairwise(order), 1):
+        begin = names[a][: 4 * worth]
+        if len(begin) == 4 * worth and names[b].startswith(begin):  # else no run is worth it
+            alike[i] = _alike(tables[a], tables[b])
     runs: list[tuple[int, int, int, int]] = []
 
     def look(begin: int, end: int, first: int) -> None:
