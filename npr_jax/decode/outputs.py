@@ -264,7 +264,8 @@ def make_trajectory(request: Request, reason: str, detail: str, tokenizer) -> Tr
     """The answer as far as it has come; a tokenizer that fails makes its reason `error`."""
     segments, blocks = _flatten(request.trunk)
 
-    tokens = np.array([token for s in segments for token in s.tokens], np.int32)
+    ids = [token for s in segments for token in s.tokens]
+    tokens = np.array(ids, np.int32)
     figures = np.frombuffer(b"".join(s.figures for s in segments), FIGURES)
     logp, logp_sampled, margin, step, forced = (
         figures[name].copy() for name in FIGURES.names or ()
@@ -274,7 +275,7 @@ def make_trajectory(request: Request, reason: str, detail: str, tokenizer) -> Tr
         tree = layout(len(tokens), blocks, request.prompt_len, forced)
     positions = np.concatenate([s.start + np.arange(len(s.tokens)) for s in segments])
     assert (positions == tree.positions).all(), "the engine left the layout's positions"
-    response = tokens[request.prompt_len :].tolist()
+    response = ids[request.prompt_len :]
     if response and response[-1] in request.ends:
         response = response[:-1]
     text = None

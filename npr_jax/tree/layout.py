@@ -164,10 +164,11 @@ def layout(
         begin, position = index, (top[number] if is_join else base[number]) + 1
         begins.append(begin)
         shifts.append(position - begin)
-    lengths = np.diff(np.array([*begins, num_tokens]))
-    positions = np.arange(num_tokens) + np.repeat(shifts, lengths)
+    positions = np.arange(num_tokens, dtype=np.int32)
+    for begin, end, shift in zip(begins, [*begins[1:], num_tokens], shifts, strict=True):
+        positions[begin:end] += shift
     return TreeLayout(
-        positions=positions.astype(np.int32),
+        positions=positions,
         hidden=hidden,
         pred=pred,
         forced=structure if forced is None else forced,
