@@ -270,11 +270,7 @@ class Runner:
         """Of the two shapes, the one that computes what the sequences of each replica lack at less
         cost."""
         counts = [
-            {
-                id(segment): sequence.lacks(segment)
-                for sequence in some
-                for segment in sequence.table
-            }
+            {segment: sequence.lacks(segment) for sequence in some for segment in sequence.table}
             for some in unready
         ]
 
@@ -297,20 +293,20 @@ class Runner:
         shape = self.replicas * rows, chunk
         tokens, positions = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
         ranks = np.full(shape, -1, np.int32)
-        listed = np.full((self.replicas, rows), -1)
+        listed = [[-1] * rows for _ in range(self.replicas)]
         for row, _, segment, count in work:
             # Consecutive chunks of a segment fill consecutive rows.
-            first, last, begin = segment.computed, segment.computed + count, row * chunk
-            number = np.arange(first, last)
-            tokens.reshape(-1)[begin : begin + count] = segment.tokens[first:last]
-            positions.reshape(-1)[begin : begin + count] = segment.start + number
-            ranks.reshape(-1)[begin : begin + count] = segment.offset + number
+            first, begin = segment.computed, row * chunk
+            here = slice(begin, begin + count)
+            tokens.reshape(-1)[here] = segment.tokens[first : first + count]
+            for array, start in ((positions, segment.start), (ranks, segment.offset)):
+                array.reshape(-1)[here] = np.arange(start + first, start + first + count)
             (replica, place), used = divmod(row, rows), -(-count // chunk)
             table = replica * self._prefill_rows + place
             self._prefill_tables.set(table, segment.table, used)
-            listed[replica, place : place + used] = np.arange(table, table + used)
+            listed[replica][place : place + used] = range(table, table + used)
         tables = self._prefill_tables.send()
-        shared = self._shared(self._prefill_tables, listed.tolist())
+        shared = self._shared(self._prefill_tables, listed)
         return tables, shared, *self._once((tokens, positions, ranks))
 
     def _decode_call(
@@ -343,11 +339,11 @@ class Runner:
         found: list[list[int]] = [[] for _ in range(self.replicas)]
         for lane in sorted(lanes):
             found[lane // num].append(lane)
-        given = any(sequence.given for sequence in sequences)  # which come in fixed portions
-        able = np.zeros(self.replicas)
-        for lane, count in zip(lanes, counts, strict=True):
-            able[lane // num] += count > 0 and not given
-        least = np.ceil(_AT_WORK * able).astype(np.int32)
+        able = [0] * self.replicas
+        if not any(sequence.given for sequence in sequences):  # which come in fixed portions
+            for lane, count in zip(lanes, counts, strict=True):
+                able[lane // num] += count > 0
+        least = np.ceil(_AT_WORK * np.array(able)).astype(np.int32)
         most = max(map(len, found))
         width = width or next(width for width in self.config.widths if width >= most)
         if width == num:
@@ -368,6 +364,8 @@ class Runner:
     def _shared(self, tables: Tables, rows: list[list[int]]) -> Shared:
         """What the rows of each replica have in common."""
         found = [tables.shared(tuple(some)) for some in rows]
+        if len(found) == 1:
+            return self._once(found[0])
         return self._once(jax.tree.map(lambda *x: np.concatenate(x), *found))
 
     def _take_pool(self):

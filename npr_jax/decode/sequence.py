@@ -130,7 +130,8 @@ class Sequence:
     def lacks(self, segment: Segment) -> int:
         """Tokens of a segment of its table to be computed before the sequence draws: all that are
         not, but its own last."""
-        return max(0, len(segment.tokens) - (segment is self.tail) - segment.computed)
+        count = len(segment.tokens) - (segment is self.tail) - segment.computed
+        return count if count > 0 else 0
 
     def own_tokens(self) -> list[int]:
         """The sequence's own tokens, without those of its branches."""
