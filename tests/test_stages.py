@@ -196,6 +196,11 @@ def test_a_run_ends_by_patience_and_stays_so(home, tmp_path, monkeypatch):
     assert weights(tmp_path / "best") != weights(final)
     page = html.write(tmp_path / "run").read_text(encoding="utf-8")
     assert "Alarms" in page and "evaluation" in page and "seconds on the critical path" in page
+    # Another run that goes on from there measures its own baseline, and has all patience.
+    start = f"start={tmp_path / 'run'}@3"
+    zero.run(config(home, "zero", tmp_path / "new", *changes, start, "minibatches=1", "steps=4"))
+    (line,) = read_metrics(tmp_path / "new")
+    assert (line["eval/baseline"], line["eval/best_step"], line["eval/since_best"]) == (9, 3, 1)
 
 
 def test_a_run_that_failed_at_once_does_not_keep_its_directory(home, tmp_path):

@@ -40,9 +40,9 @@ def run(tmp_path, monkeypatch):
 
         def collect(engine, feed, step, config):
             end(step)
+            found = {"sampled_by": fingerprint(engine.params), "at": feed.position, "score": 0.0}
             feed.take(1)
-            weights = fingerprint(engine.params)
-            return rl.Collected([[e] for e in made], [0, 1], {"sampled_by": weights, "score": 0.0})
+            return rl.Collected([[e] for e in made], [0, 1], found)
 
         body = policy.Policy(config, collect)
         states = {}
@@ -111,6 +111,17 @@ def test_lost_rollouts_are_named_and_sampled_anew(run, tmp_path, caplog):
     ages = [line["rollout_age"] for line in lines]
     assert ages == [0, 1, 2, 1, 2, 2]  # the fourth is sampled by the weights after step 2
     assert lines[3]["sampled_by"] == states[2]
+
+
+@pytest.mark.parametrize("staleness", [0, 1, 3])
+def test_another_run_asks_again_what_was_sampled_ahead(run, tmp_path, caplog, staleness):
+    run("run", "staleness=2", "train.checkpoint_every=2", "train.keep_checkpoints=9")
+    with caplog.at_level(logging.WARNING):
+        lines, states = run("new", f"start={tmp_path / 'run'}@2", f"staleness={staleness}")
+    assert "rollouts of step" not in caplog.text  # it is no fault that they are not there
+    assert [line["at"] for line in lines] == [2, 3, 4, 5]
+    for line in lines:
+        assert line["sampled_by"] == states[needed_version(line["step"], staleness, 2)]
 
 
 def test_importance_weights_are_ratios_up_to_the_bound():

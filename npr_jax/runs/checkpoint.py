@@ -13,7 +13,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
 import jax
@@ -50,10 +50,10 @@ class Checkpoints:
 
     Attributes:
       start: directory and step of another run's checkpoint, which is restored where this run has
-        none of its own; None is none.
+        none of its own, and what of its position this run takes; None is none.
     """
 
-    start: tuple[epath.PathLike, int] | None = None
+    start: tuple[epath.PathLike, int, Callable[[dict], dict]] | None = None
 
     def __init__(self, directory: epath.PathLike, config_text: str, keep: int, keep_best: int = 0):
         self.directory = _place(directory)
@@ -142,7 +142,11 @@ class Checkpoints:
                 f"every checkpoint in {self.directory} is damaged ({named}): bring back a good "
                 "one, or remove the directory to begin anew"
             )
-        return self.start and _read_start(*self.start, state)
+        if self.start is None:
+            return None
+        directory, step, part_of = self.start
+        found, position = _read_start(directory, step, state)
+        return step, found, part_of(position)
 
     def wait(self) -> None:
         """Waits until the last checkpoint is whole on disk. Raises OSError if it cannot be."""
@@ -262,9 +266,9 @@ def read_checkpoint_params(directory: epath.PathLike, step: int, params: dict) -
     raise ValueError(f"checkpoint {path} is damaged ({fault}): take another step")
 
 
-def _read_start(directory: epath.PathLike, step: int, state: State) -> tuple[int, State, dict]:
-    """(step, state, position) of a checkpoint of another run, whatever its config; nothing is
-    written. Raises ValueError where it is damaged, or of a state of other shapes."""
+def _read_start(directory: epath.PathLike, step: int, state: State) -> tuple[State, dict]:
+    """State and position of a checkpoint of another run, whatever its config; nothing is written.
+    Raises ValueError where it is damaged, or of a state of other shapes."""
     place = _place(directory)
     try:
         _check_whole(place / str(step))
@@ -275,7 +279,7 @@ def _read_start(directory: epath.PathLike, step: int, state: State) -> tuple[int
             found = _restore(manager, step, state=ocp.args.StandardRestore(target))
     except _Damaged as error:
         raise ValueError(f"start: checkpoint {place / str(step)}: {error}") from error
-    return step, found, meta["position"]
+    return found, meta["position"]
 
 
 def _restore(manager: ocp.CheckpointManager, step: int, **item):

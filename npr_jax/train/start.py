@@ -31,7 +31,7 @@ class Start(NamedTuple):
 
     def begin(self, checkpoints: Checkpoints, name: str) -> None:
         """Lets a run that has no checkpoint of its own begin with this one, and tells so."""
-        checkpoints.start = self.checkpoints, self.step
+        checkpoints.start = self.checkpoints, self.step, place_of
         if is_main():
             print(f"{name}: goes on from step {self.step} of {self.run}", file=sys.stderr)
 
@@ -45,6 +45,16 @@ def parse_start(text: str) -> tuple[Path, int]:
     if not run or not step.isascii() or not step.isdigit() or not 0 < int(step) < 10**9:
         raise ValueError(f"start is {text!r}, needed is RUN@STEP: runs/papo@120")
     return Path(run), int(step)
+
+
+def place_of(position: Mapping) -> dict:
+    """Of the position of a run what another one takes: the place among the problems. What that run
+    had sampled ahead is asked again; answers that it had under way, its evaluations and how often
+    it has failed are its own."""
+    if "problem" not in position:
+        return {}
+    ahead = [first for _, first, _ in position.get("ahead", {}).values()]
+    return {"problem": min([position["problem"], *ahead])}
 
 
 def around(directory: Path, seed: int) -> str:
