@@ -91,13 +91,17 @@ def test_a_plan_and_a_run_say_alike_that_a_step_is_smaller_than_the_mesh():
 def test_lengths_are_spread_over_what_is_given(tmp_path):
     assert read_lengths("max", 3, 50) == [50, 50, 50]
     assert read_lengths("10,20,90", 6, 50) == [10, 10, 20, 20, 50, 50]
-    (tmp_path / "lengths").write_text("20\n10\n")
-    assert read_lengths(str(tmp_path / "lengths"), 4, 50) == [10, 10, 20, 20]
+    for text in ("20\n10\n", "20, 10"):
+        (tmp_path / "lengths").write_text(text)
+        assert read_lengths(str(tmp_path / "lengths"), 4, 50) == [10, 10, 20, 20]
     drawn = read_lengths("lognormal:1000:0.5", 999, 10**6)
     assert drawn[499] == 1000 and drawn[839] == pytest.approx(1000 * math.exp(0.5), rel=0.02)
-    for text in ("lognormal:0:1", "lognormal:5", "1,x", str(tmp_path / "none")):
-        with pytest.raises((ValueError, FileNotFoundError)):
+    (tmp_path / "nan").write_text("5\nnan\n")
+    for text in ("lognormal:0:1", "lognormal:5", "lognormal:nan:1", str(tmp_path / "nan")):
+        with pytest.raises(ValueError, match="lengths is"):
             read_lengths(text, 2, 50)
+    with pytest.raises(FileNotFoundError):
+        read_lengths("1,x", 2, 50)
 
 
 def test_rows_are_those_that_packing_lays_out():

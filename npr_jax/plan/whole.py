@@ -31,7 +31,7 @@ def read_lengths(text: str, number: int, most: int) -> list[int]:
 
     Args:
       text: "max"; "500,2000,8000", each as often as the others; "lognormal:MEDIAN:SIGMA"; or a file
-        of numbers, one a line.
+        of numbers, one a line or with commas.
 
     Raises ValueError for other texts, FileNotFoundError where there is no such file.
     """
@@ -43,17 +43,18 @@ def read_lengths(text: str, number: int, most: int) -> list[int]:
             median, sigma = map(float, text.split(":")[1:])
             normal = statistics.NormalDist(math.log(median), sigma)
             found = [math.exp(normal.inv_cdf(share)) for share in shares]
-        except (ValueError, OverflowError, statistics.StatisticsError) as error:
+            assert not any(map(math.isnan, found))
+        except (ValueError, AssertionError, OverflowError, statistics.StatisticsError) as error:
             raise ValueError(
                 f"lengths is {text!r}, needed is lognormal:MEDIAN:SIGMA, as lognormal:4000:0.8"
             ) from error
     else:
         given = text.replace(",", "\n")
         if not all(part.strip().isdigit() for part in given.splitlines()):
-            given = Path(text).read_text(encoding="utf-8")
+            given = Path(text).read_text(encoding="utf-8").replace(",", "\n")
         try:
             known = sorted(float(line) for line in given.splitlines() if line.strip())
-            assert known and min(known) >= 1
+            assert known and all(length >= 1 for length in known)  # NaN is not
         except (ValueError, AssertionError) as error:
             raise ValueError(
                 f"lengths is {text!r}, needed are numbers of tokens, one a line or with commas"
