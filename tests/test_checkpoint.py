@@ -290,6 +290,19 @@ def test_pending_rollouts_come_back_as_they_were(model, tmp_path, caplog):
     assert [path.name for path in tmp_path.iterdir()] == ["5.npz"]
 
 
+def test_pending_rollouts_with_any_bit_flipped_are_found_or_sampled_again(model, tmp_path):
+    """The archive's own checksums say nothing of its directory, in which all bytes are tried."""
+    pending = Pending(tmp_path, TEXT)
+    pending.save(4, 77, grouped(model), {"reward": 0.5}, 12)
+    path = tmp_path / "4.npz"
+    known = path.read_bytes()
+    directory = known.index(b"PK\x01\x02")
+    for place in [*range(0, directory, 997), *range(directory, len(known))]:
+        path.write_bytes(known[:place] + bytes([known[place] ^ 8]) + known[place + 1 :])
+        found = pending.load(4, 77)
+        assert found is None or found[1:] == ({"reward": 0.5}, 12)
+
+
 def test_other_weights_have_another_fingerprint():
     w = np.arange(12, dtype=np.float32).reshape(3, 4)
     variants = [w, w.T.reshape(3, 4), w + 1, np.nextafter(w, np.float32(99)), w[::-1]]

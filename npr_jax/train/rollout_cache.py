@@ -8,7 +8,8 @@ import io
 import json
 import logging
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ import yaml
 from etils import epath
 
 from npr_jax.base.distributed import group_rank, group_size
-from npr_jax.base.files import numbered, write_atomically, writing
+from npr_jax.base.files import describe, numbered, write_atomically, writing
 from npr_jax.base.progress import Scalar
 from npr_jax.decode import Trajectory
 from npr_jax.runs.directory import INPUTS, SIZES, essence
@@ -25,8 +26,12 @@ from npr_jax.train.carry import Carried, from_arrays, to_arrays
 from npr_jax.train.packing import Example
 from npr_jax.tree import TreeLayout
 
+T = TypeVar("T")
+
 _log = logging.getLogger(__name__)
 _CARRIED = ".carried"
+# What a damaged archive raises: its checksums are of what it holds, not of the names and the kinds.
+_DAMAGED = (zipfile.BadZipFile, ValueError, EOFError, KeyError, TypeError, RuntimeError)
 _FIELDS = ("token_ids", "loss_mask", "advantage", "old_logp")
 _LAYOUT = ("positions", "hidden", "pred", "forced")
 
@@ -77,22 +82,7 @@ class Pending:
         self, step: int, weights: int
     ) -> tuple[list[list[Example]], dict[str, Scalar], dict] | None:
         """(groups, metrics, position) as they were given to `save`; None if there are none."""
-        found = self._read(self._path(step), step, weights)
-        if found is None:
-            return None
-        meta, arrays = found
-        names = (*_FIELDS, *(f"layout_{name}" for name in _LAYOUT))
-        columns = [
-            np.split(arrays[name], np.cumsum(arrays[f"{name}_sizes"])[:-1]) for name in names
-        ]
-        examples = iter(
-            [
-                _example(dict(zip(names, values, strict=True)), prompt_len)
-                for *values, prompt_len in zip(*columns, meta["prompt_lens"], strict=False)
-            ]
-        )
-        groups = [[next(examples) for _ in range(size)] for size in meta["groups"]]
-        return groups, meta["metrics"], meta["position"]
+        return self._read(self._path(step), step, weights, _sampled)
 
     def save_carried(self, step: int, weights: int, carried: Carried) -> None:
         """Writes this process's answers that the batch of `step` leaves to the next one."""
@@ -102,8 +92,8 @@ class Pending:
 
     def load_carried(self, step: int, weights: int) -> dict[tuple[int, int], Trajectory] | None:
         """The answers that were given to `save_carried`; None if there are none."""
-        found = self._read(self._path(step, _CARRIED), step, weights)
-        return found and from_arrays(found[0]["facts"], found[1])
+        path = self._path(step, _CARRIED)
+        return self._read(path, step, weights, lambda meta, x: from_arrays(meta["facts"], x))
 
     def drop(self, step: int) -> None:
         """Removes what was sampled for `step` and before, but for what it leaves to the next."""
@@ -125,25 +115,49 @@ class Pending:
             write_atomically(path, file.getvalue())
 
     def _read(
-        self, path: epath.Path, step: int, weights: int
-    ) -> tuple[dict, dict[str, np.ndarray]] | None:
-        """What `_write` was given, if it counts for these weights; None if there is none."""
+        self,
+        path: epath.Path,
+        step: int,
+        weights: int,
+        use: Callable[[dict, dict[str, np.ndarray]], T],
+    ) -> T | None:
+        """`use` of what `_write` was given, if it counts for these weights; None if there is none
+        that can be used."""
         if not path.exists():
             return None
         try:
             with np.load(io.BytesIO(path.read_bytes())) as file:
+                if damaged := file.zip.testzip():  # what numpy reads may end before a checksum
+                    raise ValueError(f"{damaged} is not what was written")
                 arrays = dict(file)
-        except (zipfile.BadZipFile, ValueError, EOFError) as error:  # the archive has checksums
-            _log.warning("%s is damaged (%s): its rollouts are sampled again", path, error)
+            meta = json.loads(arrays["meta"].tobytes())
+            return use(meta, arrays) if meta["key"] == self._key(step, weights) else None
+        except _DAMAGED as error:
+            said = describe(error)
+            _log.warning("%s is damaged (%s): its rollouts are sampled again", path, said)
             return None
-        meta = json.loads(arrays["meta"].tobytes())
-        return (meta, arrays) if meta["key"] == self._key(step, weights) else None
 
     def _path(self, step: int, ending: str = ".npz") -> epath.Path:
         return self.directory / f"{step}{ending}"
 
     def _key(self, step: int, weights: int) -> list:
         return [self._config, step, weights]
+
+
+def _sampled(
+    meta: dict, arrays: dict[str, np.ndarray]
+) -> tuple[list[list[Example]], dict[str, Scalar], dict]:
+    """Groups, metrics and position of a batch."""
+    names = (*_FIELDS, *(f"layout_{name}" for name in _LAYOUT))
+    columns = [np.split(arrays[name], np.cumsum(arrays[f"{name}_sizes"])[:-1]) for name in names]
+    examples = iter(
+        [
+            _example(dict(zip(names, values, strict=True)), prompt_len)
+            for *values, prompt_len in zip(*columns, meta["prompt_lens"], strict=False)
+        ]
+    )
+    groups = [[next(examples) for _ in range(size)] for size in meta["groups"]]
+    return groups, meta["metrics"], meta["position"]
 
 
 def _example(values: dict[str, np.ndarray], prompt_len: int) -> Example:
