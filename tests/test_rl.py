@@ -335,3 +335,28 @@ def test_what_a_step_trains_on_is_told_when_it_fails_again(settings, monkeypatch
     monkeypatch.setattr(policy, "optimize", before)
     final = loop.run(policy.Policy(config, collect), lambda metrics: None)
     assert final.exists() and not (final.parent / "attempt.json").exists()
+
+
+def test_a_group_that_was_carried_over_is_told_by_its_problem(settings, monkeypatch, tmp_path):
+    """One of the first batch, whose answers end in the second."""
+
+    def collect(engine, feed, step, config):
+        feed.take(4)
+        if step == 1:
+            return nothing(engine, feed, step, config)
+        ids = np.array([*feed.prompt(0), 5], np.int32)
+        laid = layout(len(ids), prompt_len=len(ids) - 1)
+        one = rl.Example(ids, laid, np.arange(len(ids)) == len(ids) - 1, 1.0)
+        names.extend(feed.names(0, 1).values())
+        return rl.Collected([[one]], [0], {"score": 0.0})
+
+    def fails(*_):
+        raise KeyboardInterrupt
+
+    names = []
+    changes = "carry=50", "max_refills=0", "steps=2", "prompts=1", "minibatches=1"
+    config = settings("zero", *changes)
+    monkeypatch.setattr(policy, "optimize", fails)
+    with pytest.raises(KeyboardInterrupt):
+        loop.run(policy.Policy(config, collect), lambda metrics: None)
+    assert [*json.loads((tmp_path / "zero" / "attempt.json").read_text())["work"]] == names

@@ -4,6 +4,7 @@ learns from its answers."""
 import dataclasses
 import functools
 import logging
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -247,7 +248,10 @@ class Policy(Body[TrainState, Path], Generic[C]):
 
     def _work(self, sampled: Sampled) -> dict[str, list[int]]:
         """The tokens of each answer of this process, by how its problem begins."""
-        names, work = self.feed.names(sampled.first, sampled.last), {}
+        config, first = self.config, sampled.first
+        if config.carry:  # a group may have been begun so many batches before
+            first -= config.prompts * math.ceil(config.max_tokens / config.carry)
+        names, work = self.feed.names(max(0, first), sampled.last), {}
         for group in sampled.collected.groups:
             prompt = group[0].token_ids[: group[0].layout.prompt_len]
             # One of no problem was put in by a caller's own `collect`.
