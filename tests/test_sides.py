@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import time
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from train_toy import write_problems
 
 from npr_jax.base.mesh import MeshConfig, split_rollout
 from npr_jax.runs.metrics import read_metrics
+from npr_jax.train import link
 
 pytestmark = pytest.mark.slow
 
@@ -127,6 +129,36 @@ def test_a_side_that_fails_is_named_by_both(settings, tmp_path):
     assert re.search(
         "process 1, which rolls out, has failed: ValueError: .*another file", errors[0]
     )
+
+
+def test_a_process_gives_signs_of_life_until_it_ends(monkeypatch):
+    """Also while it saves, after both sides have heard of a signal: the other one waits for it."""
+
+    values = {}
+
+    class Client:
+        def key_value_set(self, key, value, allow_overwrite=False):
+            values[key] = value
+
+        def blocking_key_value_get(self, key, milliseconds):
+            time.sleep(milliseconds / 1000)
+            if key not in values:
+                raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED")
+            return values[key]
+
+    monkeypatch.setattr(link, "_TICK", 10)
+    monkeypatch.setattr(link, "split_rollout", lambda *_: (jax.devices()[:1], []))
+    monkeypatch.setattr(link.multihost, "get_jax_distributed_client", Client)
+    monkeypatch.setattr(link.sigterm, "request", lambda: None)
+    with link.Link(MeshConfig()) as here:
+        here.end("signal")
+        while not here.has_ended():
+            time.sleep(0.01)
+        (beat,) = [key for key in values if "beat" in key]
+        begun, until = values[beat], time.monotonic() + 60
+        while int(values[beat]) < int(begun) + 5:
+            assert time.monotonic() < until
+            time.sleep(0.01)
 
 
 def test_weights_arrive_bit_by_bit(tmp_path):

@@ -225,10 +225,14 @@ class Link:
         return True
 
     def _listen(self) -> None:
+        """Gives signs of life, and hears of a stop, after which others still wait for this one."""
         told, beats = False, itertools.count()
         while not self._closed.is_set():
             try:
                 self._put(f"beat/{jax.process_index()}", str(next(beats)))
+                if self.stop:
+                    self._closed.wait(_TICK / 1000)
+                    continue
                 found = self._client.blocking_key_value_get(f"{self._prefix}/stop", _TICK)
             except jax.errors.JaxRuntimeError as error:
                 if "DEADLINE_EXCEEDED" not in str(error):
@@ -240,7 +244,6 @@ class Link:
             self.stop = Stop(*json.loads(found))
             if self.stop.why == "signal":
                 sigterm.request()
-            return
 
 
 @contextlib.contextmanager
