@@ -39,12 +39,16 @@ def segment_of(before, tokens: int, pages) -> Segment:
 
 
 # A row and how many get the same table, and the tokens of each segment that they list; or a row
-# whose last segment grows.
+# whose last segment grows; or whose segments, joined, are listed before another one.
 CHANGES = st.lists(
     st.tuples(
         st.integers(0, ROWS - 1),
         st.integers(1, 2),
-        st.one_of(st.lists(st.integers(1, 20), min_size=1, max_size=4), st.integers(0, 3)),
+        st.one_of(
+            st.lists(st.integers(1, 20), min_size=1, max_size=4),
+            st.integers(0, 3),
+            st.none(),
+        ),
     ),
     max_size=12,
 )
@@ -67,9 +71,18 @@ def test_the_device_has_the_tables_of_the_host(cells, changes, sends):
                 some = min(some, ROWS - row)
                 rows |= dict.fromkeys(range(row, row + some), segments)
                 tables.set(row, segments, some)
+            elif row in rows and change is None:
+                joined = rows[row]
+                if sum(len(s.pages) for s in joined) < WIDTH:
+                    # What its last segment was short of its pages is seen by the next one.
+                    last = segment_of(joined, 1, [next(numbers)])
+                    rows = {r: s for r, s in rows.items() if s is not joined}
+                    rows |= {row: [*reversed(joined), last]}
+                    tables.set(row, rows[row])
             elif row in rows and sum(len(s.pages) for s in rows[row]) + change <= WIDTH:
                 rows = {r: s for r, s in rows.items() if r == row or s is not rows[row]}
                 rows[row][-1].pages += [next(numbers) for _ in range(change)]
+                rows[row][-1].row = None
                 tables.grow(row, rows[row][-1])
             if number % sends == 0:
                 tables.send()
