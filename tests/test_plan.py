@@ -1,6 +1,7 @@
 """`npr-jax plan`: what it says is what the compiler and arithmetic say."""
 
 import dataclasses
+import functools
 import os
 import re
 import subprocess
@@ -43,6 +44,12 @@ TINY_MESHES = {
     "v5p:4x4x4": "data=4,fsdp=4,sequence=2,tensor=2",
     "v6e:16x16": "data=32,fsdp=4,tensor=2",
 }
+
+
+@functools.cache
+def tiny_plan(topology, mesh, *changes):
+    """Of PAPO with the tiny model; half a minute of compilation, once for all tests."""
+    return plan("tiny", stage_config("papo", "tiny", changes), topology, parse_mesh(mesh))
 
 
 def test_collectives_are_counted_as_often_as_they_run():
@@ -329,7 +336,7 @@ def test_the_state_of_adapters_is_what_the_program_takes():
 @pytest.mark.parametrize("topology", spread(TINY_MESHES, test=1))
 def test_tiny_is_planned_for(tpu_compiler, topology):
     mesh = parse_mesh(TINY_MESHES[topology])
-    found = plan("tiny", stage_config("papo", "tiny"), topology, mesh)
+    found = tiny_plan(topology, TINY_MESHES[topology])
     assert found["fits"] and found["collectives"] > 0
     state = sum(x.size for x in jax.tree.leaves(abstract_params(PRESETS["tiny"]))) * 4
     assert state / mesh.tensor / max(1, mesh.fsdp) <= found["params"] <= state
@@ -345,11 +352,8 @@ def test_tiny_is_planned_for(tpu_compiler, topology):
 @pytest.mark.slow
 def test_adapters_send_no_more_between_chips_than_all_weights(tpu_compiler):
     """Sums over `tensor` go once for all matrices that share an input, as without adapters."""
-    changes = ["train.lora.rank=4"], []
-    some, whole = (
-        plan("tiny", stage_config("papo", "tiny", change), "v5e:4x4", parse_mesh("data=8,tensor=2"))
-        for change in changes
-    )
+    whole = tiny_plan("v5e:4x4", "data=8,tensor=2")
+    some = tiny_plan("v5e:4x4", "data=8,tensor=2", "train.lora.rank=4")
     assert some["collectives"] < 1.1 * whole["collectives"]
     assert some["train_temp"] < 1.1 * whole["train_temp"]
 
@@ -367,9 +371,14 @@ def test_qwen3_4b_with_adapters_takes_what_arithmetic_says(tpu_compiler):
     assert said["collectives"] == pytest.approx(found["collectives"], rel=0.15)
 
 
-@pytest.mark.slow
-def test_what_does_not_fit_is_told_with_the_setting_to_change(tpu_compiler):
-    command = "plan --model tiny --stage papo --topology v5e:4x4 --mesh data=8,tensor=2"
+PLACES = ["h100:8 --mesh data=4,tensor=2", "v5e:4x4 --mesh data=8,tensor=2"]
+
+
+@pytest.mark.parametrize("place", spread(PLACES, check=1, test=1))
+def test_what_does_not_fit_is_told_with_the_setting_to_change(request, place):
+    if place.startswith("v5e"):
+        request.getfixturevalue("tpu_compiler")
+    command = f"plan --model tiny --stage papo --topology {place}"
     changes = ["--set", "engine.pages=2000000000", "--set", "engine.table_pages=64"]
     result = CliRunner().invoke(app, [*command.split(), *changes])
     assert result.exit_code == 3, result.output
@@ -416,9 +425,8 @@ def test_what_cannot_be_is_refused(tpu_compiler, arguments, message):
 
 @pytest.mark.slow
 def test_two_slices_are_compiled_for(tpu_compiler):
-    mesh = parse_mesh("slices=2,fsdp=2,tensor=2")
-    two = plan("tiny", stage_config("papo", "tiny"), "v5e:2x2", mesh)
-    one = plan("tiny", stage_config("papo", "tiny"), "v5e:2x2", parse_mesh("fsdp=2,tensor=2"))
+    two = tiny_plan("v5e:2x2", "slices=2,fsdp=2,tensor=2")
+    one = tiny_plan("v5e:2x2", "fsdp=2,tensor=2")
     assert two["compiled"] and two["hosts"] == 2 and two["micro_batch"] == 2 * one["micro_batch"]
     same = "params", "optimizer", "engine_weights", "page", "flops", "decode_temp"
     assert {name: two[name] for name in same} == {name: one[name] for name in same}
