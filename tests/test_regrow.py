@@ -73,7 +73,7 @@ def test_answers_that_were_left_end_as_others(number, kind):
     config = dataclasses.replace(CONFIGS[number], pages=max(200, CONFIGS[number].pages))
     sampling = dataclasses.replace(KINDS[kind], n=2)
     rng, left = np.random.default_rng(number), 0
-    for first in range(0, max(4, examples(60)), 4):
+    for first in range(0, max(4, examples(32)), 4):
         prompts = [[*PROMPTS[n % len(PROMPTS)], 9 + n % 14] for n in range(first, first + 4)]
         engine = engine_on_fake_device(config)
         ours, rounds = in_pieces(engine, prompts, sampling, rng)
