@@ -212,7 +212,7 @@ def test_other_shapes_of_rows_give_the_same_sums():
     [
         pytest.param(MeshConfig(fsdp=2, tensor=2), id="fsdp-tensor"),
         pytest.param(MeshConfig(data=2, sequence=2, tensor=2), marks=pytest.mark.slow, id="all"),
-        pytest.param(MeshConfig(fsdp=8), marks=pytest.mark.slow, id="fsdp"),
+        pytest.param(MeshConfig(fsdp=8), marks=pytest.mark.nightly, id="fsdp"),
     ],
 )
 def test_on_a_mesh_it_is_what_it_is_on_one_device(mesh):
