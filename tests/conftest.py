@@ -21,6 +21,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Programs are compiled quickly rather than well: most run once or twice. Modules that train for
 # long say OPTIMISED = True. `make nightly` has the compiler's usual level everywhere.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# Of subprocesses too: a program of another precision is another program.
+os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 # With XLA's older emitters, which later versions lack, a train step compiles in half the time.
 if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1" and version("jaxlib") < "0.11":
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
@@ -38,7 +40,6 @@ import jax
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
-jax.config.update("jax_default_matmul_precision", "highest")
 # A shell ignores Ctrl-C for what it starts in the background; some tests send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
