@@ -9,8 +9,6 @@ import sys
 import crash_points
 import pytest
 
-OPTIMISED = True
-
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):

@@ -26,7 +26,6 @@ from npr_jax.tree import parse
 from npr_jax.tree.format import check_format
 
 pytestmark = pytest.mark.slow
-OPTIMISED = True
 
 COMMON = [
     "seed=3",
