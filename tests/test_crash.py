@@ -18,7 +18,6 @@ from conftest import examples, spread
 from npr_jax.runs.metrics import is_measured, read_metrics
 
 pytestmark = pytest.mark.slow
-OPTIMISED = True
 
 KILLS = examples(2)  # of each stage
 STEPS = 6
@@ -63,13 +62,9 @@ class Run:
         changes = [f"--set={key}={json.dumps(value)}" for key, value in values.items()]
         self.output = output
         self._command = [sys.executable, "-m", "npr_jax", stage, f"tiny_{stage}", *changes]
-        self._env = os.environ.copy()
-        self._env["XLA_FLAGS"] += " --xla_force_host_platform_device_count=1"
 
     def start(self):
-        return subprocess.Popen(
-            self._command, env=self._env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
+        return subprocess.Popen(self._command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
     def finish(self):
         process = self.start()
@@ -128,7 +123,7 @@ def kill(run, rng, in_a_save):
             if now:
                 time.sleep(rng.uniform(0, 0.02 if in_a_save else 0.3))
                 break
-            time.sleep(0.001)
+            time.sleep(0.005)
         process.kill()
         text, _ = process.communicate(timeout=900)
         assert process.returncode in (0, -signal.SIGKILL), text.decode()
