@@ -486,7 +486,7 @@ def test_a_run_goes_on_from_one_with_the_same_adapters_alone(tmp_path):
     keys = {"model", "seed", "train"}
     for name, given in (("some", LORA), ("none", None)):
         with pytest.raises(ValueError, match="has no checkpoint of step 3"):
-            find_start(f"{tmp_path / name}@3", keys, given)
+            find_start(f"{tmp_path / name}@3", keys, TrainConfig(OptimizerConfig(1e-3), lora=given))
     for name, given in (("some", SOME), ("some", None), ("none", LORA)):
         with pytest.raises(ValueError, match=r"train\.lora is .*, needed is that of .*"):
-            find_start(f"{tmp_path / name}@3", keys, given)
+            find_start(f"{tmp_path / name}@3", keys, TrainConfig(OptimizerConfig(1e-3), lora=given))

@@ -289,6 +289,10 @@ def test_a_run_goes_on_from_a_step_of_another_in_a_directory_of_its_own(
         (["start=runs@x"], "start is 'runs@x', needed is RUN@STEP"),
         ([start], "old is no run directory"),
         ([f"start={tmp_path / 'gone'}@3"], "no checkpoint of step 3, there are 2, 4"),
+        (
+            [f"start={tmp_path / 'gone'}@2", "train.optimizer.name=lion"],
+            r"train\.optimizer\.name is lion, needed is that of .*gone, adamw",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             run("none", *changes)

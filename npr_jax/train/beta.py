@@ -176,7 +176,7 @@ def _train(config: BetaConfig, output: Path, report: Report | None) -> Model:
     config.fit.train.check(mesh, "fit.train")
     start = None
     if config.start is not None and not checkpoint_steps(checkpoints_of(output)):
-        start = find_start(config.start, vars(config).keys(), config.fit.train.lora)
+        start = find_start(config.start, vars(config).keys(), config.fit.train)
         _take_answers(start, config, output / ACCEPTED)
     records = loop.run(Sampling(config, output / ACCEPTED, mesh, start), report)
     tags = TagIds.from_tokenizer(load_tokenizer(config.model))

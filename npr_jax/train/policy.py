@@ -105,7 +105,7 @@ class Policy(Body[TrainState, Path], Generic[C]):
         place = config.checkpoints or self.directory / "checkpoints"
         start = None
         if config.start is not None and not checkpoint_steps(place):
-            start = find_start(config.start, vars(config).keys(), train.lora)
+            start = find_start(config.start, vars(config).keys(), train)
             start.check({"model": contents["model"]})
         text = self.text + claim_inputs(self.directory, contents)
         # The state has the parameters from here on, and the engine gets its own in the first step.

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from npr_jax.base.distributed import is_main
-from npr_jax.model.config import LoraConfig
 from npr_jax.runs.checkpoint import Checkpoints, checkpoint_steps
 from npr_jax.runs.directory import known_inputs, read_config
 from npr_jax.train.export import checkpoints_of
+from npr_jax.train.step import TrainConfig
 
 
 class Start(NamedTuple):
@@ -65,11 +65,12 @@ def around(directory: Path, seed: int) -> str:
     )
 
 
-def find_start(text: str, keys: Set[str], lora: LoraConfig | None = None) -> Start:
-    """The checkpoint that is named by RUN@STEP, for a new run whose config has these keys, and with
-    these adapters.
+def find_start(text: str, keys: Set[str], train: TrainConfig) -> Start:
+    """The checkpoint that is named by RUN@STEP, for a new run whose config has these keys, and that
+    trains so.
 
-    Raises ValueError where there is none, or it is of another stage or other adapters.
+    Raises ValueError where there is none, or it is of another stage, other adapters or another
+    optimizer.
     """
     run, step = parse_start(text)
     path = run / "config.yaml"
@@ -80,13 +81,17 @@ def find_start(text: str, keys: Set[str], lora: LoraConfig | None = None) -> Sta
         raise ValueError(
             f"start is {text}: {run} is a run of another stage, for it has {min(foreign)}"
         )
-    seen = lora and {**vars(lora), "targets": list(lora.targets)}
     owner = "fit.train" if "fit" in config else "train"
-    train = (config.get("fit") or config).get("train") or {}
-    if seen != train.get("lora"):
-        raise ValueError(
-            f"start is {text}: {owner}.lora is {seen}, needed is that of {run}, {train.get('lora')}"
-        )
+    old = (config.get("fit") or config).get("train") or {}
+    lora, optimizer = train.lora, old.get("optimizer") or {}
+    for key, seen, needed in (
+        ("lora", lora and {**vars(lora), "targets": list(lora.targets)}, old.get("lora")),
+        ("optimizer.name", train.optimizer.name, optimizer.get("name", "adamw")),
+    ):
+        if seen != needed:
+            raise ValueError(
+                f"start is {text}: {owner}.{key} is {seen}, needed is that of {run}, {needed}"
+            )
     place = checkpoints_of(run)
     steps = checkpoint_steps(place)
     if step not in steps:
