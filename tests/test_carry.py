@@ -206,6 +206,7 @@ def test_a_batch_that_is_lost_goes_on_with_what_the_one_before_left(tmp_path, lo
     pending, nothing = Pending(tmp_path, "{}"), Collected([], [], {})
     sampler = Sampler(config, lambda *_: nothing, Feed([], [], 0), pending, tmp_path)
     left = {
+        2: [UnderWay(3, 3, 1)],
         3: [UnderWay(4, 0, 3)],
         4: [UnderWay(4, 0, 3), UnderWay(6, 1, 4)],
         5: [UnderWay(8, 2, 5)],
@@ -216,8 +217,14 @@ def test_a_batch_that_is_lost_goes_on_with_what_the_one_before_left(tmp_path, lo
             pending.save(number, weights, [], {}, position)
             pending.save_carried(number, weights, Carried(groups, {}))
     queue = Queue()
-    ahead = {str(n): [weights, 2 * n - 2, 2 * n] for n in left}
-    queue.move({"problem": 10, "ahead": ahead, "carried": [5, weights, [[8, 2, 5]]]})
+    for number, groups in left.items():
+        queue.put(number, Sampled(nothing, 2 * number - 2, 2 * number, 2, weights, groups))
+    queue.drop(2)
+    position, queue = json.loads(json.dumps(queue.position())), Queue()
+    assert position["problem"] == 10 and position["carried"] == [5, weights, [[8, 2, 5]]]
+    pending.drop(2)
+    queue.move(position)
+    assert queue.position() == position
     assert queue.bring_back(sampler) == {lost: 2 * lost - 2}
     assert [*queue.ready] == [*range(3, lost)] and queue.last == 10
     assert sampler.carried.groups == left.get(lost - 1, [])

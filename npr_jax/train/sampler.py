@@ -154,13 +154,17 @@ class Sampler(Generic[C]):
             write_traces(path, kept)
 
 
+Left = tuple[int, int, Sequence[UnderWay]]  # of a batch: number, weights, what it leaves
+
+
 class Queue:
     """Batches that were sampled and not trained on yet, by their numbers; part of what is saved."""
 
     def __init__(self):
         self.ready: dict[int, Sampled] = {}
         self.last = 0  # where the problems of the last one end
-        self.newest: tuple[int, int, Sequence[UnderWay]] = 0, 0, ()  # number, weights, what it left
+        self.newest: Left = 0, 0, ()
+        self.trained: Left = 0, 0, ()  # the last batch that was trained on
         self.known: dict[int, tuple[int, int, int]] = {}  # weights, first, last: those to find
         self.moved = False  # and not brought back yet
 
@@ -172,7 +176,8 @@ class Queue:
 
     def drop(self, number: int) -> None:
         """The batch of that number was trained on."""
-        self.ready.pop(number, None)
+        if found := self.ready.pop(number, None):
+            self.trained = number, found.weights, found.under_way
 
     def position(self) -> dict[str, Any]:
         """Where the run goes on: JSON values."""
@@ -181,17 +186,22 @@ class Queue:
         found: dict[str, Any] = {"problem": self.last}
         if ahead:
             found["ahead"] = ahead
-        number, weights, under_way = self.newest
-        if under_way:
-            found["carried"] = [number, weights, [[*group] for group in under_way]]
+        kept = {"carried": self.newest} | ({"trained": self.trained} if ahead else {})
+        for name, (number, weights, under_way) in kept.items():
+            if under_way:
+                found[name] = [number, weights, [[*group] for group in under_way]]
         return found
 
     def move(self, position: Mapping[str, Any]) -> None:
         """Goes to where `position` says."""
         self.last = position["problem"]
         self.known = {int(n): tuple(of) for n, of in position.get("ahead", {}).items()}
-        number, weights, under_way = position.get("carried", (0, 0, ()))
-        self.newest = number, weights, [UnderWay(*group) for group in under_way]
+        self.newest, self.trained = (
+            (number, weights, [UnderWay(*group) for group in under_way])
+            for number, weights, under_way in (
+                position.get(name, (0, 0, ())) for name in ("carried", "trained")
+            )
+        )
         self.moved = True
 
     def bring_back(self, sampler: Sampler) -> dict[int, int]:
@@ -212,7 +222,9 @@ class Queue:
                 )
                 if sampler.config.carry:
                     before = self.ready.get(number - 1)
-                    left = (number - 1, before.weights, before.under_way) if before else (0, 0, ())
+                    left = self.trained
+                    if before:
+                        left = number - 1, before.weights, before.under_way
                     break
         if self.moved:
             sampler.take_up(*left)
