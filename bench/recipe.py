@@ -20,6 +20,7 @@ from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 
+import jax
 from plot import dot_chart
 from table import markdown, replace_between
 
@@ -174,6 +175,7 @@ def run(args) -> None:
             if not (home / "seed" / "final" / "config.json").exists():
                 make_seed(seed, home, {problem.problem for problem in problems})
             result = run_arm(seed, arm, home, problems)
+            jax.clear_caches()  # or the programs of many runs come to the system's limit of maps
             record = recorded(path)  # anew: another process may have added an arm
             record["arms"][arm] = result
             record["platform"] = platform.platform()

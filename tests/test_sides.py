@@ -1,5 +1,6 @@
 """Some processes train while others roll out: the same numbers as by turns, ended in order."""
 
+import itertools
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from test_two_processes import lines, wait_for_step
 from train_toy import write_problems
 
 from npr_jax.base.mesh import MeshConfig, split_rollout
+from npr_jax.runs import sigterm
 from npr_jax.runs.metrics import read_metrics
 from npr_jax.train import link
 
@@ -131,14 +133,22 @@ def test_a_side_that_fails_is_named_by_both(settings, tmp_path):
     )
 
 
-def test_a_process_gives_signs_of_life_until_it_ends(monkeypatch):
-    """Also while it saves, after both sides have heard of a signal: the other one waits for it."""
-
+@pytest.fixture
+def values(monkeypatch):
+    """The key-value store of the coordinator, in which links of this process put what they say."""
     values = {}
 
     class Client:
         def key_value_set(self, key, value, allow_overwrite=False):
+            if values.setdefault(key, value) != value and not allow_overwrite:
+                raise jax.errors.JaxRuntimeError("ALREADY_EXISTS")
             values[key] = value
+
+        def key_value_try_get(self, key):
+            return self.blocking_key_value_get(key, 0)
+
+        def key_value_dir_get(self, prefix):
+            return [(key, value) for key, value in values.items() if key.startswith(prefix)]
 
         def blocking_key_value_get(self, key, milliseconds):
             time.sleep(milliseconds / 1000)
@@ -147,9 +157,33 @@ def test_a_process_gives_signs_of_life_until_it_ends(monkeypatch):
             return values[key]
 
     monkeypatch.setattr(link, "_TICK", 10)
+    monkeypatch.setattr(link, "_numbers", itertools.repeat(0))
     monkeypatch.setattr(link, "split_rollout", lambda *_: (jax.devices()[:1], []))
     monkeypatch.setattr(link.multihost, "get_jax_distributed_client", Client)
     monkeypatch.setattr(link.sigterm, "request", lambda: None)
+    return values
+
+
+@pytest.mark.parametrize("first", ["ready", "leaving"])
+def test_both_sides_meet_or_neither(values, first):
+    """One is ready for a meeting and hears of a signal, before or after the other is there too."""
+    with link.Link(MeshConfig()) as train, link.Link(MeshConfig()) as rollout:
+        rollout.side, rollout.other = "rollout", "train"
+        rollout.ready("start")
+        if first == "ready":
+            train.meet("start")
+        rollout.end("signal")
+        while not rollout.has_ended():
+            time.sleep(0.01)
+        if first == "ready":
+            rollout.wait_for("start")  # where the other one waits for it
+        for side in (rollout, train):
+            with pytest.raises(sigterm.Preempted):
+                side.meet("start" if first == "leaving" else "batch-1")
+
+
+def test_a_process_gives_signs_of_life_until_it_ends(values):
+    """Also while it saves, after both sides have heard of a signal: the other one waits for it."""
     with link.Link(MeshConfig()) as here:
         here.end("signal")
         while not here.has_ended():

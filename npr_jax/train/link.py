@@ -2,7 +2,8 @@
 
 A side that is ready for a meeting says so, by a name in the key-value store of the coordinator, and
 neither begins to wait in a collective before the other is ready too; so each can see there that the
-other has ended, and why.
+other has ended, and why. Whether a meeting takes place that one of them is already leaving is what
+the first process says that knows: all others do the same, and none waits in a collective alone.
 """
 
 import contextlib
@@ -107,17 +108,37 @@ class Link:
         return gather(is_main() and self._find(f"{name}/{self.other}"))[0]
 
     def wait_for(self, name: str) -> None:
-        """Waits until the other side is ready; raises what `check` raises if it ends, and
+        """Waits until the other side is ready; raises what `check` raises if one ends before, and
         SideFailed where nothing is heard of it."""
         with part("wait"):
             alive = _Alive(self._beats)
-            while not self._find(f"{name}/{self.other}", _TICK):
-                self.check()
+            while True:
+                if self._find(f"{name}/{self.other}", _TICK):
+                    if self._agree(name, "meet"):
+                        return
+                    while not self.has_ended():
+                        time.sleep(_TICK / 1000)
+                if self.has_ended():
+                    if not self._agree(name, "leave"):
+                        return
+                    self.check()
                 for process in alive.silent():
                     raise SideFailed(
                         f"process {process}, which {_DOES[self.other]}, has not been heard of for "
                         f"{SILENCE:.0f} seconds: its own output may say why"
                     )
+
+    def _agree(self, name: str, word: Literal["meet", "leave"]) -> bool:
+        """Whether that is what all do at the meeting, which the first of them to speak says. One
+        that leaves has heard of a stop, so the others will."""
+        key = f"{self._prefix}/{name}/what"
+        try:
+            self._client.key_value_set(key, word)
+        except jax.errors.JaxRuntimeError as error:
+            if "ALREADY_EXISTS" not in str(error):
+                raise
+            return self._client.key_value_try_get(key) == word
+        return True
 
     def meet(self, name: str) -> None:
         """Both sides are ready when this returns."""
