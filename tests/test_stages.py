@@ -357,6 +357,7 @@ def test_beta_accepts_what_is_right_and_trains_it_as_trees(home, tmp_path, monke
     (tmp_path / "less.jsonl").write_text('{"problem": "1+1", "answer": "2"}\n')
     for number, (change, message) in enumerate(
         {
+            "fit.train.row_len=64": r"beta: .* tokens, fit\.train\.row_len is 64, needed is \d+ or",
             "sample.tries=5": r"sample\.tries is 5, needed is that of .*gone, 6: its accepted",
             f"start={tmp_path / 'gone'}@7": "no checkpoint of step 7, there are 1, 2, 3",
             f"problems={tmp_path / 'less.jsonl'}": "problems is .*, needed is that with which .*",
@@ -366,7 +367,11 @@ def test_beta_accepts_what_is_right_and_trains_it_as_trees(home, tmp_path, monke
     ):
         with pytest.raises(ValueError, match=message):
             beta.run(settings(f"wrong{number}", start, change))
-    (tmp_path / "gone" / "accepted.jsonl").unlink()
+    answers = tmp_path / "gone" / "accepted.jsonl"
+    answers.write_bytes(answers.read_bytes()[:-20])
+    with pytest.raises(ValueError, match=r"accepted.jsonl is damaged, for it ends within a line"):
+        beta.run(settings("damaged", start))
+    answers.unlink()
     with pytest.raises(ValueError, match=r"there is no .*accepted.jsonl with its accepted answers"):
         beta.run(settings("none", start))
 

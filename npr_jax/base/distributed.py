@@ -196,12 +196,13 @@ def ends_together(tell: Callable[[BaseException], int]) -> Iterator[None]:
         if jax.process_count() == 1:
             raise
         code = tell(error)
-        print(
-            f"process {jax.process_index()} of {jax.process_count()} ends. Where this is about a "
-            "connection, a peer or a heartbeat, another process has ended first: its own output "
-            "says why. The same command goes on from the last checkpoint.",
-            file=sys.stderr,
-        )
+        if not isinstance(error, SystemExit):  # which comes of a signal, and all processes end
+            print(
+                f"process {jax.process_index()} of {jax.process_count()} ends. Where this is about "
+                "a connection, a peer or a heartbeat, another process has ended first: its own "
+                "output says why. The same command goes on from the last checkpoint.",
+                file=sys.stderr,
+            )
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

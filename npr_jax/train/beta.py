@@ -216,8 +216,10 @@ def _take_answers(start: Start, config: BetaConfig, path: Path) -> None:
     if is_main() and not path.exists():
         if not source.is_file():
             raise ValueError(f"start is {start}: there is no {source} with its accepted answers")
+        if not (records := source.read_bytes()).endswith(b"\n"):
+            raise ValueError(f"start is {start}: {source} is damaged, for it ends within a line")
         with writing(path):
-            write_atomically(path, source.read_bytes())
+            write_atomically(path, records)
 
 
 class Sampling(Body[list[Record], list[Record]]):

@@ -124,6 +124,13 @@ class Fit(Body[TrainState, Model]):
         if not examples:
             raise ValueError(f"{name}: there are no examples to train on")
         config.train.check(mesh)
+        self.keys = "fit.train" if name == "beta" else "train"  # of config.train, by its stage
+        longest, row_len = max(len(example.layout) for example in examples), config.train.row_len
+        if longest > row_len:
+            raise ValueError(
+                f"{name}: an example has {longest} tokens, {self.keys}.row_len is {row_len}, "
+                f"needed is {longest} or more"
+            )
         self.load, self.examples, self.config, self.mesh = load, examples, config, mesh
         self.name, self.directory, self.profile, self.seed = name, directory, config.profile, seed
         self.total = config.num_steps(len(examples))
@@ -183,9 +190,8 @@ class Fit(Body[TrainState, Model]):
         return state, {**metrics, "tokens_per_s": tokens / (trained - begun), **more}
 
     def remedies(self, training: bool) -> str:
-        if self.name != "beta":
-            return self.config.train.smaller("train")
-        return self.config.train.smaller("fit.train") + around(self.directory.parent, self.seed)
+        smaller = self.config.train.smaller(self.keys)
+        return smaller + (around(self.directory.parent, self.seed) if self.name == "beta" else "")
 
     def value(self, metrics: Mapping[str, Scalar]) -> float:
         return -numeric(metrics, "loss")
