@@ -50,7 +50,7 @@ class Arm:
     papo: tuple[str, ...] = ()
 
 
-LION = ("train.optimizer.name=lion",)
+LION = "train.optimizer.name=lion"
 
 
 def _rl(title: str, *settings: str) -> Arm:
@@ -103,13 +103,13 @@ ARMS = {
     "kl": _rl("KL of 0.01", "kl=0.01"),
     "lion": Arm(
         "lion at a fifth of the learning rate",
-        zero=(*LION, "train.optimizer.learning_rate=6e-5"),
+        zero=(LION, "train.optimizer.learning_rate=6e-5"),
         beta=(
-            f"fit.{LION[0]}",
+            f"fit.{LION}",
             "fit.train.optimizer.learning_rate=5e-4",
             "fit.train.optimizer.final_learning_rate=5e-5",
         ),
-        papo=(*LION, "train.optimizer.learning_rate=4e-5"),
+        papo=(LION, "train.optimizer.learning_rate=4e-5"),
     ),
     "moments": _all("moments in bfloat16", "train.optimizer.moments=bfloat16"),
     "exact": _all("exact log-probs", "train.exact=true", engine="engine.exact=true"),

@@ -2,6 +2,7 @@
 what stays in memory."""
 
 import dataclasses
+import gc
 import json
 
 import jax
@@ -39,6 +40,7 @@ class FakeEngine:
 def settings(tmp_path, monkeypatch):
     """(stage, changes) -> a config of the tiny model, the engine of which decodes nothing."""
     write_problems(tmp_path / "problems.jsonl", 16)
+    gc.collect()  # what the test before has left would go while this one counts
     monkeypatch.setattr(policy, "Engine", FakeEngine)
     monkeypatch.setattr(beta, "Engine", FakeEngine)
 

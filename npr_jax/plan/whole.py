@@ -43,8 +43,9 @@ def read_lengths(text: str, number: int, most: int) -> list[int]:
             median, sigma = map(float, text.split(":")[1:])
             normal = statistics.NormalDist(math.log(median), sigma)
             found = [math.exp(normal.inv_cdf(share)) for share in shares]
-            assert not any(map(math.isnan, found))
-        except (ValueError, AssertionError, OverflowError, statistics.StatisticsError) as error:
+            if any(map(math.isnan, found)):
+                raise ValueError("nan is no length")
+        except (ValueError, OverflowError, statistics.StatisticsError) as error:
             raise ValueError(
                 f"lengths is {text!r}, needed is lognormal:MEDIAN:SIGMA, as lognormal:4000:0.8"
             ) from error
@@ -54,8 +55,9 @@ def read_lengths(text: str, number: int, most: int) -> list[int]:
             given = Path(text).read_text(encoding="utf-8").replace(",", "\n")
         try:
             known = sorted(float(line) for line in given.splitlines() if line.strip())
-            assert known and all(length >= 1 for length in known)  # NaN is not
-        except (ValueError, AssertionError) as error:
+            if not known or not all(length >= 1 for length in known):  # NaN is not
+                raise ValueError("a length is 1 or more")
+        except ValueError as error:
             raise ValueError(
                 f"lengths is {text!r}, needed are numbers of tokens, one a line or with commas"
             ) from error

@@ -19,7 +19,7 @@ from npr_jax.data.problems import shuffled
 from npr_jax.model.lora import joined
 from npr_jax.model.pretrained import Model
 from npr_jax.runs import loop, sigterm
-from npr_jax.runs.checkpoint import Checkpoints, checkpoint_steps
+from npr_jax.runs.checkpoint import Checkpoints
 from npr_jax.runs.directory import SIZES, claim
 from npr_jax.runs.log import Report
 from npr_jax.runs.loop import Body
@@ -151,7 +151,7 @@ class Fit(Body[TrainState, Model]):
             self.model, self.base, state = begin(self.load(), train, self.seed, self.mesh)
         place = self.config.checkpoints or self.directory / "checkpoints"
         checkpoints = Checkpoints(place, self.text, train.keep_checkpoints, train.keep_best)
-        if self.start and not checkpoint_steps(place):
+        if self.start:
             self.start.begin(checkpoints, self.name)
         return state, checkpoints
 
