@@ -157,6 +157,7 @@ def forward(
         layer = jax.checkpoint(layer, prevent_cse=False, policy=kept)
     layers = params["layers"]
     if isinstance(layers, tuple):
+        layer = jax.jit(layer)  # traced once for all
         for number, weights in enumerate(layers):
             (x, state), _ = layer((x, state), (jnp.int32(number), weights))
     else:
