@@ -11,6 +11,7 @@ import pytest
 from bigram import EOS, GC, GO, NL, PC, PO, SC, SO, TC, TO
 from conftest import examples, spread
 from engine_checks import CONFIG, recount, same
+from fake_device import check_answer, engine_on_fake_device
 
 from npr_jax.decode import Engine, EngineConfig, SamplingParams, fork_join, tables
 
@@ -222,7 +223,7 @@ def test_a_long_prompt_stalls_decoding_for_one_chunk_at_a_time(monkeypatch):
         visit()
 
     def counting_call(work, rows, chunk, *rest):
-        pieces = [count for _, _, segment, count in work if not segment.before]
+        pieces = [sum(n for _, n in run) for *_, run in work if not run[0][0].before]
         visits[-1].append((chunk, sum(-(-count // chunk) for count in pieces)))
         call(work, rows, chunk, *rest)
 
@@ -237,6 +238,18 @@ def test_a_long_prompt_stalls_decoding_for_one_chunk_at_a_time(monkeypatch):
     rows = -(-len(long) // config.prefill_chunk)  # of each prompt
     assert sum(map(len, chunks)) == -(-2 * rows // config.prefill_rows)
     assert {n for calls in chunks for n in calls} == {config.prefill_rows}  # no row is empty
+
+
+@pytest.mark.parametrize(("length", "chunk", "rows"), [(16, 16, 1), (17, 16, 1), (18, 16, 2)])
+def test_a_prompt_takes_no_more_rows_than_its_tokens_need(length, chunk, rows):
+    # Its pages that others can adopt, and its last tokens, are one run of text.
+    config = dataclasses.replace(CONFIG, header_rows=1, header_chunk=1, prefill_chunk=chunk)
+    engine = engine_on_fake_device(config)
+    prompts = [[9 + i, *[12] * (length - 1)] for i in range(6)]
+    for answer in engine.generate(prompts, SamplingParams(max_tokens=3, parallel=False)):
+        check_answer(answer)
+    assert engine.stats()["prefill_tokens"] == 6 * (length - 1)
+    assert engine.stats()["prefill_calls"] == -(-6 * rows // config.prefill_rows)
 
 
 @pytest.mark.slow

@@ -93,6 +93,21 @@ def test_the_device_has_the_tables_of_the_host(cells, changes, sends):
             np.testing.assert_array_equal(ours, theirs)
 
 
+def test_a_row_is_written_to_from_the_first_of_the_segments_that_grow():
+    first = segment_of((), 6, [1, 2])
+    whole = segment_of((first,), 2 * SIZE, [3, 4])
+    last = segment_of((first, whole), 3, [5])
+    tables = Tables(Rows.empty(ROWS, WIDTH), SIZE, Device.write)
+    ends = []
+    for written in (1, 2):
+        tables.set(0, last.table, written=written)
+        sent = tables.send()
+        np.testing.assert_array_equal(sent.table[0, :6], [1, 2, 3, 4, 5, 0])
+        np.testing.assert_array_equal(sent.base[0, :6], [0, 4, 6, 10, 14, FAR])
+        ends.append((int(sent.column[0]), int(sent.entry[0]), int(sent.room[0])))
+    assert ends == [(4, 14, 18), (2, 6, 18)]
+
+
 def test_only_what_has_changed_is_sent():
     sent = []
 

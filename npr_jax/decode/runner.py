@@ -228,16 +228,17 @@ class Runner:
             work = []
             for replica, lines in enumerate(zip(schedulers, unready, strict=True)):
                 row = replica * rows
-                for piece in _prefill_work(*lines, rows, chunk):
-                    work.append((row, *piece))
-                    row += -(-piece[-1] // chunk)
+                for scheduler, run in _prefill_work(*lines, rows, chunk):
+                    work.append((row, scheduler, run))
+                    row += -(-sum(count for _, count in run) // chunk)
             if not work:  # it was adopted
                 continue
             self._prefill_call(work, rows, chunk)
             self.stats["prefill_calls"] += 1
-            for _, scheduler, segment, count in work:
-                scheduler.computed(segment, count)
-                self.stats["prefill_tokens"] += count
+            for _, scheduler, run in work:
+                for segment, count in run:
+                    scheduler.computed(segment, count)
+                    self.stats["prefill_tokens"] += count
 
     def decode(self, sequences: abc.Sequence[Sequence]) -> PendingStep | None:
         """Asks for N steps of these sequences; None where none of them can draw.
@@ -269,21 +270,24 @@ class Runner:
     def _prefill_shape(self, unready: list[list[Sequence]]) -> tuple[int, int]:
         """Of the two shapes, the one that computes what the sequences of each replica lack at less
         cost."""
-        counts = [
-            {segment: sequence.lacks(segment) for sequence in some for segment in sequence.table}
-            for some in unready
-        ]
+        counts = [[] for _ in unready]
+        for lengths, some in zip(counts, unready, strict=True):
+            seen: set[Segment] = set()
+            for sequence in some:
+                for run in _runs(sequence, self.config.page_size, seen):
+                    lengths.append(sum(map(sequence.lacks, run)))
+                    seen.update(run)
 
         def cost(shape):  # tokens computed, padding included, and a call's reading of the weights
             rows, chunk = shape
-            calls = max(-(-sum(-(-n // chunk) for n in c.values()) // rows) for c in counts)
+            calls = max(-(-sum(-(-n // chunk) for n in some) // rows) for some in counts)
             return calls * (rows * chunk + 64)
 
         return min(self._shapes, key=cost)
 
     def _prefill_call(self, work, rows: int, chunk: int, steps: Steps | None = None) -> None:
         if steps is None:
-            plain = all(segment.plain for _, _, segment, _ in work)
+            plain = all(segment.plain for *_, run in work for segment, _ in run)
             steps = self._prompt_steps if plain else self._steps
         arguments = self._prefill_arguments(work, rows, chunk)
         self._pool = steps.prefill(self.params, self._take_pool(), *arguments)
@@ -294,16 +298,17 @@ class Runner:
         tokens, positions = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
         ranks = np.full(shape, -1, np.int32)
         listed = [[-1] * rows for _ in range(self.replicas)]
-        for row, _, segment, count in work:
-            # Consecutive chunks of a segment fill consecutive rows.
-            first, begin = segment.computed, row * chunk
-            here = slice(begin, begin + count)
-            tokens.reshape(-1)[here] = segment.tokens[first : first + count]
-            for array, start in ((positions, segment.start), (ranks, segment.offset)):
-                array.reshape(-1)[here] = np.arange(start + first, start + first + count)
-            (replica, place), used = divmod(row, rows), -(-count // chunk)
+        for row, _, run in work:
+            begin = end = row * chunk  # consecutive chunks fill consecutive rows
+            for segment, count in run:
+                first, here = segment.computed, slice(end, end + count)
+                tokens.reshape(-1)[here] = segment.tokens[first : first + count]
+                for array, start in ((positions, segment.start), (ranks, segment.offset)):
+                    array.reshape(-1)[here] = np.arange(start + first, start + first + count)
+                end += count
+            (replica, place), used = divmod(row, rows), -(-(end - begin) // chunk)
             table = replica * self._prefill_rows + place
-            self._prefill_tables.set(table, segment.table, used)
+            self._prefill_tables.set(table, run[-1][0].table, used, written=len(run))
             listed[replica][place : place + used] = range(table, table + used)
         tables = self._prefill_tables.send()
         shared = self._shared(self._prefill_tables, listed)
@@ -435,28 +440,49 @@ def _refuse_unlike(params, like) -> None:
             )
 
 
+def _runs(sequence: Sequence, size: int, but: set[Segment]) -> list[list[Segment]]:
+    """What a sequence lacks, but for some segments, by what can be computed one after the other in
+    the same rows: each but the last fills its pages, and sees what the next sees before it."""
+    runs: list[list[Segment]] = []
+    full: Segment | None = None  # the last segment, if the next may follow it
+    for segment in sequence.table:
+        lacks = segment not in but and sequence.lacks(segment) > 0
+        if lacks and full and segment.before == full.table and not segment.computed:
+            runs[-1].append(segment)
+        elif lacks:
+            runs.append([segment])
+        full = segment if lacks and len(segment.tokens) % size == 0 else None
+    return runs
+
+
 def _prefill_work(scheduler: Scheduler, unready: list[Sequence], rows: int, chunk: int):
-    """Pieces (scheduler, segment, how many tokens) of what the sequences lack that one call can
-    compute together; a segment takes a row for every `chunk` of its tokens."""
-    work: list[tuple[Scheduler, Segment, int]] = []
-    planned: set[int] = set()  # segments of which this call computes all
+    """Pieces (scheduler, run) of what the sequences lack that one call can compute together; a run
+    is some of `_runs`, (segment, how many of its tokens) each, and takes a row for every `chunk` of
+    its tokens."""
+    work: list[tuple[Scheduler, list[tuple[Segment, int]]]] = []
+    planned: set[Segment] = set()  # of which this call computes all
     pages = set()  # prompt pages that this call begins: an equal prompt waits, then adopts them
     for sequence in unready:
         for segment in sequence.table:
             scheduler.stats["cached_tokens"] += scheduler.adopt(segment, sequence.tail)
-            count = sequence.lacks(segment)
-            if not count or id(segment) in planned:
-                continue
-            if not rows:
-                return work
-            page = scheduler.next_page(segment)
-            if page in pages:
+        for segments in _runs(sequence, scheduler.config.page_size, planned):
+            run, length = [], 0
+            for segment in segments:
+                room, page = rows * chunk - length, scheduler.next_page(segment)
+                if not room or page in pages:
+                    break
+                pages.add(page)
+                pages.discard(None)
+                count = sequence.lacks(segment)
+                run.append((segment, min(count, room)))
+                length += min(count, room)
+                if count <= room:
+                    planned.add(segment)
+            if run:
+                work.append((scheduler, run))
+                rows -= -(-length // chunk)
+            if not planned.issuperset(segments):
+                if not rows:  # the next call goes on here
+                    return work
                 break
-            pages.add(page)
-            pages.discard(None)
-            work.append((scheduler, segment, min(count, rows * chunk)))
-            rows -= -(-count // chunk)
-            if rows < 0:  # the next call goes on here
-                return work
-            planned.add(id(segment))
     return work

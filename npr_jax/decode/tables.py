@@ -38,15 +38,20 @@ class Tables:
         # What rows have in common, until one is set again: what they grow by is their own.
         self._found: dict[tuple[int, ...], Shared] = {}
 
-    def set(self, row: int, segments: abc.Sequence[Segment], count: int = 1) -> None:
-        """The row, and what else makes `count` rows, list these segments from now on, and the last
-        of them grows."""
-        tail, rows = segments[-1], slice(row, row + count)
+    def set(
+        self, row: int, segments: abc.Sequence[Segment], count: int = 1, written: int = 1
+    ) -> None:
+        """The row, and what else makes `count` rows, list these segments from now on, of which the
+        last `written` are written to: the last grows, and the others fill their pages."""
+        rows = slice(row, row + count)
         cells = np.concatenate([self._row(segment) for segment in segments])
-        column = entry = 0
-        for segment in segments[:-1]:
-            column, entry = column + len(segment.pages), entry + len(segment.tokens)
-            cells[column:, 1] += len(segment.tokens)
+        column = entry = 0  # where those begin that are written to
+        begin, sealed = 0, len(segments) - written
+        for number, segment in enumerate(segments[:-1]):
+            begin += len(segment.pages)
+            cells[begin:, 1] += len(segment.tokens)
+            if number < sealed:
+                column, entry = begin, entry + len(segment.tokens)
         used, old = len(cells), max(self._used[rows])
         self._names[rows] = [cells[:, 0].astype(">i4").tobytes()] * count
         if used < old:
@@ -57,7 +62,7 @@ class Tables:
         self._rows_changed += (row + at).tolist()
         self._columns_changed += columns.tolist()
         self._used[rows] = [used] * count
-        ends = [(column, entry, entry + self._size * len(tail.pages))] * count
+        ends = [(column, entry, entry + self._size * (used - column))] * count
         self._ends_changed |= self._ends[rows] != ends
         self._ends[rows] = ends
         self._found.clear()
