@@ -27,7 +27,8 @@ MODULES = {
     "npr_jax": None,  # all that it names
     "npr_jax.answers": None,
     "npr_jax.data.prompts": ("prompt_ids",),
-    "npr_jax.decode": ("Event",),
+    "npr_jax.decode": ("AsyncEngine", "Event"),
+    "npr_jax.decode.async_engine": ("Answers",),
     "npr_jax.model": None,
     "npr_jax.train.advantages": ("batch_std", "group_std"),
     "npr_jax.tree": None,

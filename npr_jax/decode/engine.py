@@ -186,6 +186,16 @@ class Engine:
         next(events)  # its first yield is empty: from there on it notices when it is closed
         return cast(Iterator[Event], events)
 
+    def step(self) -> list[Event]:
+        """One visit, if anything that was submitted is unfinished: all events since the last,
+        those of tokens too. Raises RuntimeError beside a stream."""
+        with self._consuming(tokens=True):
+            if self._requests:
+                self._visit()
+            events = list(self._outputs.events)
+            self._outputs.events.clear()
+            return events
+
     def abort(self, request: int | None = None) -> bool:
         """Ends one answer, or all, with the finish reason `aborted`; its lanes and pages are free
         when this returns, and no event but its finish follows. Returns whether there was anything
