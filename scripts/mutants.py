@@ -1,6 +1,6 @@
 """Tests the tests: each line of tests/mutants.yaml breaks the code, and a named test must notice.
 
-    python scripts/mutants.py [--jobs 2] [--only TEXT]
+    python scripts/mutants.py [--jobs 2] [--only TEXT] [--new]
 
 Every fault is put into a copy of the repository, of which only the named test file runs. Without a
 fault these tests must pass. Each fault's outcome goes into bench/results/mutants.json as it is
@@ -96,12 +96,16 @@ def table(results: list[dict], known: int) -> str:
     return "\n".join(lines) + "\n"
 
 
+def outcomes() -> list[dict]:
+    """Those that are known."""
+    return json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else []
+
+
 def write(result: dict) -> None:
     """Puts the outcome of one fault beside those of the others that are still in the list."""
-    known = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else []
-    outcomes = {tuple(map(x.get, KEYS)): x for x in [*known, result]}
+    known = {tuple(map(x.get, KEYS)): x for x in [*outcomes(), result]}
     faults = [tuple(map(x.get, KEYS)) for x in read_mutants()]
-    results = [outcomes[fault] for fault in faults if fault in outcomes]
+    results = [known[fault] for fault in faults if fault in known]
     RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     PAGE.write_text(table(results, len(faults)), encoding="utf-8")
 
@@ -110,8 +114,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--jobs", type=int, default=2, help="at one time")
     parser.add_argument("--only", default="", help="faults whose file or line holds this text")
+    parser.add_argument("--new", action="store_true", help="faults without an outcome alone")
     args = parser.parse_args()
     mutants = [x for x in read_mutants() if args.only in x["file"] + x["old"]]
+    if args.new:
+        known = {tuple(map(x.get, KEYS)) for x in outcomes()}
+        mutants = [x for x in mutants if tuple(map(x.get, KEYS)) not in known]
     for mutant in mutants:
         fault_of(mutant)
     with (
