@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from toy_tokenizers import byte_level, sentencepiece_like
 
 from npr_jax.decode import Engine, SamplingParams, fork_join
-from npr_jax.decode.outputs import KINDS, TextPieces
+from npr_jax.decode.outputs import KINDS
 from npr_jax.decode.runner import PendingStep
+from npr_jax.decode.text import TextPieces
 
 SAMPLING = SamplingParams(n=3, max_tokens=80)
 

@@ -40,7 +40,11 @@ class ForkJoin:
     def advance(self, sequence: Sequence, tokens: list[int], figures: np.ndarray) -> None:
         """Takes the tokens drawn for a sequence, with their FIGURES, and acts on the last."""
         request, automaton, tags = sequence.request, sequence.automaton, self.tags
-        ended = tokens[-1] in request.ends
+        if sequence.stop is not None:
+            count = next((i for i, t in enumerate(tokens, 1) if self._stops(sequence, t)), None)
+            tokens, figures = tokens[:count], figures[:count]
+        stopped = sequence.stop is not None and sequence.stop.found
+        ended = not stopped and tokens[-1] in request.ends
         text = tokens[:-1] if ended else tokens
         keep, error = len(tokens), None
         if automaton is not None:
@@ -55,6 +59,8 @@ class ForkJoin:
         self._append(sequence, tokens, figures)
         if error is not None:
             self._end(sequence, "malformed", error.reason)
+        elif stopped:
+            self._end(sequence, "stop", "")
         elif ended and automaton is not None and automaton.stack and sequence.parent is None:
             self._end(sequence, "malformed", "end of text inside a block")
         elif ended:
@@ -70,6 +76,13 @@ class ForkJoin:
             self._fork(sequence)
         else:
             self._check_limits(sequence)
+
+    def _stops(self, sequence: Sequence, token: int) -> bool:
+        """Whether this token completes one of the texts that end a line."""
+        if token in sequence.request.ends:
+            return False
+        sequence.stop.add(token)
+        return sequence.stop.found
 
     def _grammar(self, sequence: Sequence) -> tuple[Automaton, TagIds]:
         """What reads a sequence that may fork, and the tags that it knows."""
@@ -115,6 +128,7 @@ class ForkJoin:
         for number, (key, head) in enumerate(zip(keys, heads, strict=True)):
             branch = Sequence(sequence.request, sequence, number, key)
             branch.budget = share
+            branch.stop = sequence.stop and sequence.stop.of_branch()
             branch.automaton = Automaton(
                 tags, NO_DEPTH_LIMIT, index=len(head), depth=branch.depth, in_step=True
             )
@@ -146,6 +160,9 @@ class ForkJoin:
         segment = Segment(start, before)
         segment.append_known(head, forced=True)
         sequence.append(segment)
+        if sequence.stop is not None:
+            for token in head:
+                sequence.stop.add(token, known=True)
         self._note(sequence, "token", tokens=head)
 
     def _wait(self, sequence: Sequence, fork: Fork) -> None:

@@ -4,12 +4,12 @@ A finished answer is a `Trajectory`: its tokens with their tree, log-probs and f
 """
 
 import dataclasses
-import re
 from collections import abc, deque
 
 import numpy as np
 
 from npr_jax.decode.sequence import FIGURES, Fork, Request, Segment, Sequence
+from npr_jax.decode.text import StopText, TextPieces
 from npr_jax.tree import Block, TreeLayout, layout
 
 KINDS = ("token", "fork", "join", "finish")
@@ -99,41 +99,6 @@ class Event:
     trajectory: Trajectory | None = None
 
 
-_BYTE = re.compile("<0x[0-9A-F]{2}>")  # the tokens that a byte-fallback decoder joins to text
-
-
-class TextPieces:
-    """Text of a growing list of tokens, in pieces that never cut a character."""
-
-    def __init__(self, tokenizer):
-        self._decode = lambda ids: tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-        self._name = tokenizer.convert_ids_to_tokens
-        self._ids: list[int] = []  # from the last whole piece on, and that piece before them
-        self._known = 0  # of `_ids`, those of the piece before
-        self._given = 0  # characters of their text that were given out
-
-    def add(self, token: int) -> str:
-        """The text that this token completes."""
-        self._ids.append(token)
-        if _BYTE.fullmatch(self._name(token) or ""):
-            return ""  # one stray byte makes all others of such a run no text, so wait for its end
-        text = self._decode(self._ids)
-        # It may be the first bytes of a character; whatever stands before it is what it is.
-        open_ = text.endswith("\N{REPLACEMENT CHARACTER}")
-        piece = text[self._given : len(text) - open_]
-        if not open_ or len(self._ids) - self._known > 8:  # or stray bytes would pile up
-            self._ids, self._known = self._ids[self._known :], len(self._ids) - self._known
-            text = self._decode(self._ids)
-        self._given = len(text) - open_
-        return piece
-
-    def flush(self) -> str:
-        """What was kept back: the text ends inside a character."""
-        piece = self._decode(self._ids)[self._given :]
-        self._ids, self._known, self._given = [], 0, 0
-        return piece
-
-
 class Outputs:
     """What has happened; told in one place, to callbacks and to whoever takes the events out.
 
@@ -197,7 +162,8 @@ class Outputs:
         for i, token in enumerate(tokens):
             if request.silent:
                 return
-            text = self._text(sequence, token, over and i + 1 == len(tokens))
+            known = logp is None or token in request.ends
+            text = self._text(sequence, token, known, over and i + 1 == len(tokens))
             event = Event(
                 kind,
                 request.id,
@@ -209,11 +175,13 @@ class Outputs:
             )
             self._tell(request, event)
 
-    def _text(self, sequence: Sequence, token: int, last: bool) -> str | None:
+    def _text(self, sequence: Sequence, token: int, known: bool, last: bool) -> str | None:
         if self._tokenizer is None:
             return None
-        sequence.text = sequence.text or TextPieces(self._tokenizer)
-        text = sequence.text.add(token)
+        if sequence.text is None:
+            stop = sequence.request.sampling.stop
+            sequence.text = StopText(self._tokenizer, stop) if stop else TextPieces(self._tokenizer)
+        text = sequence.text.add(token, known)
         return text + sequence.text.flush() if last else text
 
     def _tell(self, request: Request, event: Event) -> None:
@@ -282,6 +250,8 @@ def make_trajectory(request: Request, reason: str, detail: str, tokenizer) -> Tr
     if tokenizer is not None:
         try:
             text = tokenizer.decode(response, clean_up_tokenization_spaces=False)
+            if reason == "stop" and request.trunk.stop is not None:
+                text = text[: len(text) - request.trunk.stop.dropped]
         except Exception as error:  # only this answer fails
             reason, detail = "error", f"{type(error).__name__}: {error}"
     return Trajectory(

@@ -12,6 +12,7 @@ from npr_jax.decode.fork_join import NO_DEPTH_LIMIT
 from npr_jax.decode.keys import branch_keys, seed_keys
 from npr_jax.decode.sampling import SamplingParams
 from npr_jax.decode.sequence import Request, Segment, Sequence
+from npr_jax.decode.text import StopText
 from npr_jax.model.tokenizer import text_ids
 from npr_jax.tree import Automaton
 
@@ -88,6 +89,8 @@ class RequestMaker:
         if not ids:
             raise ValueError(f"{name} is empty, needed is at least one token")
         vocab = self.model_config.vocab_size
+        if sampling.stop and self.tokenizer is None:
+            raise ValueError(f"stop is {list(sampling.stop)}, but the model has no tokenizer")
         for token in sampling.stop_token_ids:
             if token >= vocab:
                 raise ValueError(f"stop_token_ids holds {token}, needed are ids below {vocab}")
@@ -137,7 +140,7 @@ class RequestMaker:
         segment starts with the rest, from whose last token its first is drawn."""
         request = Request(self._count, sampling, len(prompt), self._max_position(sampling))
         self._count += 1
-        request.ends = frozenset((*self.model_config.eos_token_ids, *sampling.stop_token_ids))
+        request.ends = frozenset(self._ends(sampling))
         request.stops = self._stops(sampling)
         trunk = request.trunk = Sequence(request, None, 0, key)
         cut = len(shared.tokens)
@@ -147,13 +150,20 @@ class RequestMaker:
         trunk.items.append(shared)
         trunk.append(own)
         trunk.budget = sampling.max_tokens
+        if sampling.stop:
+            trunk.stop = StopText(self.tokenizer, sampling.stop)
         if sampling.parallel and self.tags is not None:
             trunk.automaton = Automaton(self.tags, NO_DEPTH_LIMIT, index=len(prompt))
         return request
 
+    def _ends(self, sampling: SamplingParams) -> tuple[int, ...]:
+        """Ids that end the text."""
+        own = () if sampling.ignore_eos else self.model_config.eos_token_ids
+        return *own, *sampling.stop_token_ids
+
     def _stops(self, sampling: SamplingParams) -> tuple[int, ...]:
         """Ids at which a lane freezes: ends of the text, and the two tags that may be events."""
-        eos = (*self.model_config.eos_token_ids, *sampling.stop_token_ids)
+        eos = self._ends(sampling)
         if sampling.parallel and self.tags is not None:
             eos += self.tags.guideline_close, self.tags.step_close
         return tuple(dict.fromkeys(eos))

@@ -47,6 +47,10 @@ class SamplingParams(Checked):
       seed: of every prompt, or one for each.
       parallel: fork at `</guideline>`; false decodes everything as one line of text.
       stop_token_ids (token ids): end the text beside the model's own end-of-text ids.
+      ignore_eos: the model's own end-of-text ids are tokens like others.
+      stop: texts that end a line (the trunk or a branch) as an end of text does. The answer's text
+        ends before the first that the line has drawn, wherever tokens begin and end; the token
+        that completes it is the last. What the engine writes itself is not searched.
     """
 
     temperature: PositiveOrZero = 1.0
@@ -61,6 +65,13 @@ class SamplingParams(Checked):
     seed: Annotated[int | tuple[int, ...], Range(ge=0, lt=2**32)] = 0
     parallel: bool = True
     stop_token_ids: tuple[CountOrZero, ...] = ()
+    ignore_eos: bool = False
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        super().__post_init__()
+        if "" in self.stop:
+            raise ValueError(f"stop is {list(self.stop)}, needed are texts that are not empty")
 
 
 @struct.dataclass

@@ -17,7 +17,7 @@ import numpy as np
 from npr_jax.base.files import reading, write_atomically, writing
 from npr_jax.data.benchmarks import Question
 from npr_jax.data.sources import Problem
-from npr_jax.decode.outputs import TextPieces
+from npr_jax.decode.text import TextPieces
 from npr_jax.evaluate.judge import Answer, Figures, count
 from npr_jax.tree import Block, TreeLayout, layout
 

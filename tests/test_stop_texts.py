@@ -1,0 +1,161 @@
+"""Texts that end a line: found wherever tokens begin and end, and nothing of them is told."""
+
+import dataclasses
+
+import bigram
+import numpy as np
+import pytest
+from conftest import examples
+from engine_checks import recount
+from fake_device import CONFIGS, PROMPTS, check_answer, engine_on_fake_device
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from npr_jax.decode import SamplingParams, fork_join
+from npr_jax.decode.text import StopText
+
+CONFIG = dataclasses.replace(CONFIGS[0], pages=200)
+LINE = SamplingParams(max_tokens=60, parallel=False)
+
+
+@pytest.fixture(autouse=True)
+def plans_without_numbers(monkeypatch):
+    monkeypatch.setattr(fork_join, "check_block", bigram.check_block_without_numbers)
+
+
+class Digits:
+    """Every token is two digits, so what is looked for may begin inside one."""
+
+    def decode(self, ids, clean_up_tokenization_spaces=True):
+        return "".join(f"{token:02d}" for token in ids)
+
+    def convert_ids_to_tokens(self, token):
+        return f"{token:02d}"
+
+
+def engine_of(config=CONFIG):
+    return engine_on_fake_device(config, tokenizer=Digits())
+
+
+def cut(tokens: list[int], stops) -> tuple[int, str] | None:
+    """How many tokens the line has and what it says, by the definition; None without an end."""
+    for count in range(1, len(tokens) + 1):
+        text = Digits().decode(tokens[:count])
+        found = [text.find(stop) for stop in stops if stop in text]
+        if found:
+            return count, text[: min(found)]
+    return None
+
+
+STOPS = st.lists(st.text("0129", min_size=1, max_size=5), min_size=1, max_size=3)
+
+
+@given(stops=STOPS, seed=st.integers(0, 20), first=st.integers(9, 22))
+@settings(max_examples=examples(60), deadline=None)
+def test_a_line_ends_before_the_first_of_the_texts(stops, seed, first):
+    engine = engine_of()
+    prompt = [first, 9 + seed % 14]
+    (free,) = engine.generate([prompt], LINE)
+    ends = engine.model_config.eos_token_ids
+    drawn = [token for token in free.response_ids.tolist() if token not in ends]
+    sampling = dataclasses.replace(LINE, stop=tuple(stops))
+    (request,) = engine.submit([prompt], sampling)
+    events = list(engine.stream())
+    answer = events[-1].trajectory
+    told = "".join(event.text or "" for event in events if event.request == request)
+    expected = cut(drawn, stops)
+    if expected is None:
+        np.testing.assert_array_equal(answer.token_ids, free.token_ids)
+        assert (answer.text, answer.finish_reason) == (free.text, free.finish_reason)
+    else:
+        count, text = expected
+        assert answer.response_ids.tolist() == drawn[:count]
+        assert (answer.text, answer.finish_reason) == (text, "stop")
+    ended = free.response_ids.tolist()[-1] in ends and expected is None
+    assert told == answer.text + ("" if not ended else Digits().decode(free.response_ids[-1:]))
+    check_answer(answer)
+    recount(engine.schedulers[0])
+    assert engine.schedulers[0].pages.num_held == 0
+
+
+@given(
+    tokens=st.lists(st.integers(0, 29), max_size=20),
+    stops=st.lists(st.text("0129", min_size=1, max_size=5), min_size=1, max_size=3),
+)
+@settings(max_examples=examples(300), deadline=None)
+def test_what_may_begin_a_text_is_kept_back_and_no_more(tokens, stops):
+    line, told = StopText(Digits(), stops), ""
+    for count, token in enumerate(tokens, 1):
+        told += line.add(token)
+        text = Digits().decode(tokens[:count])
+        if line.found:
+            break
+        kept = text[len(told) :]
+        assert told + kept == text
+        assert not kept or any(stop.startswith(kept) for stop in stops)
+        longer = range(len(kept) + 1, len(text) + 1)
+        assert not any(stop.startswith(text[-n:]) for n in longer for stop in stops)
+    expected = cut(tokens, stops)
+    assert line.found == (expected is not None)
+    assert told + line.flush() == (expected[1] if expected else Digits().decode(tokens))
+
+
+def test_a_branch_that_stops_lets_its_siblings_run_and_then_ends_the_answer():
+    engine, seen = engine_of(), 0
+    sampling = SamplingParams(max_tokens=90)
+    prompts = [[*PROMPTS[n % len(PROMPTS)], 9 + n % 14] for n in range(60)]
+    for free in engine.generate(prompts, sampling):
+        if not free.layout.blocks:
+            continue
+        block = free.layout.blocks[0]
+        begin, end = block.steps[0]
+        drawn = [t for t in range(begin, end) if not free.forced[t]]
+        if len(drawn) < 4:
+            continue
+        text = Digits().decode(free.token_ids[drawn[1:3]])
+        prompt = free.token_ids[: free.prompt_len].tolist()
+        (answer,) = engine.generate([prompt], dataclasses.replace(sampling, stop=(text,)))
+        check_answer(answer)
+        trunk = Digits().decode(free.token_ids[free.prompt_len : block.guideline_close + 1])
+        if text in trunk:
+            assert answer.finish_reason == "stop" and answer.text == trunk[: trunk.find(text)]
+            continue
+        assert answer.finish_reason == "branch_eos"
+        assert len(answer.layout.blocks[0].steps) == len(block.steps)
+        seen += 1
+    assert seen > 3
+
+
+def test_what_the_engine_writes_is_not_searched():
+    engine = engine_of()
+    head = engine.tags.step_headers[0]
+    stop = (Digits().decode(head), Digits().decode(engine.tags.takeaway_header))
+    sampling = SamplingParams(max_tokens=90)
+    prompts = [[*PROMPTS[n % len(PROMPTS)], 9 + n % 14] for n in range(30)]
+    free = engine.generate(prompts, sampling)
+    assert sum(answer.stats["branches"] for answer in free) > 9
+    for answer, other in zip(
+        free, engine.generate(prompts, dataclasses.replace(sampling, stop=stop)), strict=True
+    ):
+        np.testing.assert_array_equal(answer.token_ids, other.token_ids)
+
+
+def test_what_cannot_be_looked_for_is_refused():
+    with pytest.raises(ValueError, match="not empty"):
+        SamplingParams(stop=("a", ""))
+    engine = engine_on_fake_device(CONFIG)
+    with pytest.raises(ValueError, match="no tokenizer"):
+        engine.generate([[12]], dataclasses.replace(LINE, stop=("12",)))
+
+
+def test_an_end_of_text_can_be_a_token_like_others():
+    engine = engine_of()
+    prompts = [[9 + i] for i in range(14)]
+    free = engine.generate(prompts, LINE)
+    endless = engine.generate(prompts, dataclasses.replace(LINE, ignore_eos=True))
+    stopped = [answer for answer in free if answer.finish_reason == "stop"]
+    assert len(stopped) > 5
+    for answer, other in zip(free, endless, strict=True):
+        assert other.finish_reason == "length" and len(other.response_ids) == LINE.max_tokens
+        shared = len(answer.token_ids)
+        np.testing.assert_array_equal(answer.token_ids, other.token_ids[:shared])
