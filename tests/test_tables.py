@@ -185,6 +185,19 @@ def test_branches_read_what_is_before_them_once(branches, most):
     assert pages_read(tables.shared(rows), used) <= most * 1026
 
 
+def test_runs_for_which_there_is_no_place_are_read_alone(monkeypatch):
+    monkeypatch.setattr(module, "_WORTH", SIZE)
+    tables = Tables(Rows.empty(4, WIDTH), SIZE, Device.write)
+    trunk = segment_of((), 2 * SIZE, [1, 2])
+    for pair in range(2):  # three runs, of all and of each pair, and places for two
+        inner = segment_of((trunk,), 2 * SIZE, [3 + 2 * pair, 4 + 2 * pair])
+        for row in (2 * pair, 2 * pair + 1):
+            tables.set(row, segment_of((trunk, inner), 1, [10 + row]).table)
+    shared = tables.shared((0, 1, 2, 3))
+    assert shared.runs.tolist() == [[0, 4, 0, 2], [0, 2, 2, 4]]
+    assert shared.own.tolist() == [4, 4, 2, 2]
+
+
 def test_rows_that_change_are_looked_at_again():
     tables = Tables(Rows.empty(2, WIDTH), SIZE, Device.write)
     prompt = segment_of((), 80, range(1, 21))
