@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from test_roll_out import ENDING, engine_on
 from train_toy import encode
 
+from npr_jax.train import race as module
 from npr_jax.train.race import Race, losers
 from npr_jax.train.rollout import roll_out
 
@@ -34,6 +35,13 @@ def test_a_race_says_whom_to_give_up_and_who_has_won():
     assert race.watch([6, 9, 7, 9], [True, False, True, False]) == [1, 3]
     assert race.winners([6, 9, 7, 9]) == [1]
     assert Race([(0, 0), (1, 0), (2, 0)], 3, 2).winners([7, 7, 7]) == [0, 1]
+
+
+def test_nobody_has_won_before_all_processes_have_ended(monkeypatch):
+    others = iter([([0, 5], [0, 1], False), ([0, 9], [0, 1], False), ([0, 12], [0, 0], True)])
+    monkeypatch.setattr(module, "gather", lambda mine: [mine, next(others)])
+    assert Race([(0, 0)], 2, 1).winners([10]) == [0]
+    assert next(others, None) is None
 
 
 @pytest.mark.slow
