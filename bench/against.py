@@ -4,8 +4,8 @@
 
 DIR holds bench_hf_decode.py and bench_tunix_decode.py, which print one JSON line for a model, a
 batch and the same prompts and lengths; PYTHON is the interpreter of the library's own environment.
-Writes bench/results/decode.json after every case, with the machine's own limits. Nothing else
-should run on the machine meanwhile.
+Writes bench/results/decode.json after every case, with its date and the machine's own limits then.
+Nothing else should run on the machine meanwhile.
 """
 
 import argparse
@@ -41,13 +41,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="timed runs per round")
     args = parser.parse_args()
     peers = dict(peer.split("=", 1) for peer in args.peer)
-    limits = last_line([sys.executable, str(HERE / "roofline.py"), "--measure"], HERE)
     wanted = [(m, int(b)) for m, b in (case.split(":") for case in args.case or ())] or CASES
     cases = {}
     if args.case and RESULTS.exists():  # the others stay as they are
         found = json.loads(RESULTS.read_text(encoding="utf-8"))["cases"]
         cases = {(case["model"], case["batch"]): case for case in found}
     for model, batch in wanted:
+        limits = last_line([sys.executable, str(HERE / "roofline.py"), "--measure"], HERE)
         large = model == "mid" and batch > 1  # minutes a run: one round, fewer runs of the others
         rounds, repeats = (1, max(1, 32 // batch)) if large else (args.rounds, args.repeats)
         runs: dict[str, list[dict]] = {"npr_jax": []} | {name: [] for name in peers}
@@ -59,7 +59,7 @@ def main() -> None:
                 theirs = [python, f"bench_{name}_decode.py", "--preset", model]
                 theirs += ["--batch", str(batch), "--repeats", str(repeats)]
                 runs[name].append(last_line(theirs, args.scripts.resolve()))
-        case = {"model": model, "batch": batch, "sides": {}}
+        case = {"model": model, "batch": batch, "limits": limits, "sides": {}}
         for name, lines in runs.items():
             medians = [line["tokens_per_s"]["median"] for line in lines]
             decode = [line["decode_tokens_per_s"] for line in lines]
@@ -76,12 +76,13 @@ def main() -> None:
         ours = runs["npr_jax"][-1]
         for name in ("visits_per_token", "host_us_per_visit", "device_wait_share", "prefill_s"):
             case["sides"]["npr_jax"][name] = ours[name]
+        case["date"] = ours["date"]
         others = [case["sides"][name]["tokens_per_s"] for name in peers]
         if others:
             case["ratio"] = round(case["sides"]["npr_jax"]["tokens_per_s"] / max(others), 2)
         cases[model, batch] = case
         print(json.dumps(case), flush=True)
-        record = {"date": ours["date"], "device": ours["device"], "cores": 1, "limits": limits}
+        record = {"device": ours["device"], "cores": 1}
         record["cases"] = [cases[key] for key in CASES if key in cases]
         RESULTS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 

@@ -43,17 +43,19 @@ def decoding() -> list[str]:
                 f"{sides['npr_jax']['tokens_per_s']:,}",
                 *(f"{sides[name]['tokens_per_s']:,}" if name in sides else "" for name in peers),
                 case.get("ratio", ""),
+                case["date"],
+                case["limits"]["gb_per_s"],
+                case["limits"]["gflop_per_s"],
                 f"{100 * limit['share_of_bandwidth']:.0f}%",
                 f"{100 * limit['share_of_peak']:.0f}%",
             ]
         )
-    limits = found["limits"]
     versions = {name: found["cases"][0]["sides"][name]["version"] for name in peers}
-    head = ["model", "batch", "npr_jax", *peers, "ratio to the best", "of bandwidth", "of peak"]
+    head = ["model", "batch", "npr_jax", *peers, "ratio to the best", "date", "GB/s", "GFLOP/s"]
+    head += ["of bandwidth", "of peak"]
     return [
-        f"Tokens/s, prompt 128, 128 new tokens, greedy, float32, one core of a {limits['device']} "
-        f"machine with {limits['gb_per_s']} GB/s and {limits['gflop_per_s']} GFLOP/s (measured), "
-        f"{found['date']}; "
+        "Tokens/s, prompt 128, 128 new tokens, greedy, float32, one core of a CPU, by turns; the "
+        "machine's own GB/s and GFLOP/s are measured before each case; "
         + ", ".join(f"{name} {version}" for name, version in versions.items())
         + ". The last two columns: what a decode step of npr_jax reaches of these limits.",
         "",
