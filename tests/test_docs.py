@@ -158,7 +158,7 @@ def test_names_in_the_text_are_there():
                 _ = name in known or pkgutil.resolve_name(name)
             except (ImportError, AttributeError):
                 wrong.append(f"{path.name} names {name}")
-        for name in re.findall(r"`((?!npr_jax)[a-z]\w*(?:\.[A-Za-z]\w*)+)", text):
+        for name in re.findall(r"`((?!npr_jax|self\.)[a-z]\w*(?:\.[A-Za-z]\w*)+)", text):
             homes = places.get(name.rpartition(".")[2])
             there = not homes or any(x.endswith(f".{name}") for x in homes | modules)
             wrong += [] if there else [f"{path.name} names {name}"]
