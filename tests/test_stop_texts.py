@@ -140,6 +140,31 @@ def test_what_the_engine_writes_is_not_searched():
         np.testing.assert_array_equal(answer.token_ids, other.token_ids)
 
 
+def test_a_tokenizer_that_fails_ends_the_answer_that_asked_it_alone():
+    class Failing(Digits):
+        def decode(self, ids, clean_up_tokenization_spaces=True):
+            if 20 in ids:
+                raise OSError("no text")
+            return super().decode(ids)
+
+    engine = engine_on_fake_device(CONFIG, tokenizer=Failing())
+    prompts = [[9 + i] for i in range(14)]
+    plain = [answer.token_ids for answer in engine_of().generate(prompts, LINE)]
+    requests = engine.submit(prompts, dataclasses.replace(LINE, stop=("never",)))
+    ended = {e.request: e.trajectory for e in engine.stream(tokens=False) if e.kind == "finish"}
+    failed = 0
+    for request, tokens in zip(requests, plain, strict=True):
+        if 20 in tokens[1:]:
+            failed += 1
+            assert ended[request].finish_reason == "error"
+            assert "no text" in ended[request].detail
+        else:
+            np.testing.assert_array_equal(ended[request].token_ids, tokens)
+    assert 2 < failed < len(prompts) - 2
+    recount(engine.schedulers[0])
+    assert engine.schedulers[0].pages.num_held == 0
+
+
 def test_what_cannot_be_looked_for_is_refused():
     with pytest.raises(ValueError, match="not empty"):
         SamplingParams(stop=("a", ""))

@@ -41,7 +41,11 @@ class ForkJoin:
         """Takes the tokens drawn for a sequence, with their FIGURES, and acts on the last."""
         request, automaton, tags = sequence.request, sequence.automaton, self.tags
         if sequence.stop is not None:
-            count = next((i for i, t in enumerate(tokens, 1) if self._stops(sequence, t)), None)
+            try:
+                count = next((i for i, t in enumerate(tokens, 1) if self._stops(sequence, t)), None)
+            except Exception as error:  # the tokenizer's: only this answer fails
+                self._finish(request, "error", f"{type(error).__name__}: {error}")
+                return
             tokens, figures = tokens[:count], figures[:count]
         stopped = sequence.stop is not None and sequence.stop.found
         ended = not stopped and tokens[-1] in request.ends
@@ -161,8 +165,7 @@ class ForkJoin:
         segment.append_known(head, forced=True)
         sequence.append(segment)
         if sequence.stop is not None:
-            for token in head:
-                sequence.stop.add(token, known=True)
+            sequence.stop.wrote(head)
         self._note(sequence, "token", tokens=head)
 
     def _wait(self, sequence: Sequence, fork: Fork) -> None:

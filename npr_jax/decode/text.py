@@ -50,17 +50,25 @@ class StopText:
         self._tokenizer, self._stops = tokenizer, stops
         self._pieces = TextPieces(tokenizer)
         self._kept = ""
+        self._written: list[int] = []
         self.found, self.dropped = False, 0
 
     def of_branch(self) -> "StopText":
         """Of another line, which stops at the same texts."""
         return StopText(self._tokenizer, self._stops)
 
+    def wrote(self, tokens: abc.Sequence[int]) -> None:
+        """These tokens are known, and are read with the next one."""
+        self._written += tokens
+
     def add(self, token: int, known: bool = False) -> str:
         """The text that is sure to stay with this token. One that is `known`, which the engine has
         written or which ends the text, is not searched."""
         if self.found:
             return ""
+        written, self._written = self._written, []
+        for before in written:
+            self.add(before, known=True)
         self._kept += self._pieces.add(token)
         if known:
             return self._give(len(self._kept))
