@@ -34,6 +34,11 @@ def read_mutants() -> list[dict]:
     return yaml.safe_load((ROOT / "tests/mutants.yaml").read_text(encoding="utf-8"))
 
 
+def key(mutant: dict) -> tuple:
+    """What tells a fault from others."""
+    return tuple(map(mutant.get, KEYS))
+
+
 def fault_of(mutant: dict) -> str:
     """The text of a fault's file with the fault in it; ValueError if it has no place there."""
     text = (ROOT / mutant["file"]).read_text(encoding="utf-8")
@@ -103,8 +108,8 @@ def outcomes() -> list[dict]:
 
 def write(result: dict) -> None:
     """Puts the outcome of one fault beside those of the others that are still in the list."""
-    known = {tuple(map(x.get, KEYS)): x for x in [*outcomes(), result]}
-    faults = [tuple(map(x.get, KEYS)) for x in read_mutants()]
+    known = {key(x): x for x in [*outcomes(), result]}
+    faults = [key(x) for x in read_mutants()]
     results = [known[fault] for fault in faults if fault in known]
     RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     PAGE.write_text(table(results, len(faults)), encoding="utf-8")
@@ -118,8 +123,8 @@ def main() -> int:
     args = parser.parse_args()
     mutants = [x for x in read_mutants() if args.only in x["file"] + x["old"]]
     if args.new:
-        known = {tuple(map(x.get, KEYS)) for x in outcomes()}
-        mutants = [x for x in mutants if tuple(map(x.get, KEYS)) not in known]
+        known = {key(x) for x in outcomes()}
+        mutants = [x for x in mutants if key(x) not in known]
     for mutant in mutants:
         fault_of(mutant)
     with (

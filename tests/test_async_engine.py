@@ -125,8 +125,15 @@ def test_who_leaves_aborts_its_answers_alone():
     idle(engine)
 
 
-def test_who_is_cancelled_while_asking_leaves_nothing():
-    engine = engine_on_fake_device(CONFIG)
+def test_who_is_cancelled_while_asking_leaves_nothing(monkeypatch):
+    engine, aborted = engine_on_fake_device(CONFIG), []
+    abort = engine.abort
+
+    def recorded(request=None):
+        aborted.append(request)
+        return abort(request)
+
+    monkeypatch.setattr(engine, "abort", recorded)
 
     async def everyone():
         async with AsyncEngine(engine) as server:
@@ -138,6 +145,7 @@ def test_who_is_cancelled_while_asking_leaves_nothing():
                     await task
             while server.num_unfinished:
                 await asyncio.sleep(0.01)
+            assert len(aborted) == 1  # it did not run to its end
 
     run(everyone())
     idle(engine)
@@ -159,6 +167,23 @@ def test_what_cannot_be_done_is_refused_as_by_the_engine():
                     assert finished(await all_of(answers))
 
     run(everyone())
+    idle(engine)
+
+
+def test_an_engine_with_answers_of_others_is_refused():
+    engine = engine_on_fake_device(CONFIG)
+    engine.submit([MANY[0]], LONG)
+
+    async def ask():
+        async with AsyncEngine(engine) as server:
+            answers = await server.submit([MANY[1]], LONG)
+            return answers.requests, await all_of(answers)
+
+    with pytest.raises(RuntimeError, match="1 answers of the engine are unfinished"):
+        run(ask())
+    engine.abort()  # whose finish nobody takes out
+    requests, events = run(ask())
+    assert {event.request for event in events} == set(requests)
     idle(engine)
 
 

@@ -100,6 +100,15 @@ def test_what_may_begin_a_text_is_kept_back_and_no_more(tokens, stops):
     assert told + line.flush() == (expected[1] if expected else Digits().decode(tokens))
 
 
+def test_a_text_does_not_reach_across_what_the_engine_has_written():
+    for written in ([], [30]):
+        line = StopText(Digits(), ["1213"])
+        line.add(12)
+        line.wrote(written)
+        line.add(13)
+        assert line.found == (not written)
+
+
 def test_a_branch_that_stops_lets_its_siblings_run_and_then_ends_the_answer():
     engine, seen = engine_of(), 0
     sampling = SamplingParams(max_tokens=90)

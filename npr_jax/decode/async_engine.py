@@ -98,6 +98,9 @@ class AsyncEngine:
         self._held: deque[_Message] = deque()  # until then
 
     async def __aenter__(self) -> "AsyncEngine":
+        if count := self.engine.stats()["unfinished"]:
+            raise RuntimeError(f"{count} answers of the engine are unfinished: abort them first")
+        self.engine.step()  # events that nobody has taken out
         self._loop = asyncio.get_running_loop()
         self._thread.start()
         return self

@@ -42,7 +42,7 @@ class ForkJoin:
         request, automaton, tags = sequence.request, sequence.automaton, self.tags
         if sequence.stop is not None:
             try:
-                count = next((i for i, t in enumerate(tokens, 1) if self._stops(sequence, t)), None)
+                count = self._searched(sequence, tokens)
             except Exception as error:  # the tokenizer's: only this answer fails
                 self._finish(request, "error", f"{type(error).__name__}: {error}")
                 return
@@ -81,12 +81,13 @@ class ForkJoin:
         else:
             self._check_limits(sequence)
 
-    def _stops(self, sequence: Sequence, token: int) -> bool:
-        """Whether this token completes one of the texts that end a line."""
-        if token in sequence.request.ends:
-            return False
-        sequence.stop.add(token)
-        return sequence.stop.found
+    def _searched(self, sequence: Sequence, tokens: list[int]) -> int:
+        """How many of these there are up to the one that completes a text which ends the line."""
+        for count, token in enumerate(tokens, 1):
+            sequence.stop.add(token, known=token in sequence.request.ends)
+            if sequence.stop.found:
+                return count
+        return len(tokens)
 
     def _grammar(self, sequence: Sequence) -> tuple[Automaton, TagIds]:
         """What reads a sequence that may fork, and the tags that it knows."""

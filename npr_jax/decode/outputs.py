@@ -9,7 +9,7 @@ from collections import abc, deque
 import numpy as np
 
 from npr_jax.decode.sequence import FIGURES, Fork, Request, Segment, Sequence
-from npr_jax.decode.text import StopText, TextPieces
+from npr_jax.decode.text import StopText
 from npr_jax.tree import Block, TreeLayout, layout
 
 KINDS = ("token", "fork", "join", "finish")
@@ -179,8 +179,7 @@ class Outputs:
         if self._tokenizer is None:
             return None
         if sequence.text is None:
-            stop = sequence.request.sampling.stop
-            sequence.text = StopText(self._tokenizer, stop) if stop else TextPieces(self._tokenizer)
+            sequence.text = StopText(self._tokenizer, sequence.request.sampling.stop)
         text = sequence.text.add(token, known)
         return text + sequence.text.flush() if last else text
 

@@ -93,7 +93,7 @@ class Sequence:
         self.ready = False  # all that it sees is computed, or will be by what is on its way
         self.epoch = 0  # counts starts on a lane: what was drawn in an earlier one is dropped
         self.pending = 0  # tokens that may have been drawn and were not read yet
-        self.text: Any = None  # text.TextPieces or StopText, where somebody listens
+        self.text: Any = None  # text.StopText of all its tokens, where somebody listens
         self.stop: Any = None  # text.StopText of what it has drawn, where texts end it
         self.untold = 0  # runs of its tokens that nobody has heard of yet
         self.waiting = False  # for its branches

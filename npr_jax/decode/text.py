@@ -16,8 +16,8 @@ class TextPieces:
         self._known = 0  # of `_ids`, those of the piece before
         self._given = 0  # characters of their text that were given out
 
-    def add(self, token: int, known: bool = False) -> str:
-        """The text that this token completes, `known` or not."""
+    def add(self, token: int) -> str:
+        """The text that this token completes."""
         self._ids.append(token)
         if _BYTE.fullmatch(self._name(token) or ""):
             return ""  # one stray byte makes all others of such a run no text, so wait for its end
@@ -39,7 +39,8 @@ class TextPieces:
 
 
 class StopText:
-    """The text of a growing line up to the first of some texts: what may begin one is kept back.
+    """The text of a growing line up to the first of some texts, if any: what may begin one is kept
+    back.
 
     Attributes:
       found: whether one was there, after which the line says nothing more.
@@ -70,7 +71,7 @@ class StopText:
         for before in written:
             self.add(before, known=True)
         self._kept += self._pieces.add(token)
-        if known:
+        if known or not self._stops:
             return self._give(len(self._kept))
         begins = [begin for stop in self._stops if (begin := self._kept.find(stop)) >= 0]
         if begins:
