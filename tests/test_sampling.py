@@ -114,7 +114,7 @@ def test_a_lane_without_filters_is_untouched_by_those_of_another():
     right = float(logits[1, rare] - jax.nn.logsumexp(logits[1].astype(jnp.float32)))
     given = jnp.array([-1, rare])
     for knobs in ({"top_p": 0.9}, {"top_k": 40}, {"min_p": 0.1}):
-        _, raw, logp, _ = SAMPLE(logits, given * 0, given, lanes_of([knobs, {}]))
+        _, raw, logp, *_ = SAMPLE(logits, given * 0, given, lanes_of([knobs, {}]))
         assert logp[1] == raw[1] and float(logp[1]) == pytest.approx(right, abs=1e-4)
 
 
@@ -131,7 +131,7 @@ def test_draws_have_the_frequencies_of_what_is_left():
     count = 4000
     logits = jnp.log(jnp.array([[0.3, 0.25, 0.25, 0.1, 0.1]] * count))
     at = jnp.arange(count, dtype=jnp.int32)
-    tokens, _, logp, _ = SAMPLE(
+    tokens, _, logp, *_ = SAMPLE(
         logits, at, at * 0 - 1, lanes_of([{"top_k": 4, "top_p": 0.7}] * count)
     )
     shares = np.bincount(tokens, minlength=5) / count

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from npr_jax.base.fields import Checked, Count, CountOrZero, Range
 from npr_jax.decode.attention import Implementation
+from npr_jax.decode.sampling import MOST_LOGPROBS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +32,8 @@ class EngineConfig(Checked):
         and the model.
       exact: raw log-probs have the bits that a trainer with `train.exact` computes for the tokens,
         on one CPU device, with attention and cache_dtype null.
+      max_logprobs (tokens): the most of the likeliest that `sampling.logprobs` may ask for; 0
+        leaves them out of the compiled programs.
 
     On a mesh lanes, pages and prefill rows are those of each replica.
     """
@@ -51,6 +54,7 @@ class EngineConfig(Checked):
     cache_dtype: Literal["float32", "bfloat16", "int8"] | None = None
     attention: Implementation | None = None
     exact: bool = False
+    max_logprobs: Annotated[int, Range(ge=0, le=MOST_LOGPROBS)] = 0
 
     def __post_init__(self):
         super().__post_init__()

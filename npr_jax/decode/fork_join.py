@@ -38,7 +38,7 @@ class ForkJoin:
         self._finish, self._note, self._stats = finish, note, stats
 
     def advance(self, sequence: Sequence, tokens: list[int], figures: np.ndarray) -> None:
-        """Takes the tokens drawn for a sequence, with their FIGURES, and acts on the last."""
+        """Takes the tokens drawn for a sequence, with their figures, and acts on the last."""
         request, automaton, tags = sequence.request, sequence.automaton, self.tags
         if sequence.stop is not None:
             try:
@@ -162,7 +162,7 @@ class ForkJoin:
         return None
 
     def _start_segment(self, sequence: Sequence, head: list[int], start: int, before) -> None:
-        segment = Segment(start, before)
+        segment = Segment(start, before, before[-1].dtype)
         segment.append_known(head, forced=True)
         sequence.append(segment)
         if sequence.stop is not None:

@@ -41,6 +41,7 @@ class Lanes:
             min_p=np.zeros(num_lanes, np.float32),
             penalty=np.ones(num_lanes, np.float32),
             stops=np.full((num_lanes, config.max_stops), -1, np.int32),
+            logprobs=np.zeros(num_lanes, bool) if config.max_logprobs else None,
         )
         none = np.zeros(num_lanes, np.int32)
         self._resting = put(np.zeros(num_lanes, bool)), put(_state(none, none))
@@ -130,6 +131,8 @@ class Lanes:
         knobs.penalty[lane] = sampling.repetition_penalty
         if sequence.depth and sampling.step_repetition_penalty:
             knobs.penalty[lane] = sampling.step_repetition_penalty
+        if knobs.logprobs is not None:
+            knobs.logprobs[lane] = sampling.logprobs > 0
         knobs.stops[lane] = -1
         knobs.stops[lane, : len(sequence.request.stops)] = sequence.request.stops
 

@@ -49,6 +49,9 @@ class Trajectory:
       finish_reason: one of FINISH_REASONS; `detail` says more.
       stats: figures: tokens, critical_path, branches, width, depth, sampled, preempted (times), and
         refused_blocks: why each block that was refused went on sequentially.
+      top_ids: i32[T, k], the likeliest tokens in place of each, falling, equal ones by rising id;
+        -1 for the prompt and for forced tokens. None where `sampling.logprobs` is 0.
+      top_logp: f32[T, k], their raw log-probs, with the bits that `logp` has; 0 where none is.
     """
 
     token_ids: np.ndarray
@@ -63,6 +66,8 @@ class Trajectory:
     finish_reason: str
     detail: str
     stats: dict
+    top_ids: np.ndarray | None = None
+    top_logp: np.ndarray | None = None
 
     @property
     def response_ids(self) -> np.ndarray:
@@ -81,6 +86,8 @@ class Event:
       branch: where it happened: (block, branch) on the way from the trunk, counted from 0; () is
         the trunk. Tokens of one sequence come in order; sequences are interleaved.
       token_id, logp, forced: of a token; logp is raw, 0 for a forced token.
+      top: of a token, (id, raw log-prob) of the likeliest in its place, the likeliest first; None
+        for a forced token, and where `sampling.logprobs` is 0.
       text: what the token adds to its sequence's text: "" while a character is incomplete (what is
         left of one comes with the sequence's last token, or, of a trunk that was cut off later,
         with the finish); None without a tokenizer.
@@ -97,6 +104,7 @@ class Event:
     text: str | None = None
     branches: int | None = None
     trajectory: Trajectory | None = None
+    top: tuple[tuple[int, float], ...] | None = None
 
 
 class Outputs:
@@ -119,7 +127,7 @@ class Outputs:
         self._delivering = False
 
     def note(self, sequence: Sequence, kind: str, tokens=(), figures=None, branches=None) -> None:
-        """Something happened: `tokens` were sampled with these FIGURES, or forced without."""
+        """Something happened: `tokens` were sampled with these figures, or forced without."""
         if kind == "token":
             request = sequence.request
             if not request.on_event and (request.quiet or not self.tokens):
@@ -158,6 +166,7 @@ class Outputs:
             return
         sequence.untold -= 1
         logp = None if figures is None else figures["logp"].tolist()
+        top = None if figures is None else _tops(figures)
         over = not sequence.untold and (sequence.done or request.end is not None)
         for i, token in enumerate(tokens):
             if request.silent:
@@ -172,6 +181,7 @@ class Outputs:
                 logp=0.0 if logp is None else logp[i],
                 forced=logp is None,
                 text=text,
+                top=top[i] if top else None,
             )
             self._tell(request, event)
 
@@ -227,16 +237,23 @@ class Outputs:
             (self.finished if request.quiet else self.events).append(event)
 
 
+def _tops(figures: np.ndarray) -> list[tuple[tuple[int, float], ...]] | None:
+    """(id, log-prob) of the likeliest tokens in place of each."""
+    if figures.dtype == FIGURES:
+        return None
+    both = zip(figures["top_ids"].tolist(), figures["top_logp"].tolist(), strict=True)
+    return [tuple(zip(ids, logps, strict=True)) for ids, logps in both]
+
+
 def make_trajectory(request: Request, reason: str, detail: str, tokenizer) -> Trajectory:
     """The answer as far as it has come; a tokenizer that fails makes its reason `error`."""
     segments, blocks = _flatten(request.trunk)
 
     ids = [token for s in segments for token in s.tokens]
     tokens = np.array(ids, np.int32)
-    figures = np.frombuffer(b"".join(s.figures for s in segments), FIGURES)
-    logp, logp_sampled, margin, step, forced = (
-        figures[name].copy() for name in FIGURES.names or ()
-    )
+    figures = np.frombuffer(b"".join(s.figures for s in segments), segments[0].dtype)
+    columns = {name: figures[name].copy() for name in figures.dtype.names or ()}
+    forced = columns["forced"]
     tree = request.tree
     if tree is None or len(tree) != len(tokens):
         tree = layout(len(tokens), blocks, request.prompt_len, forced)
@@ -257,11 +274,6 @@ def make_trajectory(request: Request, reason: str, detail: str, tokenizer) -> Tr
         token_ids=tokens,
         prompt_len=request.prompt_len,
         layout=tree,
-        logp=logp,
-        logp_sampled=logp_sampled,
-        margin=margin,
-        step=step,
-        forced=forced,
         text=text,
         finish_reason=reason,
         detail=detail,
@@ -275,6 +287,7 @@ def make_trajectory(request: Request, reason: str, detail: str, tokenizer) -> Tr
             "preempted": request.preempted,
             "refused_blocks": list(request.refused),
         },
+        **columns,
     )
 
 

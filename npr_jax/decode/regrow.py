@@ -15,7 +15,7 @@ from npr_jax.decode.config import EngineConfig
 from npr_jax.decode.fork_join import ForkJoin
 from npr_jax.decode.outputs import Trajectory
 from npr_jax.decode.replay import Script, script_of
-from npr_jax.decode.sequence import FIGURES, Fork, Request, Sequence
+from npr_jax.decode.sequence import Fork, Request, Sequence
 from npr_jax.tree import TagIds
 
 
@@ -60,9 +60,15 @@ def regrow(
     ids = answer.token_ids.tolist()
     if ids[: answer.prompt_len] != trunk.own_tokens():
         raise ValueError(f"{name} goes on from an answer to another prompt")
-    figures = np.zeros(len(ids), FIGURES)
-    for field in FIGURES.names or ():
-        figures[field] = getattr(answer, field)
+    figures = np.zeros(len(ids), trunk.tail.dtype)
+    for field in figures.dtype.names or ():
+        values, shape = getattr(answer, field), figures[field].shape
+        if np.shape(values) != shape:
+            raise ValueError(
+                f"{name} goes on from an answer whose {field} is {list(np.shape(values))}, needed "
+                f"is {list(shape)}: ask for the same log-probs as then"
+            )
+        figures[field] = values
     counts = answer.layout.positions < answer.prompt_len + begun.tokens
     growth = _Growth(config, tags)
     # The prompt's last token is the head of the trunk's first piece.
@@ -112,6 +118,6 @@ def _drawn(sequence: Sequence) -> list[int]:
             for branch in item.branches:
                 found += _drawn(branch)
         else:
-            forced = np.frombuffer(item.figures, FIGURES)["forced"]
+            forced = np.frombuffer(item.figures, item.dtype)["forced"]
             found += [t for t, given in zip(item.tokens, forced, strict=True) if not given]
     return found

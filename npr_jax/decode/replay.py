@@ -45,7 +45,7 @@ class Replay(ForkJoin):
     """Advances replayed sequences, and forks and joins them where their scripts say so."""
 
     def advance(self, sequence: Sequence, tokens: list[int], figures: np.ndarray) -> None:
-        """Takes the given tokens with their FIGURES; acts at the end of a piece."""
+        """Takes the given tokens with their figures; acts at the end of a piece."""
         assert isinstance(sequence, ReplayedSequence)
         self._append(sequence, tokens, figures)
         self._go_on(sequence)

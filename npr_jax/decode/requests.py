@@ -11,7 +11,7 @@ from npr_jax.decode.deal import deal_answers
 from npr_jax.decode.fork_join import NO_DEPTH_LIMIT
 from npr_jax.decode.keys import branch_keys, seed_keys
 from npr_jax.decode.sampling import SamplingParams
-from npr_jax.decode.sequence import Request, Segment, Sequence
+from npr_jax.decode.sequence import Request, Segment, Sequence, figures_of
 from npr_jax.decode.text import StopText
 from npr_jax.model.tokenizer import text_ids
 from npr_jax.tree import Automaton
@@ -64,7 +64,7 @@ class RequestMaker:
             cut = len(prompt) - 1
             if len(some) == 1:  # its own pages can be found by the next turn's prompt
                 cut -= cut % self.config.page_size
-            shared = Segment(0, ())
+            shared = Segment(0, (), figures_of(sampling))
             shared.append_known(prompt[:cut], forced=False)
             for sample in some:
                 request = self.make(prompt, shared, sampling, keys[number, sample])
@@ -99,6 +99,11 @@ class RequestMaker:
             raise ValueError(
                 f"{len(stops)} ids end or stop a sequence (stop_token_ids, ends of text, tags), "
                 f"engine.max_stops is {self.config.max_stops}: raise it, or stop at fewer"
+            )
+        if sampling.logprobs > self.config.max_logprobs:
+            raise ValueError(
+                f"logprobs is {sampling.logprobs}, engine.max_logprobs is "
+                f"{self.config.max_logprobs}: raise it, or ask for fewer"
             )
         self.refuse_too_long(len(ids), sampling, name)
         return ids
@@ -144,7 +149,7 @@ class RequestMaker:
         request.stops = self._stops(sampling)
         trunk = request.trunk = Sequence(request, None, 0, key)
         cut = len(shared.tokens)
-        own = Segment(cut, (shared,) if cut else ())
+        own = Segment(cut, (shared,) if cut else (), shared.dtype)
         own.append_known(prompt[cut:], forced=False)
         shared.plain, own.plain = True, cut % self.config.page_size == 0
         trunk.items.append(shared)

@@ -22,7 +22,7 @@ from npr_jax.decode.attention import Shared, check_pool, empty_pool
 from npr_jax.decode.config import EngineConfig
 from npr_jax.decode.lanes import Lanes
 from npr_jax.decode.scheduler import Scheduler
-from npr_jax.decode.sequence import FIGURES, Segment, Sequence
+from npr_jax.decode.sequence import FIGURES, Segment, Sequence, figures_of
 from npr_jax.decode.steps import (
     Rows,
     SamplerOutput,
@@ -55,7 +55,7 @@ class PendingStep:
     def read(self, stats: dict[str, int]) -> abc.Iterator[tuple]:
         """Waits for the arrays, and counts the steps that ran; then, for every sequence that is
         still in the same epoch: (sequence, most tokens it might draw, whether its lane froze,
-        whether its log-probs are finite, its tokens, their FIGURES)."""
+        whether its log-probs are finite, its tokens, their figures)."""
         output = jax.tree.map(np.asarray, self.output)
         first = stats["decode_steps"]
         stats["decode_steps"] += int(output.steps.max())
@@ -77,8 +77,14 @@ class PendingStep:
             if sequence.lane is None or sequence.epoch != epoch:
                 continue  # it has ended, or will draw the same again
             count = counts[row]
-            columns = tokens[row][:count], figures[row, :count]
-            yield sequence, most, rests[row], finite[row], *columns
+            own = figures[row, :count]
+            if k := sequence.request.sampling.logprobs:
+                own, few = np.zeros(count, figures_of(sequence.request.sampling)), own
+                for name in FIGURES.names or ():
+                    own[name] = few[name]
+                for name in ("top_ids", "top_logp"):
+                    own[name] = getattr(output, name)[row, :count, :k]
+            yield sequence, most, rests[row], finite[row], tokens[row][:count], own
 
 
 class Runner:
@@ -99,12 +105,13 @@ class Runner:
         attention = choose_attention(attention, model_config.head_dim)
         self._attention = attention
         dtype = jax.numpy.dtype(config.cache_dtype or params["embed"].dtype)
-        self._steps = compiled_steps(model_config, attention, config.steps, mesh)
+        shape = config.steps, mesh, config.max_logprobs
+        self._steps = compiled_steps(model_config, attention, *shape)
         # Prompts, whose pages are full but the last, are what the stock kernel of a TPU can do.
         stock = attention == "pallas" and jax.default_backend() == "tpu"
         stock = stock and params["embed"].dtype == dtype == jax.numpy.bfloat16
         prompts = "plain" if stock else attention
-        self._prompt_steps = compiled_steps(model_config, prompts, config.steps, mesh)
+        self._prompt_steps = compiled_steps(model_config, prompts, *shape)
         check_pool(attention, dtype)
         self._dtype = dtype
         self._like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)

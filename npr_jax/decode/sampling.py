@@ -18,6 +18,7 @@ from npr_jax.base.fields import Checked, Count, CountOrZero, Positive, PositiveO
 from npr_jax.decode.keys import PRNG, TOKEN
 
 Array = Any  # of JAX on the device, of NumPy on the host, or a shape alone
+MOST_LOGPROBS = 20  # that an engine can give for a token, as OpenAI's
 SLACK = 1e-6  # by which a float32 probability or sum may miss what was asked for
 
 
@@ -51,6 +52,8 @@ class SamplingParams(Checked):
       stop: texts that end a line (the trunk or a branch) as an end of text does. The answer's text
         ends before the first that the line has drawn, wherever tokens begin and end; the token
         that completes it is the last. What the engine writes itself is not searched.
+      logprobs (tokens): of which every token drawn has the raw log-probs beside its own, the
+        likeliest; at most `engine.max_logprobs`.
     """
 
     temperature: PositiveOrZero = 1.0
@@ -67,6 +70,7 @@ class SamplingParams(Checked):
     stop_token_ids: tuple[CountOrZero, ...] = ()
     ignore_eos: bool = False
     stop: tuple[str, ...] = ()
+    logprobs: Annotated[int, Range(ge=0, le=MOST_LOGPROBS)] = 0
 
     def __post_init__(self):
         super().__post_init__()
@@ -77,7 +81,8 @@ class SamplingParams(Checked):
 @struct.dataclass
 class LaneSampling:
     """The knobs of R lanes: `key` uint32[R, 2]; `temperature`, `top_p`, `min_p` and `penalty`
-    f32[R]; `top_k` i32[R]; `stops` i32[R, E], token ids (-1: unused)."""
+    f32[R]; `top_k` i32[R]; `stops` i32[R, E], token ids (-1: unused); `logprobs` bool[R], whether
+    it wants the likeliest tokens (None: the engine gives none)."""
 
     key: Array
     temperature: Array
@@ -86,6 +91,7 @@ class LaneSampling:
     min_p: Array
     penalty: Array
     stops: Array
+    logprobs: Array | None = None
 
 
 def _filter(logits: jax.Array, lanes: LaneSampling, wanted: jax.Array) -> jax.Array:
@@ -169,7 +175,7 @@ def sample(
     lanes: LaneSampling,
     seen: Callable[[], jax.Array],
     log_sum_exp: Callable[[jax.Array], jax.Array] | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
     """Draws one token per lane.
 
     Args:
@@ -183,7 +189,7 @@ def sample(
     Returns:
       tokens i32[R]; raw log-prob f32[R]; log-prob under the penalised, tempered and filtered
       distribution f32[R] (0 for greedy lanes); margin f32[R], the best minus the second of the
-      perturbed logits.
+      perturbed logits; `log_sum_exp` of the raw logits, f32[R].
     """
     greedy = lanes.temperature == 0
 
@@ -219,8 +225,19 @@ def sample(
     margin = jnp.max(perturbed, axis=-1) - second
     tokens = jnp.where(given >= 0, given, best).astype(jnp.int32)
 
-    def logp(x):
-        chosen = jnp.take_along_axis(x, tokens[:, None], axis=-1)[:, 0]
-        return chosen - (log_sum_exp or functools.partial(jax.nn.logsumexp, axis=-1))(x)
+    log_sum_exp = log_sum_exp or functools.partial(jax.nn.logsumexp, axis=-1)
+    norm = log_sum_exp(logits)
 
-    return tokens, logp(logits), jnp.where(greedy, 0.0, logp(shaped)), margin
+    def logp(x, norm):
+        return jnp.take_along_axis(x, tokens[:, None], axis=-1)[:, 0] - norm
+
+    logp_sampled = jnp.where(greedy, 0.0, logp(shaped, log_sum_exp(shaped)))
+    return tokens, logp(logits, norm), logp_sampled, margin, norm
+
+
+def likeliest(logits: jax.Array, norm: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """The `count` tokens i32[R, K] with the largest logits f32[R, V], falling, equal ones by rising
+    id; and their log-probs f32[R, K] under `norm` f32[R], of which a token has no other elsewhere.
+    """
+    values, ids = jax.lax.top_k(logits, count)
+    return ids, values - norm[:, None]

@@ -13,6 +13,7 @@ Who writes which field: the table in docs/architecture.md.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -28,15 +29,28 @@ FIGURES = np.dtype(
 )
 
 
-class Segment:
-    """Tokens at positions start, start + 1, ...; `before`: the segments they see, in order."""
+@functools.cache
+def _wide(top: int) -> np.dtype:
+    own = [(name, FIGURES[name]) for name in FIGURES.names or ()]
+    return np.dtype([*own, ("top_ids", "i4", (top,)), ("top_logp", "f4", (top,))])
 
-    def __init__(self, start: int, before: tuple["Segment", ...]):
-        self.start, self.before = start, before
+
+def figures_of(sampling: SamplingParams) -> np.dtype:
+    """The figures that tokens have: FIGURES, and where they are asked for the ids and raw log-probs
+    of the likeliest tokens in place of each (-1 and 0: none)."""
+    return _wide(sampling.logprobs) if sampling.logprobs else FIGURES
+
+
+class Segment:
+    """Tokens at positions start, start + 1, ...; `before`: the segments they see, in order;
+    `dtype`: of `figures_of`."""
+
+    def __init__(self, start: int, before: tuple["Segment", ...], dtype: np.dtype = FIGURES):
+        self.start, self.before, self.dtype = start, before, dtype
         self.table = (*before, self)
         self.offset = sum(len(segment.tokens) for segment in before)  # entries before its own
         self.tokens: list[int] = []
-        self.figures = bytearray()  # FIGURES of each token
+        self.figures = bytearray()  # of each token, `dtype`
         self.pages: list[int] = []
         # i32[P, 2], `pages` and its own entries before each; None where they have changed.
         self.row: np.ndarray | None = None
@@ -48,12 +62,14 @@ class Segment:
 
     def append_known(self, tokens, forced: bool) -> None:
         """Adds tokens that were not sampled: the prompt (forced False) or a header."""
-        figures = np.zeros(len(tokens), FIGURES)
+        figures = np.zeros(len(tokens), self.dtype)
         figures["step"], figures["forced"] = -1, forced
+        if self.dtype != FIGURES:
+            figures["top_ids"] = -1
         self.append(tokens, figures)
 
     def append(self, tokens, figures: np.ndarray) -> None:
-        """Adds tokens with their FIGURES."""
+        """Adds tokens with their figures."""
         self.tokens += tokens
         self.figures += figures.tobytes()
 

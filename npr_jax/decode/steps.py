@@ -26,7 +26,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from npr_jax.decode.attention import FAR, PagedAttention, Shared, paged_attention, write
-from npr_jax.decode.sampling import Array, LaneSampling, sample
+from npr_jax.decode.sampling import Array, LaneSampling, likeliest, sample
 from npr_jax.model import ModelConfig, forward, head, log_sum_exp, unembed
 
 
@@ -95,7 +95,8 @@ class SamplerOutput:
 
     `tokens` i32[R, N] and their figures f32[R, N] (sampling.py), of which the first `count[r]`
     i32[R] of row r count; `frozen` bool[R]: the lanes whose last token is one of their stops;
-    `steps` i32[R]: that ran.
+    `steps` i32[R]: that ran; `top_ids` i32[R, N, K] and `top_logp` f32[R, N, K]: the likeliest in
+    place of each token where a lane in the call wants them (None: of an engine that gives none).
     """
 
     tokens: jax.Array
@@ -105,10 +106,12 @@ class SamplerOutput:
     count: jax.Array
     frozen: jax.Array
     steps: jax.Array
+    top_ids: jax.Array | None = None
+    top_logp: jax.Array | None = None
 
     @staticmethod
-    def empty(rows: int, steps: int) -> "SamplerOutput":
-        """Of a visit that has not begun."""
+    def empty(rows: int, steps: int, top: int) -> "SamplerOutput":
+        """Of a visit that has not begun, with so many of the likeliest tokens."""
 
         def zeros(dtype, *shape):
             return jnp.zeros((rows, *shape), dtype)
@@ -121,19 +124,25 @@ class SamplerOutput:
             count=zeros(jnp.int32),
             frozen=zeros(bool),
             steps=zeros(jnp.int32),
+            top_ids=zeros(jnp.int32, steps, top) if top else None,
+            top_logp=zeros(jnp.float32, steps, top) if top else None,
         )
 
-    def put(self, step, on, stop, tokens, logp, logp_sampled, margin) -> "SamplerOutput":
+    def put(
+        self, step, on, stop, tokens, logp, logp_sampled, margin, top_ids=None, top_logp=None
+    ) -> "SamplerOutput":
         """With what step i32[] drew [R], which counts where `on` bool[R]; `stop` bool[R] freeze."""
 
         def column(old, new):
-            return jax.lax.dynamic_update_index_in_dim(old, new, step, axis=1)
+            return old if new is None else jax.lax.dynamic_update_index_in_dim(old, new, step, 1)
 
         return SamplerOutput(
             tokens=column(self.tokens, tokens),
             logp=column(self.logp, logp),
             logp_sampled=column(self.logp_sampled, logp_sampled),
             margin=column(self.margin, margin),
+            top_ids=column(self.top_ids, top_ids),
+            top_logp=column(self.top_logp, top_logp),
             count=self.count + on,
             frozen=self.frozen | stop,
             steps=self.steps + 1,
@@ -187,6 +196,7 @@ def _decode(
     config: ModelConfig,
     attention: PagedAttention,
     steps: int,
+    top: int,
     params,
     pool,
     rows: Rows,
@@ -206,6 +216,7 @@ def _decode(
 
     Args:
       attention: of decode/attention.py.
+      top: the likeliest tokens that a lane may want.
       rows: tables with pages reserved for steps to come; a lane waits at the end of its table.
       state: of the last call. Lanes where `restart` bool[R] take `restarted` instead.
       given: i32[R, N], tokens to take instead of drawing, or -1.
@@ -242,7 +253,7 @@ def _decode(
             config, params, state.tokens[:, None], state.positions[:, None], attend, pool
         )
         logits = unembed(config, head(config, params), x[:, 0])
-        new, *figures = sample(
+        new, *figures, norm = sample(
             logits,
             state.positions + 1,
             jax.lax.dynamic_index_in_dim(given, step, axis=1, keepdims=False),
@@ -250,13 +261,20 @@ def _decode(
             lambda: seen if pick is None else seen.at[pick].get(mode="clip"),
             log_sum_exp(config),
         )
+        if top:
+            nothing = jnp.full((num_rows, top), -1), jnp.zeros((num_rows, top))
+            figures += jax.lax.cond(
+                jnp.any(on & lanes.logprobs),
+                lambda: likeliest(logits, norm, top),
+                lambda: nothing,
+            )
         stop = on & jnp.any(new[:, None] == lanes.stops, axis=1)
         drawn = drawn.put(step, on, stop, new, *figures)
         seen = seen.at[jnp.where(on, lane, len(restart)), new].set(True, mode="drop")
         state = state.moved(on, stop, new)
         return step + 1, pool, state, drawn, seen
 
-    start = jnp.int32(0), pool, state, SamplerOutput.empty(num_rows, steps), seen
+    start = jnp.int32(0), pool, state, SamplerOutput.empty(num_rows, steps, top), seen
     _, pool, state, drawn, seen = jax.lax.while_loop(more, body, start)
     if pick is not None:
         state = jax.tree.map(
@@ -298,9 +316,10 @@ class Steps(NamedTuple):
 
 @functools.cache
 def compiled_steps(
-    config: ModelConfig, attention: str, steps: int, mesh: Mesh | None = None
+    config: ModelConfig, attention: str, steps: int, mesh: Mesh | None = None, top: int = 0
 ) -> Steps:
-    """The steps for one device, or for a mesh with axes (data, tensor).
+    """The steps for one device, or for a mesh with axes (data, tensor); `top` is the most of the
+    likeliest tokens that a lane may want.
 
     On a mesh every replica of `data` runs on its own: rows and pages are split over it, tables
     hold the replica's own page numbers, and its loop ends when its own lanes rest. Over `tensor`
@@ -310,7 +329,7 @@ def compiled_steps(
     if mesh is not None:
         attend = attend._replace(attend=_over_heads(config, attention, mesh))
     prefill = functools.partial(_prefill, config, attend)
-    decode = functools.partial(_decode, config, attend, steps)
+    decode = functools.partial(_decode, config, attend, steps, top)
     if mesh is None:
         return Steps(
             jax.jit(prefill, donate_argnums=1),

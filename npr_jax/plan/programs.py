@@ -96,7 +96,7 @@ def decode_step(arch: ModelConfig, config: RLConfig | BetaConfig, mesh: Mesh) ->
             lambda x: array(x.shape, x.dtype, NamedSharding(mesh, spec or P())), tree
         )
 
-    steps = compiled_steps(arch, attention, engine.steps, mesh)
+    steps = compiled_steps(arch, attention, engine.steps, mesh, engine.max_logprobs)
     num_lanes = mesh.shape["data"] * engine.lanes
     rows = put(Rows.empty(num_lanes, engine.longest_table), P("data"))
     tables = Tables(rows, engine.page_size, steps.write)

@@ -67,6 +67,7 @@ INPUTS = (
 # Whole keys that came after 0.1.0: a run from before has its config without them, and goes on.
 LATER: tuple[str, ...] = (
     "engine.exact",
+    "engine.max_logprobs",
     "train.exact",
     "fit.train.exact",
     *(
