@@ -80,6 +80,13 @@ class Device:
             assert seen.max() == positions[r, c] and (seen < positions[r, c]).sum() == len(seen) - 1
         return pool
 
+    def score(self, params, pool, *arguments):
+        *arguments, targets = arguments
+        pool = self.prefill(params, pool, *arguments)
+        found = np.where(targets < 0, 0, -targets - 1).astype(np.float32)  # as the token says
+        ids = np.zeros((*targets.shape, 1), np.int32)
+        return pool, found, ids, ids.astype(np.float32)
+
     @staticmethod
     def write(rows, cells, ends):
         table, base = rows.table.copy(), rows.base.copy()
@@ -181,7 +188,9 @@ def engine_on_fake_device(config: EngineConfig, **changes) -> Engine:
         pool, state, seen, drawn = device.decode(*args)
         return pool, state, seen, dataclasses.replace(drawn, count=drawn.count.view(Landed))
 
-    runner._steps = runner._prompt_steps = Steps(device.prefill, decode, device.write, device.mark)
+    runner._steps = runner._prompt_steps = Steps(
+        device.prefill, device.score, decode, device.write, device.mark
+    )
     runner._put = lambda tree, spec=None: tree
     runner.reset()
     return engine
@@ -201,6 +210,14 @@ def check_answer(answer) -> None:
         assert draw(tokens[k[~hidden]], tree.positions[k[~hidden]]) == tokens[t]
 
 
+def check_scores(answer, asked: bool) -> None:
+    """The prompt's tokens are scored where that was asked for and the answer had begun."""
+    found, own = answer.logp[: answer.prompt_len], -answer.token_ids[: answer.prompt_len] - 1
+    own[0] = 0
+    begun = asked and len(answer.response_ids) > 0
+    assert (found == own).all() if begun else ((found == 0) | asked & (found == own)).all()
+
+
 OPERATIONS = ("visit", "visit", "visit", "visit", "submit", "abort", "preempt", "forget")
 CONFIGS = [
     EngineConfig(
@@ -214,6 +231,7 @@ CONFIGS = [
         prefill_chunk=chunk,
         max_branches=4,
         max_depth=3,
+        max_logprobs=1,
     )
     for lanes, pages, size, steps, rows, chunk in (
         (4, 30, 4, 5, 4, 8),
@@ -230,7 +248,7 @@ def run_program(config: EngineConfig, program: list[tuple[str, int]]) -> dict[st
     after each, every answer at its end, and that nothing is held then. Returns the statistics."""
     engine = engine_on_fake_device(config)
     scheduler = engine.schedulers[0]
-    asked, answers, aborted = [], {}, []
+    asked, answers, aborted, scored = [], {}, [], set()
     budget = min(90, (config.pages - 8) * config.page_size - 20)
 
     def collect():
@@ -263,9 +281,12 @@ def run_program(config: EngineConfig, program: list[tuple[str, int]]) -> dict[st
                 max_tokens=room - value % 8 * room // 9,
                 repetition_penalty=1 + value % 7 // 5,  # which changes nothing that `draw` draws
                 step_repetition_penalty=1 + value % 5 // 3,
+                prompt_logprobs=None if value % 4 else 0,
             )
             callback = abort_at(value % 9, value // 4) if value % 3 == 0 else None
-            asked += engine.submit([prompt], sampling, callback)
+            new = engine.submit([prompt], sampling, callback)
+            asked += new
+            scored |= set() if value % 4 else set(new)
         elif operation == "visit" and engine._requests:
             engine._visit()
         elif operation == "abort" and asked:
@@ -283,8 +304,9 @@ def run_program(config: EngineConfig, program: list[tuple[str, int]]) -> dict[st
         recount(scheduler)
         collect()
     assert sorted(answers) == sorted(asked), "somebody starved"
-    for answer in answers.values():
+    for request, answer in answers.items():
         check_answer(answer)
+        check_scores(answer, request in scored)
     assert scheduler.pages.num_held == 0
     engine._pending = None
     reasons = {f"ends_{a.finish_reason}": 1 for a in answers.values()}

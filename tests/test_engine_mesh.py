@@ -18,7 +18,7 @@ from npr_jax.decode import Engine, SamplingParams, fork_join
 from npr_jax.model.params import Weight
 from npr_jax.model.sharding import DECODE_RULES, decode_shardings, resolve
 
-CONFIG = dataclasses.replace(engine_checks.CONFIG, lanes=4, pages=120)
+CONFIG = dataclasses.replace(engine_checks.CONFIG, lanes=4, pages=120, max_logprobs=2)
 PROMPTS = [[12, 13, 20], [22], list(range(10, 21)) * 3]
 PENALTIES = {"repetition_penalty": 1.2, "step_repetition_penalty": 1.5}
 SHAPES = [(2, 4), (4, 2), (8, 1)]  # the model has 4 heads and 2 KV heads: 4 shards have too few
@@ -30,6 +30,8 @@ def decode_all(mesh):
     seeded = SamplingParams(n=4, max_tokens=100, seed=(1, 2, 3))
     answers = engine.generate(PROMPTS, seeded)
     answers += engine.generate(PROMPTS, SamplingParams(max_tokens=60, temperature=0, **PENALTIES))
+    scored = SamplingParams(max_tokens=30, temperature=0, logprobs=2, prompt_logprobs=2)
+    answers += engine.generate(PROMPTS, scored)
     return engine, answers
 
 
@@ -52,6 +54,10 @@ def test_a_mesh_gives_the_tokens_of_one_device(shape, report):
     ties = sum(same(a, b) for a, b in zip(undisturbed, answers, strict=True))
     report(f"{ties} ties in {len(answers)} answers")
     assert ties <= 1
+    for ours, theirs in zip(undisturbed[-3:], answers[-3:], strict=True):
+        begun = ours.prompt_len + 1  # the first token drawn, where nothing has parted yet
+        np.testing.assert_allclose(ours.top_logp[:begun], theirs.top_logp[:begun], atol=1e-4)
+        assert (theirs.top_ids[1:begun] >= 0).all()
     assert len(engine.schedulers) == shape[0]
     for scheduler in engine.schedulers:
         recount(scheduler)

@@ -118,7 +118,9 @@ def test_nothing_else_changes_the_likeliest():
 
 def test_more_than_the_engine_gives_is_refused_by_name():
     engine = Engine(model(), TOP)
-    with pytest.raises(ValueError, match=r"logprobs is 6, engine.max_logprobs is 5: raise it"):
+    with pytest.raises(
+        ValueError, match=r"logprobs is 6, engine.max_logprobs is 5, needed is at least 6"
+    ):
         engine.check([12], SamplingParams(logprobs=6, parallel=False))
     with pytest.raises(ValueError, match=r"logprobs is 1, engine.max_logprobs is 0"):
         Engine(model(), CONFIG).check([12], SamplingParams(logprobs=1, parallel=False))

@@ -32,8 +32,8 @@ class EngineConfig(Checked):
         and the model.
       exact: raw log-probs have the bits that a trainer with `train.exact` computes for the tokens,
         on one CPU device, with attention and cache_dtype null.
-      max_logprobs (tokens): the most of the likeliest that `sampling.logprobs` may ask for; 0
-        leaves them out of the compiled programs.
+      max_logprobs (tokens): the most of the likeliest that `sampling.logprobs` and
+        `prompt_logprobs` may ask for; 0 leaves both out of the compiled programs.
 
     On a mesh lanes, pages and prefill rows are those of each replica.
     """

@@ -382,6 +382,9 @@ class Engine:
                 self._end(sequence.request, "error", NOT_FINITE)
                 continue
             sequence.tail.computed += len(tokens)
+            if sequence.request.scores is not None and not sequence.request.echoed:
+                sequence.request.echoed = True
+                self._outputs.note(sequence.request.trunk, "prompt")
             growth = self._replay if sequence.request.tree else self._fork_join
             growth.advance(sequence, tokens, figures)
             if frozen and sequence.lane is not None:  # the tag was no event: the lane goes on

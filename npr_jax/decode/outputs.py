@@ -8,11 +8,11 @@ from collections import abc, deque
 
 import numpy as np
 
-from npr_jax.decode.sequence import FIGURES, Fork, Request, Segment, Sequence
+from npr_jax.decode.sequence import Fork, PromptScores, Request, Segment, Sequence
 from npr_jax.decode.text import StopText
 from npr_jax.tree import Block, TreeLayout, layout
 
-KINDS = ("token", "fork", "join", "finish")
+KINDS = ("prompt", "token", "fork", "join", "finish")
 FINISH_REASONS = (
     "stop",
     "length",
@@ -39,7 +39,8 @@ class Trajectory:
       prompt_len: number of prompt tokens.
       layout: what was really forked; a block decoded sequentially is plain text in it.
       logp: f32[T], raw log-prob (temperature 1, no penalty, no filter) of every sampled token; 0
-        for the prompt and for forced tokens.
+        for forced tokens and the prompt, unless `sampling.prompt_logprobs` asks for the latter's
+        (0 for its first token, and where the answer ended before it had begun).
       logp_sampled: f32[T], the same under the distribution that was sampled from.
       margin: f32[T], by how much the token won (the perturbed logits, best minus second).
       step: i32[T], the engine's decode step (`Engine.stats`) that drew the token; -1 for the prompt
@@ -50,7 +51,8 @@ class Trajectory:
       stats: figures: tokens, critical_path, branches, width, depth, sampled, preempted (times), and
         refused_blocks: why each block that was refused went on sequentially.
       top_ids: i32[T, k], the likeliest tokens in place of each, falling, equal ones by rising id;
-        -1 for the prompt and for forced tokens. None where `sampling.logprobs` is 0.
+        -1 for forced tokens, the prompt without `sampling.prompt_logprobs`, and where that or
+        `sampling.logprobs` is less than the other, whose k it is. None where both ask for none.
       top_logp: f32[T, k], their raw log-probs, with the bits that `logp` has; 0 where none is.
     """
 
@@ -80,8 +82,9 @@ class Event:
     """One thing that happened to one answer.
 
     Attributes:
-      kind: "token" (of the response, sampled or forced), "fork" (a block's branches start), "join"
-        (its trunk goes on), or "finish".
+      kind: "prompt" (its log-probs, where `sampling.prompt_logprobs` asks for them: once, before
+        the first token), "token" (of the response, sampled or forced), "fork" (a block's branches
+        start), "join" (its trunk goes on), or "finish".
       request: the id that `Engine.submit` returned for the answer.
       branch: where it happened: (block, branch) on the way from the trunk, counted from 0; () is
         the trunk. Tokens of one sequence come in order; sequences are interleaved.
@@ -93,6 +96,7 @@ class Event:
         with the finish); None without a tokenizer.
       branches: of a fork, their number.
       trajectory: of a finish, the answer.
+      prompt: of a prompt, its `token_ids`, `logp`, `top_ids` and `top_logp`.
     """
 
     kind: str
@@ -105,6 +109,7 @@ class Event:
     branches: int | None = None
     trajectory: Trajectory | None = None
     top: tuple[tuple[int, float], ...] | None = None
+    prompt: PromptScores | None = None
 
 
 class Outputs:
@@ -162,11 +167,13 @@ class Outputs:
     def _tell_all(self, sequence: Sequence, kind: str, tokens, figures, branches) -> None:
         request = sequence.request
         if kind != "token":
-            self._tell(request, Event(kind, request.id, sequence.branch, branches=branches))
+            scores = request.scores if kind == "prompt" else None
+            event = Event(kind, request.id, sequence.branch, branches=branches, prompt=scores)
+            self._tell(request, event)
             return
         sequence.untold -= 1
         logp = None if figures is None else figures["logp"].tolist()
-        top = None if figures is None else _tops(figures)
+        top = None if figures is None else _tops(figures, request.sampling.logprobs)
         over = not sequence.untold and (sequence.done or request.end is not None)
         for i, token in enumerate(tokens):
             if request.silent:
@@ -237,11 +244,12 @@ class Outputs:
             (self.finished if request.quiet else self.events).append(event)
 
 
-def _tops(figures: np.ndarray) -> list[tuple[tuple[int, float], ...]] | None:
-    """(id, log-prob) of the likeliest tokens in place of each."""
-    if figures.dtype == FIGURES:
+def _tops(figures: np.ndarray, count: int) -> list[tuple[tuple[int, float], ...]] | None:
+    """(id, log-prob) of the `count` likeliest tokens in place of each; None where it is 0."""
+    if not count:
         return None
-    both = zip(figures["top_ids"].tolist(), figures["top_logp"].tolist(), strict=True)
+    both = (figures[name][:, :count].tolist() for name in ("top_ids", "top_logp"))
+    both = zip(*both, strict=True)
     return [tuple(zip(ids, logps, strict=True)) for ids, logps in both]
 
 
@@ -254,6 +262,11 @@ def make_trajectory(request: Request, reason: str, detail: str, tokenizer) -> Tr
     figures = np.frombuffer(b"".join(s.figures for s in segments), segments[0].dtype)
     columns = {name: figures[name].copy() for name in figures.dtype.names or ()}
     forced = columns["forced"]
+    if (scores := request.scores) is not None:
+        columns["logp"][: request.prompt_len] = scores.logp
+        if top := scores.top_ids.shape[1]:
+            columns["top_ids"][: request.prompt_len, :top] = scores.top_ids
+            columns["top_logp"][: request.prompt_len, :top] = scores.top_logp
     tree = request.tree
     if tree is None or len(tree) != len(tokens):
         tree = layout(len(tokens), blocks, request.prompt_len, forced)

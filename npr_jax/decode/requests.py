@@ -11,7 +11,7 @@ from npr_jax.decode.deal import deal_answers
 from npr_jax.decode.fork_join import NO_DEPTH_LIMIT
 from npr_jax.decode.keys import branch_keys, seed_keys
 from npr_jax.decode.sampling import SamplingParams
-from npr_jax.decode.sequence import Request, Segment, Sequence, figures_of
+from npr_jax.decode.sequence import PromptScores, Request, Segment, Sequence, figures_of
 from npr_jax.decode.text import StopText
 from npr_jax.model.tokenizer import text_ids
 from npr_jax.tree import Automaton
@@ -66,6 +66,8 @@ class RequestMaker:
                 cut -= cut % self.config.page_size
             shared = Segment(0, (), figures_of(sampling))
             shared.append_known(prompt[:cut], forced=False)
+            if sampling.prompt_logprobs is not None:
+                shared.scores = PromptScores(prompt, sampling.prompt_logprobs)
             for sample in some:
                 request = self.make(prompt, shared, sampling, keys[number, sample])
                 requests[replica].append(request)
@@ -100,11 +102,16 @@ class RequestMaker:
                 f"{len(stops)} ids end or stop a sequence (stop_token_ids, ends of text, tags), "
                 f"engine.max_stops is {self.config.max_stops}: raise it, or stop at fewer"
             )
-        if sampling.logprobs > self.config.max_logprobs:
-            raise ValueError(
-                f"logprobs is {sampling.logprobs}, engine.max_logprobs is "
-                f"{self.config.max_logprobs}: raise it, or ask for fewer"
-            )
+        least = sampling.prompt_logprobs is not None  # the program that scores is there from 1 on
+        for key, asked in (
+            ("logprobs", sampling.logprobs),
+            ("prompt_logprobs", max(sampling.prompt_logprobs or 0, least)),
+        ):
+            if asked > self.config.max_logprobs:
+                raise ValueError(
+                    f"{key} is {getattr(sampling, key)}, engine.max_logprobs is "
+                    f"{self.config.max_logprobs}, needed is at least {asked}: raise it"
+                )
         self.refuse_too_long(len(ids), sampling, name)
         return ids
 
@@ -151,6 +158,7 @@ class RequestMaker:
         cut = len(shared.tokens)
         own = Segment(cut, (shared,) if cut else (), shared.dtype)
         own.append_known(prompt[cut:], forced=False)
+        request.scores = own.scores = shared.scores
         shared.plain, own.plain = True, cut % self.config.page_size == 0
         trunk.items.append(shared)
         trunk.append(own)

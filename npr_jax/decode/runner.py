@@ -21,9 +21,11 @@ from jax.sharding import PartitionSpec as P
 from npr_jax.decode.attention import Shared, check_pool, empty_pool
 from npr_jax.decode.config import EngineConfig
 from npr_jax.decode.lanes import Lanes
+from npr_jax.decode.prefill import Scored, prefill_work, runs_of, score_targets
 from npr_jax.decode.scheduler import Scheduler
-from npr_jax.decode.sequence import FIGURES, Segment, Sequence, figures_of
+from npr_jax.decode.sequence import FIGURES, Segment, Sequence
 from npr_jax.decode.steps import (
+    SCORED,
     Rows,
     SamplerOutput,
     Steps,
@@ -43,20 +45,26 @@ from npr_jax.model.sharding import decode_shardings, place_params
 @dataclasses.dataclass(frozen=True)
 class PendingStep:
     """N decode steps that were asked for, and not read yet: (sequence, its epoch, most tokens it
-    may draw, its row of the output)."""
+    may draw, its row of the output); and tokens of prompts that prefills before it have scored."""
 
     sequences: list[tuple[Sequence, int, int, int]]
     output: SamplerOutput
+    scored: list[tuple[Scored, tuple]] = dataclasses.field(default_factory=list)
 
     def is_ready(self) -> bool:
         """Whether the device has finished it."""
         return self.output.count.is_ready()  # pyright: ignore[reportAttributeAccessIssue]  # in no stub
 
     def read(self, stats: dict[str, int]) -> abc.Iterator[tuple]:
-        """Waits for the arrays, and counts the steps that ran; then, for every sequence that is
+        """Waits for the arrays, puts the scores of prompts where they belong, and counts the steps
+        that ran; then, for every sequence that is
         still in the same epoch: (sequence, most tokens it might draw, whether its lane froze,
         whether its log-probs are finite, its tokens, their figures)."""
         output = jax.tree.map(np.asarray, self.output)
+        for scored, arrays in self.scored:
+            arrays = jax.tree.map(np.asarray, arrays)
+            for scores, at, here in scored:
+                scores.put(at, *(x.reshape(-1, *x.shape[2:])[here] for x in arrays))
         first = stats["decode_steps"]
         stats["decode_steps"] += int(output.steps.max())
         stats["decode_rows"] += int(output.steps.sum())
@@ -78,13 +86,16 @@ class PendingStep:
                 continue  # it has ended, or will draw the same again
             count = counts[row]
             own = figures[row, :count]
-            if k := sequence.request.sampling.logprobs:
-                own, few = np.zeros(count, figures_of(sequence.request.sampling)), own
+            if sequence.tail.dtype != FIGURES:
+                k = sequence.request.sampling.logprobs
+                own, few = sequence.tail.no_figures(count), own
                 for name in FIGURES.names or ():
                     own[name] = few[name]
                 for name in ("top_ids", "top_logp"):
-                    own[name] = getattr(output, name)[row, :count, :k]
-            yield sequence, most, rests[row], finite[row], tokens[row][:count], own
+                    own[name][:, :k] = getattr(output, name)[row, :count, :k]
+            scores = sequence.request.scores
+            good = finite[row] and (scores is None or scores.finite)
+            yield sequence, most, rests[row], good, tokens[row][:count], own
 
 
 class Runner:
@@ -125,7 +136,7 @@ class Runner:
         )
         if config.exact:
             self._refuse_inexact(params["embed"].dtype)
-            counts = [*config.widths, *(rows * chunk for rows, chunk in self._shapes)]
+            counts = [*config.widths, *(rows * chunk for rows, chunk in self._shapes), SCORED]
             check(model_config, counts, few=True)
         self.set_params(params)
         with _fitting(config):
@@ -173,6 +184,7 @@ class Runner:
     def reset(self) -> None:
         """Forgets what lanes and pages hold; the next call makes another pool."""
         self._pool = None
+        self._scored: list[tuple[Scored, tuple]] = []  # that no pending step tells of yet
         lanes = self.replicas * self.config.lanes
         seen = np.zeros((lanes, self.model_config.padded_vocab_size), bool)
         seen, mark = self._put(seen, P("data")), self._steps.mark
@@ -199,11 +211,15 @@ class Runner:
             *(functools.partial(self._prefill_call, [], *shape, some) for some, shape in prefills),
             *(functools.partial(self._decode_call, [], width=width) for width in widths),
         ]
+        if self.config.max_logprobs:
+            calls.append(functools.partial(self._score_call, [], *self._shapes[-1]))
         with _fitting(self.config):
             jobs = [
                 (self._steps.decode, self._decode_arguments([], width=width)[1]) for width in widths
             ]
             jobs += [(some.prefill, self._prefill_arguments([], *at)) for some, at in prefills]
+            if self.config.max_logprobs:
+                jobs.append((self._steps.score, self._score_arguments([], *self._shapes[-1])[1]))
             self._pool = pool = self._take_pool()
             # Several processes may have to compile the same program at the same time.
             workers = 1 if jax.process_count() > 1 else os.cpu_count()
@@ -235,7 +251,7 @@ class Runner:
             work = []
             for replica, lines in enumerate(zip(schedulers, unready, strict=True)):
                 row = replica * rows
-                for scheduler, run in _prefill_work(*lines, rows, chunk):
+                for scheduler, run in prefill_work(*lines, rows, chunk):
                     work.append((row, scheduler, run))
                     row += -(-sum(count for _, count in run) // chunk)
             if not work:  # it was adopted
@@ -265,7 +281,8 @@ class Runner:
             most = count if sequence.given or not count else limit
             sequence.pending += most
             asked.append((sequence, sequence.epoch, most, row))
-        return PendingStep(asked, jax.copy_to_host_async(output))
+        scored, self._scored = self._scored, []
+        return PendingStep(asked, jax.copy_to_host_async(output), scored)
 
     def _most(self, sequence: Sequence, limit: int) -> int:
         """The most tokens a lane draws in its next visit of `limit` steps, if it has drawn all that
@@ -276,12 +293,14 @@ class Runner:
 
     def _prefill_shape(self, unready: list[list[Sequence]]) -> tuple[int, int]:
         """Of the two shapes, the one that computes what the sequences of each replica lack at less
-        cost."""
+        cost; that of long prompts where something is to be scored."""
+        if any(x.to_score for some in unready for sequence in some for x in sequence.table):
+            return self._shapes[-1]
         counts = [[] for _ in unready]
         for lengths, some in zip(counts, unready, strict=True):
             seen: set[Segment] = set()
             for sequence in some:
-                for run in _runs(sequence, self.config.page_size, seen):
+                for run in runs_of(sequence, self.config.page_size, seen):
                     lengths.append(sum(map(sequence.lacks, run)))
                     seen.update(run)
 
@@ -293,11 +312,24 @@ class Runner:
         return min(self._shapes, key=cost)
 
     def _prefill_call(self, work, rows: int, chunk: int, steps: Steps | None = None) -> None:
+        if any(segment.to_score for *_, run in work for segment, _ in run):
+            self._score_call(work, rows, chunk)
+            return
         if steps is None:
             plain = all(segment.plain for *_, run in work for segment, _ in run)
             steps = self._prompt_steps if plain else self._steps
         arguments = self._prefill_arguments(work, rows, chunk)
         self._pool = steps.prefill(self.params, self._take_pool(), *arguments)
+
+    def _score_call(self, work, rows: int, chunk: int) -> None:
+        scored, arguments = self._score_arguments(work, rows, chunk)
+        self._pool, *found = self._steps.score(self.params, self._take_pool(), *arguments)
+        self._scored.append((scored, jax.copy_to_host_async(tuple(found))))
+
+    def _score_arguments(self, work, rows: int, chunk: int) -> tuple[Scored, tuple]:
+        """What is scored, and what a scoring prefill takes after the weights and the pool."""
+        targets, scored = score_targets(work, self.replicas * rows, chunk)
+        return scored, (*self._prefill_arguments(work, rows, chunk), self._once(targets))
 
     def _prefill_arguments(self, work, rows: int, chunk: int) -> tuple:
         """What a prefill takes after the weights and the pool."""
@@ -445,51 +477,3 @@ def _refuse_unlike(params, like) -> None:
                 f"the weights' {name} is {has.get(name, 'missing')}, needed is "
                 f"{needs.get(name, 'no such leaf')}, as in the engine's own"
             )
-
-
-def _runs(sequence: Sequence, size: int, but: set[Segment]) -> list[list[Segment]]:
-    """What a sequence lacks, but for some segments, by what can be computed one after the other in
-    the same rows: each but the last fills its pages, and sees what the next sees before it."""
-    runs: list[list[Segment]] = []
-    full: Segment | None = None  # the last segment, if the next may follow it
-    for segment in sequence.table:
-        lacks = segment not in but and sequence.lacks(segment) > 0
-        if lacks and full and segment.before == full.table and not segment.computed:
-            runs[-1].append(segment)
-        elif lacks:
-            runs.append([segment])
-        full = segment if lacks and len(segment.tokens) % size == 0 else None
-    return runs
-
-
-def _prefill_work(scheduler: Scheduler, unready: list[Sequence], rows: int, chunk: int):
-    """Pieces (scheduler, run) of what the sequences lack that one call can compute together; a run
-    is some of `_runs`, (segment, how many of its tokens) each, and takes a row for every `chunk` of
-    its tokens."""
-    work: list[tuple[Scheduler, list[tuple[Segment, int]]]] = []
-    planned: set[Segment] = set()  # of which this call computes all
-    pages = set()  # prompt pages that this call begins: an equal prompt waits, then adopts them
-    for sequence in unready:
-        for segment in sequence.table:
-            scheduler.stats["cached_tokens"] += scheduler.adopt(segment, sequence.tail)
-        for segments in _runs(sequence, scheduler.config.page_size, planned):
-            run, length = [], 0
-            for segment in segments:
-                room, page = rows * chunk - length, scheduler.next_page(segment)
-                if not room or page in pages:
-                    break
-                pages.add(page)
-                pages.discard(None)
-                count = sequence.lacks(segment)
-                run.append((segment, min(count, room)))
-                length += min(count, room)
-                if count <= room:
-                    planned.add(segment)
-            if run:
-                work.append((scheduler, run))
-                rows -= -(-length // chunk)
-            if not planned.issuperset(segments):
-                if not rows:  # the next call goes on here
-                    return work
-                break
-    return work

@@ -54,6 +54,9 @@ class SamplingParams(Checked):
         that completes it is the last. What the engine writes itself is not searched.
       logprobs (tokens): of which every token drawn has the raw log-probs beside its own, the
         likeliest; at most `engine.max_logprobs`.
+      prompt_logprobs (tokens): the prompt's tokens have raw log-probs too, and as many of the
+        likeliest in place of each. Needs an `engine.max_logprobs` of at least 1; the prompt is
+        computed, whatever is cached of it. Null is off.
     """
 
     temperature: PositiveOrZero = 1.0
@@ -71,6 +74,7 @@ class SamplingParams(Checked):
     ignore_eos: bool = False
     stop: tuple[str, ...] = ()
     logprobs: Annotated[int, Range(ge=0, le=MOST_LOGPROBS)] = 0
+    prompt_logprobs: Annotated[int, Range(ge=0, le=MOST_LOGPROBS)] | None = None
 
     def __post_init__(self):
         super().__post_init__()

@@ -217,8 +217,11 @@ class Scheduler:
     def adopt(self, segment: Segment, tail: Segment) -> int:
         """Takes the pages of a live segment that others have computed, instead of computing them,
         but not that with the last token of the `tail` of a table, whose key is written when the
-        next is drawn; returns how many tokens they hold."""
+        next is drawn, nor any while tokens of its prompt are to be scored; returns how many tokens
+        they hold."""
         size, found = self.config.page_size, 0
+        if segment.to_score:
+            return 0
         end = len(segment.tokens) - (segment is tail)
         while segment.computed + size <= end and (key := self.next_page(segment)):
             page = self.pages.find(*key)

@@ -38,7 +38,36 @@ def _wide(top: int) -> np.dtype:
 def figures_of(sampling: SamplingParams) -> np.dtype:
     """The figures that tokens have: FIGURES, and where they are asked for the ids and raw log-probs
     of the likeliest tokens in place of each (-1 and 0: none)."""
-    return _wide(sampling.logprobs) if sampling.logprobs else FIGURES
+    top = max(sampling.logprobs, sampling.prompt_logprobs or 0)
+    return _wide(top) if top else FIGURES
+
+
+class PromptScores:
+    """Raw log-probs of a prompt of L tokens, which the answers to it share.
+
+    Attributes:
+      token_ids: i32[L].
+      logp: f32[L]; 0 for the first token, which nothing predicts.
+      top_ids, top_logp: i32[L, k] and f32[L, k], of the likeliest tokens in place of each, as in a
+        Trajectory (-1 and 0 for the first); k is `sampling.prompt_logprobs`.
+      missing: bool[L], what the device was not asked for yet.
+      finite: whether all that it has told so far is.
+    """
+
+    def __init__(self, token_ids, top: int):
+        length = len(token_ids)
+        self.token_ids = np.array(token_ids, np.int32)
+        self.logp = np.zeros(length, np.float32)
+        self.top_ids = np.full((length, top), -1, np.int32)
+        self.top_logp = np.zeros((length, top), np.float32)
+        self.missing = np.arange(length) > 0
+        self.finite = True
+
+    def put(self, at: np.ndarray, logp: np.ndarray, top_ids: np.ndarray, top_logp: np.ndarray):
+        """The device has told those of the tokens at `at` [N], with k or more of the likeliest."""
+        top = self.top_ids.shape[1]
+        self.logp[at], self.finite = logp, self.finite and bool(np.isfinite(logp).all())
+        self.top_ids[at], self.top_logp[at] = top_ids[:, :top], top_logp[:, :top]
 
 
 class Segment:
@@ -49,6 +78,7 @@ class Segment:
         self.start, self.before, self.dtype = start, before, dtype
         self.table = (*before, self)
         self.offset = sum(len(segment.tokens) for segment in before)  # entries before its own
+        self.scores: PromptScores | None = None  # of the prompt that it is of, if it is scored
         self.tokens: list[int] = []
         self.figures = bytearray()  # of each token, `dtype`
         self.pages: list[int] = []
@@ -60,13 +90,23 @@ class Segment:
         self.plain, self.published = False, 0
         self.refs = 0  # tables that list it
 
+    @property
+    def to_score(self) -> bool:
+        """Whether tokens of its prompt have no scores yet, so that it has to be computed."""
+        return self.scores is not None and bool(self.scores.missing.any())
+
     def append_known(self, tokens, forced: bool) -> None:
         """Adds tokens that were not sampled: the prompt (forced False) or a header."""
-        figures = np.zeros(len(tokens), self.dtype)
+        figures = self.no_figures(len(tokens))
         figures["step"], figures["forced"] = -1, forced
+        self.append(tokens, figures)
+
+    def no_figures(self, count: int) -> np.ndarray:
+        """Figures of so many tokens that have none."""
+        figures = np.zeros(count, self.dtype)
         if self.dtype != FIGURES:
             figures["top_ids"] = -1
-        self.append(tokens, figures)
+        return figures
 
     def append(self, tokens, figures: np.ndarray) -> None:
         """Adds tokens with their figures."""
@@ -161,7 +201,8 @@ class Request:
     `id`: the order of arrival, which is the priority; `replica`: where it decodes; `on_event`: the
     caller's; `quiet`: no consumer wants its tokens; `end`: why it ended (reason, detail), told or
     not; `silent`: nothing but its finish will be told; `ends`: ids that end the text; `stops`: ids
-    at which a lane freezes; `running`: whether its tables hold pages; `passed`: later answers that
+    at which a lane freezes; `scores`: of its prompt, if they are asked for; `echoed`: they are
+    told, or will be; `running`: whether its tables hold pages; `passed`: later answers that
     have started before it; `refused`: why blocks went on sequentially; `tree`: the layout that is
     replayed.
     """
@@ -173,6 +214,8 @@ class Request:
         self.quiet = self.silent = False
         self.end: tuple[str, str] | None = None
         self.on_event: Callable | None = None
+        self.scores: PromptScores | None = None
+        self.echoed = False
         self.ends: frozenset[int] = frozenset()
         self.stops: tuple[int, ...] = ()
         self.trunk: Sequence  # the maker's

@@ -29,6 +29,8 @@ from npr_jax.decode.attention import FAR, PagedAttention, Shared, paged_attentio
 from npr_jax.decode.sampling import Array, LaneSampling, likeliest, sample
 from npr_jax.model import ModelConfig, forward, head, log_sum_exp, unembed
 
+SCORED = 128  # tokens of a prompt whose logits exist at one time
+
 
 def pool_shape(
     config: ModelConfig, attention: str, num_pages: int, page_size: int
@@ -186,10 +188,53 @@ def _prefill(
 ):
     """Writes the keys and values of tokens i32[R, C] at `positions` and `ranks` (-1: padding), of
     the first R rows of `rows`."""
+    return _forward(config, attention, params, pool, rows, shared, tokens, positions, ranks)[1]
+
+
+def _forward(config, attention, params, pool, rows, shared, tokens, positions, ranks):
+    """The model's output [R, C, D] too."""
     rows = jax.tree.map(lambda x: x[: len(tokens)], rows)
     attend = _attend(attention, rows, ranks, pool, shared)
-    _, pool = forward(config, params, tokens, positions, attend, pool)
-    return pool
+    return forward(config, params, tokens, positions, attend, pool)
+
+
+def _score(
+    config: ModelConfig,
+    attention: PagedAttention,
+    top: int,
+    params,
+    pool,
+    rows: Rows,
+    shared: Shared,
+    tokens,
+    positions,
+    ranks,
+    targets,
+):
+    """`_prefill`; and in place of each token the raw log-prob f32[R, C] of its target i32[R, C]
+    behind it (-1: none, and 0), and the K = `top` likeliest: ids i32[R, C, K], log-probs f32[R, C,
+    K]. There are logits of SCORED tokens at a time."""
+    x, pool = _forward(config, attention, params, pool, rows, shared, tokens, positions, ranks)
+    weights, size = head(config, params), min(SCORED, targets.size)
+
+    def cut(x):
+        x = x.reshape(targets.size, *x.shape[2:])
+        return jnp.pad(x, ((0, -len(x) % size), *((0, 0),) * (x.ndim - 1))).reshape(
+            -1, size, *x.shape[1:]
+        )
+
+    def score(chunk):
+        x, targets = chunk
+        logits = unembed(config, weights, x)
+        norm = log_sum_exp(config)(logits)
+        chosen = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[:, None], axis=-1)[:, 0]
+        return jnp.where(targets < 0, 0.0, chosen - norm), *likeliest(logits, norm, top)
+
+    found = jax.lax.map(score, (cut(x), cut(targets)))
+    return pool, *(
+        x.reshape(-1, *x.shape[2:])[: targets.size].reshape(*targets.shape, *x.shape[2:])
+        for x in found
+    )
 
 
 def _decode(
@@ -304,11 +349,13 @@ def _write(rows: Rows, cells, ends, first: Array = 0) -> Rows:
 
 class Steps(NamedTuple):
     """The compiled steps: prefill(params, pool, rows, shared, tokens, positions, ranks) -> pool,
+    score(..., targets) -> (pool, logp, top_ids, top_logp), the same with log-probs (`_score`),
     decode(params, pool, rows, state, restart, restarted, given, lanes, seen, pick, shared, least,
     limit) -> (pool, state, seen, SamplerOutput), write(rows, cells, ends) -> rows and
     mark(seen, fresh, tokens) -> seen; pool, `seen` and `write`'s rows are donated."""
 
     prefill: Callable
+    score: Callable
     decode: Callable
     write: Callable
     mark: Callable
@@ -329,10 +376,12 @@ def compiled_steps(
     if mesh is not None:
         attend = attend._replace(attend=_over_heads(config, attention, mesh))
     prefill = functools.partial(_prefill, config, attend)
+    score = functools.partial(_score, config, attend, top)
     decode = functools.partial(_decode, config, attend, steps, top)
     if mesh is None:
         return Steps(
             jax.jit(prefill, donate_argnums=1),
+            jax.jit(score, donate_argnums=1),
             jax.jit(decode, donate_argnums=(1, 8)),
             jax.jit(_write, donate_argnums=0),
             jax.jit(_mark, donate_argnums=0),
@@ -347,6 +396,7 @@ def compiled_steps(
     pool, rows = P(None, "data"), P("data")
     shard = functools.partial(jax.shard_map, mesh=mesh, axis_names={"data"}, check_vma=False)
     prefill = shard(prefill, in_specs=(P(), pool, *[rows] * 5), out_specs=pool)
+    score = shard(score, in_specs=(P(), pool, *[rows] * 6), out_specs=(pool, *[rows] * 3))
     in_specs = P(), pool, *[rows] * 10, P()
     decode = shard(decode, in_specs=in_specs, out_specs=(pool, rows, rows, rows))
     write = shard(write, in_specs=(rows, P(), rows), out_specs=rows)
@@ -356,6 +406,7 @@ def compiled_steps(
     split = NamedSharding(mesh, rows)
     return Steps(
         jax.jit(prefill, donate_argnums=1, out_shardings=laid_out),
+        jax.jit(score, donate_argnums=1, out_shardings=(laid_out, *[everywhere] * 3)),
         jax.jit(decode, donate_argnums=(1, 8), out_shardings=(laid_out, split, split, everywhere)),
         jax.jit(write, donate_argnums=0, out_shardings=split),
         jax.jit(mark, donate_argnums=0, out_shardings=split),
