@@ -80,3 +80,17 @@ def test_the_next_turn_has_the_log_probs_of_a_cold_engine():
     assert cached > len(PROMPT)
     (expected,) = cold.generate([second.token_ids[: second.prompt_len].tolist()], sampling)
     assert same(expected, second) == 0
+
+
+def test_an_answer_says_how_much_of_its_prompt_was_cached():
+    engine = engine_on_fake_device(CONFIG)
+    size = CONFIG.page_size
+    prompt = [9 + i % 14 for i in range(3 * size + 1)]
+    sampling = SamplingParams(max_tokens=3, parallel=False)
+    for number, cached in ((1, 0), (1, 3 * size)):
+        for answer in engine.generate([prompt] * number, sampling):
+            assert answer.stats["cached"] == cached
+    other = [*prompt[: 2 * size], *prompt[: size + 1]]
+    (answer,) = engine.generate([other], sampling)
+    assert answer.stats["cached"] == 2 * size
+    assert engine.stats()["cached_tokens"] == 5 * size

@@ -48,8 +48,9 @@ class Trajectory:
       forced: bool[T], tokens of the response that the engine wrote.
       text: of the response; None without a tokenizer.
       finish_reason: one of FINISH_REASONS; `detail` says more.
-      stats: figures: tokens, critical_path, branches, width, depth, sampled, preempted (times), and
-        refused_blocks: why each block that was refused went on sequentially.
+      stats: figures: tokens, critical_path, branches, width, depth, sampled, preempted (times),
+        cached (tokens of the prompt that were not computed for it), and refused_blocks: why each
+        block that was refused went on sequentially.
       top_ids: i32[T, k], the likeliest tokens in place of each, falling, equal ones by rising id;
         -1 for forced tokens, the prompt without `sampling.prompt_logprobs`, and where that or
         `sampling.logprobs` is less than the other, whose k it is. None where both ask for none.
@@ -298,6 +299,7 @@ def make_trajectory(request: Request, reason: str, detail: str, tokenizer) -> Tr
             "depth": tree.depth,
             "sampled": int((~forced[request.prompt_len :]).sum()),
             "preempted": request.preempted,
+            "cached": request.cached,
             "refused_blocks": list(request.refused),
         },
         **columns,

@@ -54,7 +54,8 @@ def prefill_work(scheduler: Scheduler, unready: list[Sequence], rows: int, chunk
     pages = set()
     for sequence in unready:
         for segment in sequence.table:
-            scheduler.stats["cached_tokens"] += scheduler.adopt(segment, sequence.tail)
+            found = scheduler.adopt(segment, sequence.tail)
+            scheduler.found_cached(sequence.request, found)
         for segments in runs_of(sequence, scheduler.config.page_size, planned):
             run, length = [], 0
             for segment in segments:

@@ -98,9 +98,15 @@ class Scheduler:
             return False
         self.waiting.remove(request)
         self.running.append(request)
-        self.stats["cached_tokens"] += found
+        self.found_cached(request, found)
         self._bind(list(request.growing()))
         return True
+
+    def found_cached(self, request: Request, count: int) -> None:
+        """So many tokens that an answer needs were there."""
+        self.stats["cached_tokens"] += count
+        if not request.preempted:  # else they are its own
+            request.cached += count
 
     def _bind(self, sequences: list[Sequence]) -> None:
         free = [i for i, sequence in enumerate(self.lanes) if sequence is None]

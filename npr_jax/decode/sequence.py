@@ -204,7 +204,7 @@ class Request:
     at which a lane freezes; `scores`: of its prompt, if they are asked for; `echoed`: they are
     told, or will be; `running`: whether its tables hold pages; `passed`: later answers that
     have started before it; `refused`: why blocks went on sequentially; `tree`: the layout that is
-    replayed.
+    replayed; `cached`: tokens of its prompt that were not computed for it.
     """
 
     def __init__(self, number: int, sampling: SamplingParams, prompt_len: int, max_position: int):
@@ -221,7 +221,7 @@ class Request:
         self.trunk: Sequence  # the maker's
         self.tree: TreeLayout | None = None
         self.running = False
-        self.preempted = self.passed = 0
+        self.preempted = self.passed = self.cached = 0
         self.refused: list[str] = []
 
     @property
