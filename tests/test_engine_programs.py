@@ -62,6 +62,46 @@ def test_no_block_lies_deeper_than_max_depth(most):
     assert any(f"nested {most + 1} deep, at most {most}" in answer.detail for answer in answers)
 
 
+def test_a_request_has_limits_of_its_own():
+    """Each of several in one engine; a block beyond them goes on as text, or ends the answer."""
+    config = dataclasses.replace(CONFIGS[0], pages=600)
+    prompts = [[*PROMPTS[n % len(PROMPTS)], 9 + n // 5 % 14] for n in range(40)]
+    for mode in ("end", "sequential"):
+        engine = engine_on_fake_device(dataclasses.replace(config, on_invalid_block=mode))
+        ids = {
+            (branches, depth): engine.submit(
+                prompts, SamplingParams(max_tokens=90, max_branches=branches, max_depth=depth)
+            )
+            for branches, depth in ((None, None), (2, None), (None, 1), (None, 0), (1, 2))
+        }
+        done = {e.request: e.trajectory for e in engine.stream(tokens=False) if e.kind == "finish"}
+        for (branches, depth), requests in ids.items():
+            answers = [done[request] for request in requests]
+            most = config.max_branches if branches is None else branches
+            deepest = config.max_depth if depth is None else depth
+            widths = [len(b.steps) for answer in answers for b in answer.layout.blocks]
+            assert max((a.layout.depth for a in answers), default=0) <= deepest
+            assert max(widths, default=0) <= most
+            assert bool(widths) == (deepest > 0)
+            reasons = {a.finish_reason for a in answers}
+            refused = [text for a in answers for text in a.stats["refused_blocks"]]
+            refused += [a.detail for a in answers if a.finish_reason == "invalid_block"]
+            if mode == "sequential":
+                assert "invalid_block" not in reasons
+            if branches is not None:
+                assert any(f"plans, at most {branches}" in text for text in refused)
+            if depth == 0:
+                assert any("nested 1 deep, at most 0" in text for text in refused)
+
+
+def test_a_limit_above_that_of_the_engine_is_refused_by_name():
+    engine = engine_on_fake_device(CONFIGS[0])
+    with pytest.raises(ValueError, match=r"max_branches is 5, engine.max_branches is 4: raise it"):
+        engine.submit([[12]], SamplingParams(max_branches=5))
+    with pytest.raises(ValueError, match=r"max_depth is 4, engine.max_depth is 3: raise it"):
+        engine.submit([[12]], SamplingParams(max_depth=4))
+
+
 def faults():
     """Mistakes that the programs must notice."""
 

@@ -145,13 +145,16 @@ class ForkJoin:
         """Why the block that has just closed its guideline cannot be forked, or None."""
         (automaton, tags), config = self._grammar(sequence), self.config
         block, limit = automaton.stack[-1], sequence.request.max_position
-        broken = check_block(
-            sequence.own_tokens(), block.close(automaton.index), tags, config.max_branches
-        )
+        sampling, most, deepest = sequence.request.sampling, config.max_branches, config.max_depth
+        if sampling.max_branches is not None:
+            most = sampling.max_branches
+        if sampling.max_depth is not None:
+            deepest = sampling.max_depth
+        broken = check_block(sequence.own_tokens(), block.close(automaton.index), tags, most)
         if broken:
             return broken.reason
-        if sequence.depth >= config.max_depth:
-            return f"nested {sequence.depth + 1} deep, at most {config.max_depth}"
+        if sequence.depth >= deepest:
+            return f"nested {sequence.depth + 1} deep, at most {deepest}"
         num = len(block.plans)
         heads = tags.step_headers[:num]
         spare = sequence.budget - sum(map(len, heads)) - len(tags.takeaway_header)

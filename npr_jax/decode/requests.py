@@ -102,6 +102,10 @@ class RequestMaker:
                 f"{len(stops)} ids end or stop a sequence (stop_token_ids, ends of text, tags), "
                 f"engine.max_stops is {self.config.max_stops}: raise it, or stop at fewer"
             )
+        for key in ("max_branches", "max_depth"):
+            asked, most = getattr(sampling, key), getattr(self.config, key)
+            if asked is not None and asked > most:
+                raise ValueError(f"{key} is {asked}, engine.{key} is {most}: raise it, or ask less")
         least = sampling.prompt_logprobs is not None  # the program that scores is there from 1 on
         for key, asked in (
             ("logprobs", sampling.logprobs),

@@ -57,6 +57,8 @@ class SamplingParams(Checked):
       prompt_logprobs (tokens): the prompt's tokens have raw log-probs too, and as many of the
         likeliest in place of each. Needs an `engine.max_logprobs` of at least 1; the prompt is
         computed, whatever is cached of it. Null is off.
+      max_branches (branches): as `engine.max_branches`, which null takes, and at most that.
+      max_depth (levels): as `engine.max_depth`, which null takes, and at most that; 0 forks none.
     """
 
     temperature: PositiveOrZero = 1.0
@@ -75,6 +77,8 @@ class SamplingParams(Checked):
     stop: tuple[str, ...] = ()
     logprobs: Annotated[int, Range(ge=0, le=MOST_LOGPROBS)] = 0
     prompt_logprobs: Annotated[int, Range(ge=0, le=MOST_LOGPROBS)] | None = None
+    max_branches: Count | None = None
+    max_depth: CountOrZero | None = None
 
     def __post_init__(self):
         super().__post_init__()
