@@ -46,6 +46,8 @@ def lanes_of(knobs):
         min_p=column("min_p", jnp.float32),
         penalty=jnp.ones(len(knobs)),
         stops=jnp.full((len(knobs), 1), -1),
+        ends=jnp.zeros(len(knobs), int),
+        ends_from=jnp.zeros(len(knobs), int),
     )
 
 

@@ -50,20 +50,28 @@ def cut(tokens: list[int], stops) -> tuple[int, str] | None:
 STOPS = st.lists(st.text("0129", min_size=1, max_size=5), min_size=1, max_size=3)
 
 
-@given(stops=STOPS, seed=st.integers(0, 20), first=st.integers(9, 22))
+@given(
+    stops=STOPS,
+    seed=st.integers(0, 20),
+    first=st.integers(9, 22),
+    least=st.sampled_from([0, 0, 1, 2, 3, 5, 9, 60]),
+)
 @settings(max_examples=examples(60), deadline=None)
-def test_a_line_ends_before_the_first_of_the_texts(stops, seed, first):
+def test_a_line_ends_before_the_first_of_the_texts(stops, seed, first, least):
+    """Looked for in what it draws behind the first `min_tokens`."""
     engine = engine_of()
     prompt = [first, 9 + seed % 14]
     (free,) = engine.generate([prompt], LINE)
     ends = engine.model_config.eos_token_ids
     drawn = [token for token in free.response_ids.tolist() if token not in ends]
-    sampling = dataclasses.replace(LINE, stop=tuple(stops))
+    sampling = dataclasses.replace(LINE, stop=tuple(stops), min_tokens=least)
     (request,) = engine.submit([prompt], sampling)
     events = list(engine.stream())
     answer = events[-1].trajectory
     told = "".join(event.text or "" for event in events if event.request == request)
-    expected = cut(drawn, stops)
+    expected = cut(drawn[least:], stops)
+    if expected:
+        expected = least + expected[0], Digits().decode(drawn[:least]) + expected[1]
     if expected is None:
         np.testing.assert_array_equal(answer.token_ids, free.token_ids)
         assert (answer.text, answer.finish_reason) == (free.text, free.finish_reason)

@@ -158,6 +158,8 @@ def wanted(hint: Any, bounds: Range | None = None) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(wanted(arg, bounds) for arg in args)
     if origin is tuple:
+        if len({*args} - {...}) > 1:
+            return f"a tuple of {len(args)}, {' and '.join(wanted(arg, bounds) for arg in args)}"
         return f"a tuple, of each {wanted(args[0], bounds)}"
     if hint in (int, float):
         return (bounds or Range()).wanted(hint)
@@ -181,7 +183,10 @@ def _take(hint: Any, value: Any, bounds: Range | None = None) -> Any:
                 needs.append(str(unfit))
         raise Unfit(" or ".join(needs))
     if origin is tuple and isinstance(value, tuple):
-        return tuple(_take(args[0], item, bounds) for item in value)
+        kinds = args[:1] * len(value) if args[-1] is ... else args
+        if len(kinds) != len(value):
+            raise Unfit(wanted(hint, bounds))
+        return tuple(_take(kind, item, bounds) for kind, item in zip(kinds, value, strict=True))
     if origin is Literal:
         right = any(value == arg and type(value) is type(arg) for arg in args)
     else:

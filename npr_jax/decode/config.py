@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from npr_jax.base.fields import Checked, Count, CountOrZero, Range
 from npr_jax.decode.attention import Implementation
-from npr_jax.decode.sampling import MOST_LOGPROBS
+from npr_jax.decode.sampling import MOST_BIASES, MOST_LOGPROBS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +34,8 @@ class EngineConfig(Checked):
         on one CPU device, with attention and cache_dtype null.
       max_logprobs (tokens): the most of the likeliest that `sampling.logprobs` and
         `prompt_logprobs` may ask for; 0 leaves both out of the compiled programs.
+      max_logit_bias (pairs): that `sampling.logit_bias` may have; 0 leaves it out of the compiled
+        programs.
 
     On a mesh lanes, pages and prefill rows are those of each replica.
     """
@@ -55,6 +57,7 @@ class EngineConfig(Checked):
     attention: Implementation | None = None
     exact: bool = False
     max_logprobs: Annotated[int, Range(ge=0, le=MOST_LOGPROBS)] = 0
+    max_logit_bias: Annotated[int, Range(ge=0, le=MOST_BIASES)] = 0
 
     def __post_init__(self):
         super().__post_init__()

@@ -83,8 +83,10 @@ class ForkJoin:
 
     def _searched(self, sequence: Sequence, tokens: list[int]) -> int:
         """How many of these there are up to the one that completes a text which ends the line."""
+        request, position = sequence.request, sequence.position
         for count, token in enumerate(tokens, 1):
-            sequence.stop.add(token, known=token in sequence.request.ends)
+            early = position + count < request.ends_from
+            sequence.stop.add(token, known=early or token in request.ends)
             if sequence.stop.found:
                 return count
         return len(tokens)

@@ -33,6 +33,7 @@ class Lanes:
         self._mark, self._once = mark, once
         num_lanes = len(seen)
         self._bound: list[tuple[Sequence, int] | None] = [None] * num_lanes  # with its epoch
+        biases = num_lanes, config.max_logit_bias
         self._knobs = LaneSampling(
             key=np.zeros((num_lanes, 2), np.uint32),
             temperature=np.ones(num_lanes, np.float32),
@@ -41,7 +42,11 @@ class Lanes:
             min_p=np.zeros(num_lanes, np.float32),
             penalty=np.ones(num_lanes, np.float32),
             stops=np.full((num_lanes, config.max_stops), -1, np.int32),
+            ends=np.zeros(num_lanes, np.int32),
+            ends_from=np.zeros(num_lanes, np.int32),
             logprobs=np.zeros(num_lanes, bool) if config.max_logprobs else None,
+            bias_ids=np.full(biases, -1, np.int32) if config.max_logit_bias else None,
+            bias=np.zeros(biases, np.float32) if config.max_logit_bias else None,
         )
         none = np.zeros(num_lanes, np.int32)
         self._resting = put(np.zeros(num_lanes, bool)), put(_state(none, none))
@@ -71,7 +76,7 @@ class Lanes:
             if bound != self._bound[lane]:
                 self._bound[lane] = bound
                 restarted.append(lane)
-                self._knobs.penalty[lane] = 1
+                self._unbind(lane)
                 if sequence:
                     self._bind(lane, sequence)
             elif sequence:
@@ -119,6 +124,13 @@ class Lanes:
             self.seen = self._mark(self.seen, *self._once((fresh, some)))
             fresh = np.zeros_like(fresh)
 
+    def _unbind(self, lane: int) -> None:
+        """Lets the lane ask for nothing that would have to be computed for it."""
+        knobs = self._knobs
+        knobs.penalty[lane], knobs.ends_from[lane] = 1, 0
+        if knobs.bias_ids is not None:
+            knobs.bias_ids[lane] = -1
+
     def _bind(self, lane: int, sequence: Sequence) -> None:
         """Writes a sequence's table and knobs into its lane."""
         self.tables.set(lane, sequence.table)
@@ -133,8 +145,13 @@ class Lanes:
             knobs.penalty[lane] = sampling.step_repetition_penalty
         if knobs.logprobs is not None:
             knobs.logprobs[lane] = sampling.logprobs > 0
+        if knobs.bias_ids is not None and knobs.bias is not None:
+            for number, (token, bias) in enumerate(sampling.logit_bias):
+                knobs.bias_ids[lane, number], knobs.bias[lane, number] = token, bias
         knobs.stops[lane] = -1
         knobs.stops[lane, : len(sequence.request.stops)] = sequence.request.stops
+        knobs.ends[lane] = len(sequence.request.ends)
+        knobs.ends_from[lane] = sequence.request.ends_from if sampling.min_tokens else 0
 
 
 def _state(tokens, left, frozen: bool = False) -> LaneState:

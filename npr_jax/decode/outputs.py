@@ -139,7 +139,8 @@ class Outputs:
             if not request.on_event and (request.quiet or not self.tokens):
                 return  # nobody listens
             sequence.untold += 1
-        self._untold.append((sequence, kind, tokens, figures, branches))
+        begin = sequence.position + 1 - len(tokens)  # where these stand
+        self._untold.append((sequence, kind, begin, tokens, figures, branches))
 
     def deliver(self) -> None:
         """Tells what has happened. Callbacks run here, so no lane or page is being changed; what
@@ -165,7 +166,7 @@ class Outputs:
         if raised:
             raise raised
 
-    def _tell_all(self, sequence: Sequence, kind: str, tokens, figures, branches) -> None:
+    def _tell_all(self, sequence: Sequence, kind: str, begin, tokens, figures, branches) -> None:
         request = sequence.request
         if kind != "token":
             scores = request.scores if kind == "prompt" else None
@@ -179,7 +180,8 @@ class Outputs:
         for i, token in enumerate(tokens):
             if request.silent:
                 return
-            known = logp is None or token in request.ends
+            early = begin + i < request.ends_from
+            known = early or logp is None or token in request.ends
             text = self._text(sequence, token, known, over and i + 1 == len(tokens))
             event = Event(
                 kind,

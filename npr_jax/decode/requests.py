@@ -96,6 +96,14 @@ class RequestMaker:
         for token in sampling.stop_token_ids:
             if token >= vocab:
                 raise ValueError(f"stop_token_ids holds {token}, needed are ids below {vocab}")
+        for token, _ in sampling.logit_bias:
+            if token >= vocab:
+                raise ValueError(f"logit_bias has the id {token}, needed are ids below {vocab}")
+        if len(sampling.logit_bias) > self.config.max_logit_bias:
+            raise ValueError(
+                f"logit_bias has {len(sampling.logit_bias)} entries, engine.max_logit_bias is "
+                f"{self.config.max_logit_bias}: raise it, or bias fewer tokens"
+            )
         stops = self._stops(sampling)
         if len(stops) > self.config.max_stops:
             raise ValueError(

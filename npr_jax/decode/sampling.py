@@ -18,7 +18,7 @@ from npr_jax.base.fields import Checked, Count, CountOrZero, Positive, PositiveO
 from npr_jax.decode.keys import PRNG, TOKEN
 
 Array = Any  # of JAX on the device, of NumPy on the host, or a shape alone
-MOST_LOGPROBS = 20  # that an engine can give for a token, as OpenAI's
+MOST_LOGPROBS, MOST_BIASES = 20, 300  # of a token, of an answer: the limits of OpenAI's API
 SLACK = 1e-6  # by which a float32 probability or sum may miss what was asked for
 
 
@@ -26,8 +26,10 @@ SLACK = 1e-6  # by which a float32 probability or sum may miss what was asked fo
 class SamplingParams(Checked):
     """What a caller may ask for.
 
-    A token is drawn from what the knobs leave of the distribution, in this order: the penalties
-    change the logits, which are divided by the temperature; of the tokens sorted by probability
+    A token is drawn from what the knobs leave of the distribution, in this order: the repetition
+    penalty changes the logits; `presence_penalty` and `frequency_penalty` are subtracted;
+    `logit_bias` is added, and ends of text that `min_tokens` forbids are taken out; all are divided
+    by the temperature; of the tokens sorted by probability
     (falling; equal ones by id, rising) the first `top_k` stay; of these, with probabilities that
     sum to 1 again, the fewest whose sum is `top_p` or more (less 1e-6, for rounding); of these,
     those with at least `min_p` times the probability of the first (less a millionth of it). The
@@ -59,6 +61,12 @@ class SamplingParams(Checked):
         computed, whatever is cached of it. Null is off.
       max_branches (branches): as `engine.max_branches`, which null takes, and at most that.
       max_depth (levels): as `engine.max_depth`, which null takes, and at most that; 0 forks none.
+      min_tokens (tokens): of the response that the path of a line must hold before the line may
+        end. Until its position is so many behind the prompt's end, a line (trunk or branch) draws
+        none of the model's own ends of text nor of `stop_token_ids`, and what it draws is not
+        searched for `stop`; tags are drawn as ever. At most `max_tokens`.
+      logit_bias (pairs): of a token's id and what is added to its logit, -100 to ban it as good as
+        surely; at most `engine.max_logit_bias`.
     """
 
     temperature: PositiveOrZero = 1.0
@@ -79,17 +87,31 @@ class SamplingParams(Checked):
     prompt_logprobs: Annotated[int, Range(ge=0, le=MOST_LOGPROBS)] | None = None
     max_branches: Count | None = None
     max_depth: CountOrZero | None = None
+    min_tokens: CountOrZero = 0
+    logit_bias: tuple[tuple[CountOrZero, float], ...] = ()
 
     def __post_init__(self):
         super().__post_init__()
         if "" in self.stop:
             raise ValueError(f"stop is {list(self.stop)}, needed are texts that are not empty")
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(
+                f"min_tokens is {self.min_tokens}, needed is at most max_tokens={self.max_tokens}"
+            )
+        ids = [token for token, _ in self.logit_bias]
+        if len(ids) > MOST_BIASES or len(ids) > len({*ids}):
+            raise ValueError(
+                f"logit_bias has {len(ids)} entries for {len({*ids})} tokens, needed are one for "
+                f"each, and at most {MOST_BIASES}"
+            )
 
 
 @struct.dataclass
 class LaneSampling:
     """The knobs of R lanes: `key` uint32[R, 2]; `temperature`, `top_p`, `min_p` and `penalty`
-    f32[R]; `top_k` i32[R]; `stops` i32[R, E], token ids (-1: unused); `logprobs` bool[R], whether
+    f32[R]; `top_k` i32[R]; `stops` i32[R, E], token ids (-1: unused), of which the first `ends`
+    i32[R] end the text, and are not drawn below the position `ends_from` i32[R]; `bias_ids` i32[R,
+    B] (-1: unused) and `bias` f32[R, B] (None: the engine takes none); `logprobs` bool[R], whether
     it wants the likeliest tokens (None: the engine gives none)."""
 
     key: Array
@@ -99,7 +121,11 @@ class LaneSampling:
     min_p: Array
     penalty: Array
     stops: Array
+    ends: Array
+    ends_from: Array
     logprobs: Array | None = None
+    bias_ids: Array | None = None
+    bias: Array | None = None
 
 
 def _filter(logits: jax.Array, lanes: LaneSampling, wanted: jax.Array) -> jax.Array:
@@ -200,17 +226,28 @@ def sample(
       perturbed logits; `log_sum_exp` of the raw logits, f32[R].
     """
     greedy = lanes.temperature == 0
+    endless = positions < lanes.ends_from
+    differs = (lanes.penalty != 1) | endless
+    if lanes.bias_ids is not None:
+        differs |= lanes.bias_ids[:, 0] >= 0
 
-    def penalised():
+    def changed():
         penalty = lanes.penalty[:, None]
         scaled = jnp.where(logits > 0, logits / penalty, logits * penalty)
-        return jnp.where(seen(), scaled, logits)
+        x = jnp.where(seen(), scaled, logits)
+        end = endless[:, None] & (jnp.arange(lanes.stops.shape[1]) < lanes.ends[:, None])
+        ids, added = jnp.where(end, lanes.stops, -1), jnp.full(end.shape, -jnp.inf)
+        if lanes.bias_ids is not None and lanes.bias is not None:
+            ids = jnp.concatenate([ids, lanes.bias_ids], axis=1)
+            added = jnp.concatenate([added, lanes.bias], axis=1)
+        ids = jnp.where(ids < 0, logits.shape[-1], ids)  # past the end: none
+        return x.at[jnp.arange(len(x))[:, None], ids].add(added, mode="drop")
 
     # Divided in both branches, or the one without would copy the logits.
     temperature = jnp.where(greedy, 1.0, lanes.temperature)[:, None]
     shaped = jax.lax.cond(
-        jnp.any(lanes.penalty != 1),
-        lambda: penalised() / temperature,
+        jnp.any(differs),
+        lambda: changed() / temperature,
         lambda: logits / temperature,
     )
     filters = (lanes.top_k > 0) | (lanes.top_p < 1) | (lanes.min_p > 0)

@@ -201,10 +201,10 @@ class Request:
     `id`: the order of arrival, which is the priority; `replica`: where it decodes; `on_event`: the
     caller's; `quiet`: no consumer wants its tokens; `end`: why it ended (reason, detail), told or
     not; `silent`: nothing but its finish will be told; `ends`: ids that end the text; `stops`: ids
-    at which a lane freezes; `scores`: of its prompt, if they are asked for; `echoed`: they are
-    told, or will be; `running`: whether its tables hold pages; `passed`: later answers that
-    have started before it; `refused`: why blocks went on sequentially; `tree`: the layout that is
-    replayed; `cached`: tokens of its prompt that were not computed for it.
+    at which a lane freezes, `ends` first; `scores`: of its prompt, if they are asked for; `echoed`:
+    they are told, or will be; `running`: whether its tables hold pages; `passed`: later answers
+    that have started before it; `refused`: why blocks went on sequentially; `tree`: the layout that
+    is replayed; `cached`: tokens of its prompt that were not computed for it.
     """
 
     def __init__(self, number: int, sampling: SamplingParams, prompt_len: int, max_position: int):
@@ -223,6 +223,11 @@ class Request:
         self.running = False
         self.preempted = self.passed = self.cached = 0
         self.refused: list[str] = []
+
+    @property
+    def ends_from(self) -> int:
+        """The position from which on a line may end."""
+        return self.prompt_len + self.sampling.min_tokens
 
     @property
     def length(self) -> int:

@@ -68,6 +68,7 @@ INPUTS = (
 LATER: tuple[str, ...] = (
     "engine.exact",
     "engine.max_logprobs",
+    "engine.max_logit_bias",
     "train.exact",
     "fit.train.exact",
     *(
