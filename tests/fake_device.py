@@ -98,9 +98,9 @@ class Device:
     @staticmethod
     def mark(seen, fresh, tokens):
         seen = seen.copy()
-        seen[fresh] = False
-        row, token = tokens[tokens[:, 0] < len(seen)].T
-        seen[row, token] = True
+        seen[fresh] = 0
+        row, token, number = tokens[tokens[:, 0] < len(seen)].T
+        seen[row, token] = number
         return seen
 
     def decode(
@@ -145,11 +145,14 @@ class Device:
                 self._write(rows, r, ranks[r], tokens[r], positions[r])
             for r in np.flatnonzero(live):
                 tokens_seen, positions_seen = self._seen(rows, r, ranks[r])
-                if lanes.penalty[r] != 1:
-                    expected = np.unique(tokens_seen)
-                    np.testing.assert_array_equal(np.flatnonzero(seen[pick[number[r]]]), expected)
+                if lanes.penalty[r] != 1 or lanes.presence[r] or lanes.frequency[r]:
+                    # The response begins at `ends_from`, as nobody here asks for `min_tokens`.
+                    own = tokens_seen[positions_seen >= lanes.ends_from[r]]
+                    expected = np.bincount(own, minlength=seen.shape[1])
+                    expected[np.unique(tokens_seen)] += 1
+                    np.testing.assert_array_equal(seen[pick[number[r]]], expected)
                 token = draw(tokens_seen, positions_seen)
-                seen[pick[number[r]], token] = True
+                seen[pick[number[r]], token] = max(1, seen[pick[number[r]], token]) + 1
                 drawn[r, step] = tokens[r] = token
                 stopped[r] = frozen[r] = token in lanes.stops[r]
             count += live
@@ -282,6 +285,7 @@ def run_program(config: EngineConfig, program: list[tuple[str, int]]) -> dict[st
                 repetition_penalty=1 + value % 7 // 5,  # which changes nothing that `draw` draws
                 step_repetition_penalty=1 + value % 5 // 3,
                 prompt_logprobs=None if value % 4 else 0,
+                frequency_penalty=0.0 if value % 3 else 0.5,
             )
             callback = abort_at(value % 9, value // 4) if value % 3 == 0 else None
             new = engine.submit([prompt], sampling, callback)

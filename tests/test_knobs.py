@@ -11,6 +11,7 @@ from engine_checks import CONFIG, same
 from fake_device import CONFIGS, engine_on_fake_device
 
 from npr_jax.decode import Engine, EngineConfig, SamplingParams, fork_join
+from npr_jax.decode.steps import add_seen
 from npr_jax.model.score import logits
 
 PROMPTS = [[12, 13, 20], [22], [20, 21, 22, 12, 13, 14] * 3]
@@ -20,7 +21,12 @@ KNOBS = {
     "min_tokens": {"min_tokens": 40},
     "min_tokens of stops": {"min_tokens": 12, "stop_token_ids": (21, 13), "ignore_eos": True},
     "bias": {"logit_bias": ((12, -100.0), (21, 3.0), (2, 1.5))},
+    "presence": {"presence_penalty": 1.5},
+    "frequency": {"frequency_penalty": 0.6},
+    "more of the same": {"frequency_penalty": -0.3, "presence_penalty": -1.0},
     "all": {
+        "presence_penalty": 0.7,
+        "frequency_penalty": 0.2,
         "min_tokens": 30,
         "logit_bias": ((12, -100.0), (2, 9.0), (13, 1.0)),
         "repetition_penalty": 1.5,
@@ -65,6 +71,9 @@ def check(answer, s: SamplingParams):
         penalty = (inside and s.step_repetition_penalty) or s.repetition_penalty
         ids = np.unique(tokens[sees])
         x[ids] = np.where(x[ids] > 0, x[ids] / penalty, x[ids] * penalty)
+        own = sees[sees >= answer.prompt_len]  # the prompt's are the first of the tokens
+        counts = np.bincount(tokens[own], minlength=len(x))
+        x -= s.presence_penalty * (counts > 0) + s.frequency_penalty * counts
         for token, bias in s.logit_bias:
             x[token] += bias
         if tree.positions[t] - answer.prompt_len < s.min_tokens:
@@ -129,6 +138,14 @@ def test_a_bias_is_for_the_lane_that_has_it():
     assert not {20, 21} & {*found[1].response_ids.tolist()}
 
 
+def test_counts_stop_at_the_largest_number():
+    seen = np.zeros((2, 3), np.uint16)
+    seen[0] = 65534, 65535, 1
+    rows, tokens = np.array([0, 0, 0, 1, 2]), np.array([0, 1, 2, 0, 1])
+    found = np.asarray(add_seen(jax.numpy.asarray(seen), rows, tokens))
+    np.testing.assert_array_equal(found, [[65535, 65535, 2], [2, 0, 0]])
+
+
 def test_what_cannot_be_is_refused_by_name():
     engine = engine_on_fake_device(dataclasses.replace(CONFIGS[0], max_logit_bias=2))
     for error, refused in (
@@ -143,6 +160,7 @@ def test_what_cannot_be_is_refused_by_name():
         engine.submit([[12]], SamplingParams(logit_bias=((40, 1.0),)))
     for error, knobs in (
         ("min_tokens is 9, needed is at most max_tokens=8", {"min_tokens": 9, "max_tokens": 8}),
+        ("presence_penalty is 2.1, needed is a finite number from -2", {"presence_penalty": 2.1}),
         ("logit_bias has 301 entries", {"logit_bias": tuple((i, 1.0) for i in range(301))}),
         ("logit_bias has 2 entries for 1 tokens", {"logit_bias": ((1, 1.0), (1, 2.0))}),
         ("logit_bias is .*needed is 0, or a number", {"logit_bias": ((1, float("inf")),)}),

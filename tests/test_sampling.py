@@ -12,7 +12,7 @@ from npr_jax.decode.sampling import LaneSampling, sample
 
 OFF = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 VOCAB, LANES = 8, 3
-SAMPLE = jax.jit(lambda x, *args: sample(x, *args, lambda: jnp.zeros(x.shape, bool)))
+SAMPLE = jax.jit(lambda x, *args: sample(x, *args, lambda: jnp.zeros(x.shape, jnp.uint16)))
 
 
 def oracle(logits, temperature, top_k, top_p, min_p):
@@ -45,6 +45,8 @@ def lanes_of(knobs):
         top_k=column("top_k", jnp.int32),
         min_p=column("min_p", jnp.float32),
         penalty=jnp.ones(len(knobs)),
+        presence=jnp.zeros(len(knobs)),
+        frequency=jnp.zeros(len(knobs)),
         stops=jnp.full((len(knobs), 1), -1),
         ends=jnp.zeros(len(knobs), int),
         ends_from=jnp.zeros(len(knobs), int),

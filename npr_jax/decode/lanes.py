@@ -5,6 +5,7 @@ written when a sequence is bound to it, or begins a new epoch on it (`Sequence.e
 are these arrays written; each is sent again where it has changed.
 """
 
+import collections
 from collections import abc
 
 import jax
@@ -23,9 +24,9 @@ class Lanes:
     """The arrays of R lanes, with their tables; `put` sends host arrays to the device, `once` makes
     them arguments of a call, and `mark(seen, fresh, tokens)` is the compiled step of that name.
 
-    Attributes, on the device: `knobs`; `state` and `seen` bool[R, V], the tokens that lanes with a
-    penalty see, which the compiled step gives back and the runner stores; `_no_tokens` i32[R, N]
-    for "draw all".
+    Attributes, on the device: `knobs`; `state` and `seen` uint16[R, V], what lanes with a penalty
+    see (steps.add_seen), which the compiled step gives back and the runner stores; `_no_tokens`
+    i32[R, N] for "draw all".
     """
 
     def __init__(self, config: EngineConfig, tables: Tables, seen, mark: abc.Callable, put, once):
@@ -41,6 +42,8 @@ class Lanes:
             top_k=np.zeros(num_lanes, np.int32),
             min_p=np.zeros(num_lanes, np.float32),
             penalty=np.ones(num_lanes, np.float32),
+            presence=np.zeros(num_lanes, np.float32),
+            frequency=np.zeros(num_lanes, np.float32),
             stops=np.full((num_lanes, config.max_stops), -1, np.int32),
             ends=np.zeros(num_lanes, np.int32),
             ends_from=np.zeros(num_lanes, np.int32),
@@ -92,7 +95,9 @@ class Lanes:
                 tail, last = sequence.tail, len(sequence.tail.tokens) - 1
                 at = tail.tokens[last], tail.start + last, tail.offset + last, sequence.left
                 where[:, lane], frozen[lane] = at, False
-        penalised = [lane for lane in restarted if self._knobs.penalty[lane] != 1]
+        knobs = self._knobs
+        counted = (knobs.penalty != 1) | (knobs.presence != 0) | (knobs.frequency != 0)
+        penalised = [lane for lane in restarted if counted[lane]]
         if penalised:
             self.mark({lane: sequence for lane in penalised if (sequence := here[lane])})
         tokens, positions, ranks, left = where
@@ -114,13 +119,13 @@ class Lanes:
         fresh = np.zeros(len(self), bool)
         fresh[list(sequences)] = True
         seen = [
-            (lane, token)
+            (lane, token, number)
             for lane, sequence in sequences.items()
-            for token in {token for segment in sequence.table for token in segment.tokens}
+            for token, number in _seen(sequence).items()
         ]
         for first in range(0, max(1, len(seen)), MARKS):
-            some = np.full((MARKS, 2), len(self), np.int32)  # a lane that is not there
-            some[: len(seen) - first] = np.reshape(seen[first : first + MARKS], (-1, 2))
+            some = np.full((MARKS, 3), len(self), np.int32)  # a lane that is not there
+            some[: len(seen) - first] = np.reshape(seen[first : first + MARKS], (-1, 3))
             self.seen = self._mark(self.seen, *self._once((fresh, some)))
             fresh = np.zeros_like(fresh)
 
@@ -128,6 +133,7 @@ class Lanes:
         """Lets the lane ask for nothing that would have to be computed for it."""
         knobs = self._knobs
         knobs.penalty[lane], knobs.ends_from[lane] = 1, 0
+        knobs.presence[lane] = knobs.frequency[lane] = 0
         if knobs.bias_ids is not None:
             knobs.bias_ids[lane] = -1
 
@@ -141,6 +147,8 @@ class Lanes:
         knobs.top_k[lane] = sampling.top_k
         knobs.min_p[lane] = sampling.min_p
         knobs.penalty[lane] = sampling.repetition_penalty
+        knobs.presence[lane] = sampling.presence_penalty
+        knobs.frequency[lane] = sampling.frequency_penalty
         if sequence.depth and sampling.step_repetition_penalty:
             knobs.penalty[lane] = sampling.step_repetition_penalty
         if knobs.logprobs is not None:
@@ -151,7 +159,19 @@ class Lanes:
         knobs.stops[lane] = -1
         knobs.stops[lane, : len(sequence.request.stops)] = sequence.request.stops
         knobs.ends[lane] = len(sequence.request.ends)
-        knobs.ends_from[lane] = sequence.request.ends_from if sampling.min_tokens else 0
+        knobs.ends_from[lane] = sequence.request.ends_from
+
+
+def _seen(sequence: Sequence) -> dict[int, int]:
+    """Of every token that a sequence sees, 1 and how often the response holds it."""
+    prompt: set[int] = set()
+    response: collections.Counter[int] = collections.Counter()
+    for segment in sequence.table:
+        cut = max(0, sequence.request.prompt_len - segment.start)
+        prompt.update(segment.tokens[:cut])
+        response.update(segment.tokens[cut:])
+    most = np.iinfo(np.uint16).max - 1
+    return dict.fromkeys(prompt, 1) | {t: 1 + min(n, most) for t, n in response.items()}
 
 
 def _state(tokens, left, frozen: bool = False) -> LaneState:

@@ -186,7 +186,7 @@ class Runner:
         self._pool = None
         self._scored: list[tuple[Scored, tuple]] = []  # that no pending step tells of yet
         lanes = self.replicas * self.config.lanes
-        seen = np.zeros((lanes, self.model_config.padded_vocab_size), bool)
+        seen = np.zeros((lanes, self.model_config.padded_vocab_size), np.uint16)
         seen, mark = self._put(seen, P("data")), self._steps.mark
         tables = self._tables(lanes)
         self._lanes = Lanes(self.config, tables, seen, mark, self._put, self._once)

@@ -65,6 +65,10 @@ class SamplingParams(Checked):
         end. Until its position is so many behind the prompt's end, a line (trunk or branch) draws
         none of the model's own ends of text nor of `stop_token_ids`, and what it draws is not
         searched for `stop`; tags are drawn as ever. At most `max_tokens`.
+      presence_penalty: subtracted from the logits of tokens that the line sees in the response:
+        what the engine wrote included, the prompt not; in a branch the trunk's so far and its own,
+        and after a join all branches'.
+      frequency_penalty: the same, times how often it holds them.
       logit_bias (pairs): of a token's id and what is added to its logit, -100 to ban it as good as
         surely; at most `engine.max_logit_bias`.
     """
@@ -88,6 +92,8 @@ class SamplingParams(Checked):
     max_branches: Count | None = None
     max_depth: CountOrZero | None = None
     min_tokens: CountOrZero = 0
+    presence_penalty: Annotated[float, Range(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[float, Range(ge=-2, le=2)] = 0.0
     logit_bias: tuple[tuple[CountOrZero, float], ...] = ()
 
     def __post_init__(self):
@@ -108,11 +114,12 @@ class SamplingParams(Checked):
 
 @struct.dataclass
 class LaneSampling:
-    """The knobs of R lanes: `key` uint32[R, 2]; `temperature`, `top_p`, `min_p` and `penalty`
-    f32[R]; `top_k` i32[R]; `stops` i32[R, E], token ids (-1: unused), of which the first `ends`
-    i32[R] end the text, and are not drawn below the position `ends_from` i32[R]; `bias_ids` i32[R,
-    B] (-1: unused) and `bias` f32[R, B] (None: the engine takes none); `logprobs` bool[R], whether
-    it wants the likeliest tokens (None: the engine gives none)."""
+    """The knobs of R lanes: `key` uint32[R, 2]; `temperature`, `top_p`, `min_p`, `penalty` (for
+    repetition), `presence` and `frequency` f32[R]; `top_k` i32[R]; `stops` i32[R, E], token ids
+    (-1: unused), of which the first `ends` i32[R] end the text, and are not drawn below the
+    position `ends_from` i32[R]; `bias_ids` i32[R, B] (-1: unused) and `bias` f32[R, B] (None:
+    the engine takes none); `logprobs` bool[R], whether it wants the likeliest tokens (None: the
+    engine gives none)."""
 
     key: Array
     temperature: Array
@@ -120,6 +127,8 @@ class LaneSampling:
     top_k: Array
     min_p: Array
     penalty: Array
+    presence: Array
+    frequency: Array
     stops: Array
     ends: Array
     ends_from: Array
@@ -217,7 +226,7 @@ def sample(
       positions: i32[R], of the tokens to be drawn.
       given: i32[R]; a token to take instead of drawing, or -1.
       lanes: the knobs.
-      seen: gives bool[R, V], the tokens that the penalty applies to; used where a lane has one.
+      seen: gives uint16[R, V], what lines see (`steps.add_seen`); used where a lane has a penalty.
       log_sum_exp: of f32[R, V] over each row, f32[R]; None is JAX's.
 
     Returns:
@@ -227,14 +236,18 @@ def sample(
     """
     greedy = lanes.temperature == 0
     endless = positions < lanes.ends_from
-    differs = (lanes.penalty != 1) | endless
+    counted = (lanes.penalty != 1) | (lanes.presence != 0) | (lanes.frequency != 0)
+    differs = counted | endless
     if lanes.bias_ids is not None:
         differs |= lanes.bias_ids[:, 0] >= 0
 
     def changed():
         penalty = lanes.penalty[:, None]
         scaled = jnp.where(logits > 0, logits / penalty, logits * penalty)
-        x = jnp.where(seen(), scaled, logits)
+        counts = seen()
+        x = jnp.where(counts > 0, scaled, logits)
+        drawn = jnp.maximum(counts, 1) - 1  # of the response
+        x -= lanes.presence[:, None] * (drawn > 0) + lanes.frequency[:, None] * drawn
         end = endless[:, None] & (jnp.arange(lanes.stops.shape[1]) < lanes.ends[:, None])
         ids, added = jnp.where(end, lanes.stops, -1), jnp.full(end.shape, -jnp.inf)
         if lanes.bias_ids is not None and lanes.bias is not None:

@@ -266,7 +266,7 @@ def _decode(
       state: of the last call. Lanes where `restart` bool[R] take `restarted` instead.
       given: i32[R, N], tokens to take instead of drawing, or -1.
       lanes: sampling knobs; a lane freezes after one of its `stops`.
-      seen: bool[R, V], the tokens that a lane with a penalty sees, of the last call or `_mark`.
+      seen: uint16[R, V], what a lane with a penalty sees (`add_seen`), of the last call or `_mark`.
       pick: i32[W], lanes in rising order, and R for what is left over; None is all of them.
       shared: what the W have in common.
 
@@ -315,7 +315,7 @@ def _decode(
             )
         stop = on & jnp.any(new[:, None] == lanes.stops, axis=1)
         drawn = drawn.put(step, on, stop, new, *figures)
-        seen = seen.at[jnp.where(on, lane, len(restart)), new].set(True, mode="drop")
+        seen = add_seen(seen, jnp.where(on, lane, len(restart)), new)
         state = state.moved(on, stop, new)
         return step + 1, pool, state, drawn, seen
 
@@ -328,13 +328,21 @@ def _decode(
     return pool, state, seen, drawn
 
 
+def add_seen(seen, row, token):
+    """`seen` uint16[R, V] with one token [W] more in the response that each of the rows [W] sees
+    (past the end: none). Of a token that a line does not see there is 0; of others 1, and more by
+    the number in the response, up to the largest there is."""
+    old = jnp.clip(seen.at[row, token].get(mode="clip"), 1, np.iinfo(np.uint16).max - 1)
+    return seen.at[row, token].set(old + 1, mode="drop")
+
+
 def _mark(seen, fresh, tokens, first: Array = 0):
-    """`seen` bool[R, V], where rows of `fresh` bool[R] are emptied and then the (row, token)
-    `tokens` i32[K, 2] added, rows being counted from `first`."""
-    seen &= ~fresh[:, None]
-    row, token = tokens.T
+    """`seen` uint16[R, V], where rows of `fresh` bool[R] are emptied and then those of (row, token,
+    number) `tokens` i32[K, 3] set, rows being counted from `first`."""
+    seen = jnp.where(fresh[:, None], jnp.uint16(0), seen)
+    row, token, number = tokens.T
     row = jnp.where(row < first, len(seen), row - first)  # past the end: not here
-    return seen.at[row, token].set(True, mode="drop")
+    return seen.at[row, token].set(number.astype(jnp.uint16), mode="drop")
 
 
 def _write(rows: Rows, cells, ends, first: Array = 0) -> Rows:

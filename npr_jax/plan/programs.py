@@ -100,7 +100,7 @@ def decode_step(arch: ModelConfig, config: RLConfig | BetaConfig, mesh: Mesh) ->
     num_lanes = mesh.shape["data"] * engine.lanes
     rows = put(Rows.empty(num_lanes, engine.longest_table), P("data"))
     tables = Tables(rows, engine.page_size, steps.write)
-    seen = array((num_lanes, arch.padded_vocab_size), jnp.bool_, NamedSharding(mesh, P("data")))
+    seen = array((num_lanes, arch.padded_vocab_size), jnp.uint16, NamedSharding(mesh, P("data")))
     lanes = Lanes(engine, tables, seen, steps.mark, put, put)
     least, limit = array((mesh.shape["data"],), jnp.int32), array((), jnp.int32)
     shared = [tables.shared((-1,) * engine.lanes)] * mesh.shape["data"]
