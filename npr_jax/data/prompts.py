@@ -32,7 +32,7 @@ def prompt_ids(tokenizer, problem: str, instruction: str = INSTRUCTION) -> list[
 
     With a chat template: one user turn, the problem and then the instruction, and the header of the
     assistant's turn. A tokenizer without one belongs to a model that was trained on bare problems:
-    the problem's text alone, after the tokenizer's bos token if it has one.
+    the problem's text alone. Begun as the tokenizer begins texts (`begun`).
 
     Raises ValueError for an empty problem, for one that the tokenizer cannot encode, and for a
     template that cannot be used with this turn.
@@ -41,13 +41,33 @@ def prompt_ids(tokenizer, problem: str, instruction: str = INSTRUCTION) -> list[
         raise ValueError("the problem is empty, needed is some text")
     if tokenizer.chat_template:
         turn = {"role": "user", "content": f"{problem}\n\n{instruction}"}
-        try:
-            text = tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # a template is a program
-            raise ValueError(
-                f"the tokenizer's chat template cannot be used with a user's turn: {error}"
-            ) from error
-        return encode(tokenizer, text)
-    ids = encode(tokenizer, problem)
-    bos = tokenizer.bos_token_id
-    return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
+        return chat_ids(tokenizer, [turn], "a user's turn")
+    return begun(tokenizer, encode(tokenizer, problem))
+
+
+def chat_ids(tokenizer, turns: list[dict], name: str, **options) -> list[int]:
+    """Token ids of a conversation ({role, content} each) and the header of the assistant's turn;
+    `options` are the template's own.
+
+    Raises ValueError, which calls the turns by `name`, where the tokenizer's chat template cannot
+    be used with them.
+    """
+    try:
+        text = tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=True, **options
+        )
+    except Exception as error:  # a template is a program
+        raise ValueError(
+            f"the tokenizer's chat template cannot be used with {name}: {error}"
+        ) from error
+    return begun(tokenizer, encode(tokenizer, text))
+
+
+def begun(tokenizer, ids: list[int]) -> list[int]:
+    """The ids with one beginning-of-text token, where the model was trained with one: its tokenizer
+    begins texts with it, or has one and no chat template that could."""
+    begin = tokenizer.bos_token_id
+    if begin is None or ids[:1] == [begin]:
+        return ids
+    own = not tokenizer.chat_template or list(tokenizer.encode(""))[:1] == [begin]
+    return [begin, *ids] if own else ids
