@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from npr_jax.base.distributed import is_main, to_host, wait
 from npr_jax.base.fields import Dtype, wanted
 from npr_jax.base.files import DEMO, absent, hub_error, publish, writing
-from npr_jax.model.config import PRESETS, ModelConfig
+from npr_jax.model.config import PRESETS, LoraConfig, ModelConfig
 from npr_jax.model.hf import CONFIG, SourceFiles, read_config, read_params, write
 from npr_jax.model.lora import adapters_of, joined, merge, plain
 from npr_jax.model.params import check_finite, init_params
@@ -75,6 +75,7 @@ def load(
     seed: int = 0,
     tags: bool = False,
     mesh: Mesh | None = None,
+    adapter: str | Path | None = None,
 ) -> Model:
     """Loads a model.
 
@@ -86,6 +87,7 @@ def load(
       seed: of a preset's weights.
       tags: adds the eight tags to a tokenizer that lacks them (`Model.with_tags`).
       mesh: of training, on which parameters are created in parts: no device holds a whole matrix.
+      adapter: directory or hub id of adapters to `source`, whatever base they name.
 
     Raises:
       FileNotFoundError: there is no such directory, preset or reachable hub repository.
@@ -96,6 +98,14 @@ def load(
     """
     if dtype not in get_args(Dtype):
         raise ValueError(f"dtype is {dtype!r}, needed is {wanted(Dtype)}")
+    if adapter is not None:
+        directory = Path(adapter)
+        if not directory.is_dir():
+            directory = _download(str(adapter), [*TOKENIZER_FILES, "*.safetensors"])
+        if not _is_adapter(directory):
+            raise ValueError(f"{directory} has no {ADAPTER_CONFIG}: needed are adapters")
+        lora, _ = read_adapter_config(directory)
+        return _with_adapters(load(source, dtype, seed, tags, mesh), directory, lora, dtype, mesh)
     if str(source) in PRESETS:
         config = PRESETS[str(source)]
         make = functools.partial(init_params, config, dtype=dtype)
@@ -143,8 +153,15 @@ def _load_adapted(directory: Path, dtype: str, seed: int, tags: bool, mesh: Mesh
         raise type(error)(
             f"{directory / ADAPTER_CONFIG}: base_model_name_or_path: {error}"
         ) from error
+    return _with_adapters(model, directory, lora, dtype, mesh)
+
+
+def _with_adapters(
+    model: Model, directory: Path, lora: LoraConfig, dtype: str, mesh: Mesh | None
+) -> Model:
+    """A model with the adapters of a directory."""
     if model.config.lora:
-        raise ValueError(f"{directory}: the model that its adapters are for, {base}, has some too")
+        raise ValueError(f"{directory}: the model that its adapters are for has some too")
     config = dataclasses.replace(model.config, lora=lora)
     adapters = read_adapters(directory, config, dtype)
     if mesh is None:
