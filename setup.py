@@ -4,6 +4,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+SERVE = ["starlette", "uvicorn", "prometheus-client"]
+
 setup(
     name="npr-jax",
     version="0.1.0",
@@ -19,6 +21,7 @@ setup(
         "npr_jax": ["py.typed"],
         "npr_jax.configs": ["*.yaml", "**/*.yaml"],
         "npr_jax.report": ["*.js", "*.css"],
+        "npr_jax.serve": ["*.html", "*.js", "*.css"],
     },
     install_requires=[
         "jax>=0.10.2,<0.13",
@@ -42,12 +45,14 @@ setup(
         "jinja2",
     ],
     extras_require={
+        "serve": SERVE,
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
         "wandb": ["wandb"],
         "dev": [
             *("pytest", "pytest-xdist", "filelock", "hypothesis", "chex"),
             *("ruff", "pyright[nodejs]"),
+            *SERVE,
         ],
     },
     entry_points={"console_scripts": ["npr-jax=npr_jax.cli:main"]},

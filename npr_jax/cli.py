@@ -250,6 +250,74 @@ def evaluate(
 
 
 @app.command()
+def serve(
+    model: Annotated[str, typer.Option(metavar="DIR", help="Model directory or hub id.")],
+    host: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="By default the config's, 127.0.0.1.")
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(metavar="N", help="By default the config's, 8000.")
+    ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            "--api-key",
+            metavar="KEY",
+            envvar="NPR_API_KEY",
+            help="That clients have to show.",
+        ),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Of the model, for clients.")
+    ] = None,
+    adapter: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Adapters (LoRA) to the model.")
+    ] = None,
+    drain: Annotated[
+        int | None,
+        typer.Option(metavar="SECONDS", help="That answers get after SIGTERM; config's: 30."),
+    ] = None,
+    instruction: Instruction = None,
+    config: Annotated[str, typer.Option(metavar="CONFIG", help="YAML file or preset.")] = "serve",
+    overrides: Overrides = None,
+) -> None:
+    """Serve a model to clients of OpenAI's API, and a page to look at its branches.
+
+    Ends with SIGTERM or Ctrl-C, after the answers under way.
+    """
+    with _extra("serve"):
+        from npr_jax.serve.server import serve as run
+
+    from npr_jax.base.config import load_config
+    from npr_jax.serve.config import ServeConfig
+
+    given = {
+        "host": (f"--host {host}", host),
+        "port": (f"--port {port}", port),
+        "name": (f"--name {name}", name),
+        "drain": (f"--drain {drain}", drain),
+        "instruction": (f"--instruction {instruction}", instruction and _instruction(instruction)),
+    }
+    options = {key: option for key, option in given.items() if option[1] is not None}
+    settings = load_config(ServeConfig, config, overrides or (), options)
+    with _interruptible("nothing was served yet"):
+        run(model, settings, api_key, adapter, tell=functools.partial(typer.echo, err=True))
+
+
+@contextlib.contextmanager
+def _extra(name: str) -> Iterator[None]:
+    """Around imports that need an extra of the package."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("npr_jax"):
+            raise
+        raise ValueError(
+            f"{error.name} is not installed: pip install 'npr-jax[{name}]' brings it"
+        ) from error
+
+
+@app.command()
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory of a stage.")],
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="New model directory.")],
@@ -362,7 +430,7 @@ def plan(
 @app.command()
 def config(
     command: Annotated[
-        str, typer.Argument(metavar="STAGE", help="zero, beta, papo, eval or generate.")
+        str, typer.Argument(metavar="STAGE", help="zero, beta, papo, eval, generate or serve.")
     ],
 ) -> None:
     """Print every key of a stage's config: default, unit, meaning, as YAML to begin with.

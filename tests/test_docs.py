@@ -204,6 +204,8 @@ def test_the_readme_runs(home, tmp_path):
 
     (shell,) = [block for block in blocks(README, "sh") if "npr-jax generate" in block]
     shell = shell.replace("source .venv/bin/activate\n", "").replace("--set steps=10 ", "")
+    (serve,) = re.findall("npr-jax serve .*\n", shell)  # which does not end: test_serve_command.py
+    shell = shell.replace(serve, "")
     for stage, changes in SMALL.items():
         command = f"npr-jax {stage} tiny_{stage}"
         assert command in shell

@@ -22,6 +22,7 @@ ELSEWHERE = {
     "evaluate/generate.py": 1,
     "evaluate/traces.py": 1,  # with allow_nan=False
     "report/html.py": 1,  # shown as text
+    "serve/http.py": 1,  # to clients, with allow_nan=False
     "runs/digest.py": 1,
     "runs/directory.py": 2,  # of a message
     "runs/metrics.py": 1,  # whether it can be encoded

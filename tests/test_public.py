@@ -18,6 +18,7 @@ from npr_jax.base.compile_cache import DEFAULT_CACHE
 from npr_jax.cli import app
 from npr_jax.evaluate.generate import GenerateConfig
 from npr_jax.evaluate.run import EvalConfig
+from npr_jax.serve.config import ServeConfig
 from npr_jax.train.beta import BetaConfig
 from npr_jax.train.papo import PapoConfig
 from npr_jax.train.zero import ZeroConfig
@@ -33,7 +34,7 @@ MODULES = {
     "npr_jax.train.advantages": ("batch_std", "group_std"),
     "npr_jax.tree": None,
 }
-CONFIGS = (ZeroConfig, BetaConfig, PapoConfig, GenerateConfig, EvalConfig)
+CONFIGS = (ZeroConfig, BetaConfig, PapoConfig, GenerateConfig, EvalConfig, ServeConfig)
 CHANGED = """the public interface is not what tests/public.txt says:
 
 {}

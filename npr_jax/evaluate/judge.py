@@ -95,7 +95,7 @@ def judge(
     predictions = [extract(trajectory.text or "") for trajectory in trajectories]
     correct = equal_many(zip(predictions, references, strict=True))
     return [
-        Answer(trajectory, _violations(engine, trajectory), prediction, right)
+        Answer(trajectory, violations(engine, trajectory), prediction, right)
         for trajectory, prediction, right in zip(trajectories, predictions, correct, strict=True)
     ]
 
@@ -127,7 +127,8 @@ def count(
     )
 
 
-def _violations(engine: Engine, answer: Trajectory) -> list[Violation]:
+def violations(engine: Engine, answer: Trajectory) -> list[Violation]:
+    """The rules of the format that an answer breaks; without tags nothing keeps it."""
     if engine.tags is None:
         return [Violation("no_tags", answer.prompt_len, "the tokenizer has no tags")]
     limit = engine.config.max_branches

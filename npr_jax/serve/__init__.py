@@ -1,0 +1,11 @@
+"""An OpenAI-compatible server over the engine: `npr-jax serve` (docs/serving.md).
+
+    protocol    what clients send, as pydantic models; what they are answered, as typed dicts
+    asking      a body becomes token ids and SamplingParams, or an error that names the field
+    order       pieces of branches that grow at the same time, in the order of the text
+    answering   events become pieces, choices, log-probs and usage
+    app         the routes
+    server      the process: socket, warm-up, signals
+
+The engine belongs to a thread of its own (decode/async_engine.py); all else is one event loop.
+"""
