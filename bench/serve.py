@@ -2,7 +2,7 @@
 
     python bench/serve.py tiny DIR        # DIR: the demo's model; its answers have branches
     python bench/serve.py smollm2 DIR     # lines of text of one length
-    python bench/serve.py peer DIR        # SmolLM2 in `transformers serve` of --python
+    python bench/serve.py peer DIR --peer VENV/bin/transformers    # the same lines, by its `serve`
 
 The engine (and the server) have one core, the client another; in process all have one. Both sides
 by turns, each in a process of its own, with the same prompts and seeds, so the same tokens. Printed
@@ -18,6 +18,7 @@ import json
 import os
 import platform
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -29,6 +30,8 @@ LOADS = {
     # tokens of an answer at most, whether they all have so many, and how many there are a stream
     "tiny": {"max_tokens": 160, "fixed": False, "each": 24},
     "smollm2": {"max_tokens": 64, "fixed": True, "each": 3},
+    # transformers has no ignore_eos: what it says is counted, and may be shorter
+    "peer": {"max_tokens": 64, "fixed": True, "each": 2},
 }
 CONFIG = ["--set", "engine.lanes=64", "--set", "engine.pages=8192"]
 
@@ -118,24 +121,27 @@ def in_process(model: str, load: str, streams: list[int]) -> None:
         print(json.dumps(run(count, requests)), flush=True)
 
 
-async def over_http(port: int, load: str, streams: int) -> dict:
+async def over_http(port: int, load: str, streams: int, model: str | None = None) -> dict:
     """The same of a server."""
 
     async def ask(body: dict) -> tuple[list[float], int]:
-        text = json.dumps(body | {"stream": True, "stream_options": {"include_usage": True}})
+        body = body | {"stream": True, "stream_options": {"include_usage": True}}
+        text = json.dumps(body | ({"model": model} if model else {}))
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(
             b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
             b"Connection: close\r\nContent-Length: %d\r\n\r\n%s" % (len(text), text.encode())
         )
-        times, usage = [], b""
+        times, usage = [], {}
         while line := await reader.readline():
-            if line.startswith(b'data: {"id"') and b'"choices": []' not in line:
+            if not line.startswith(b"data: {"):
+                continue
+            piece = json.loads(line[6:])
+            if piece["choices"]:
                 times.append(time.perf_counter())
-            elif line.startswith(b"data: {"):
-                usage = line
+            usage = piece.get("usage") or usage
         writer.close()
-        return times, json.loads(usage[6:])["usage"]["completion_tokens"]
+        return times, usage["completion_tokens"]
 
     requests = bodies(load, streams * LOADS[load]["each"])
     await closed_loop(streams, requests[: 2 * streams], ask)
@@ -195,19 +201,56 @@ def compare(model: str, load: str, streams: list[int], rounds: int) -> dict:
     return {f"{load} {line['streams']}": line for line in lines}
 
 
+def peer(model: str, streams: list[int], rounds: int, command: str) -> dict:
+    """The server, and transformers' own, by turns; each one's own text."""
+    own, other, port = [], [], 8377
+    for _ in range(rounds):
+        with server(model) as served:
+            own.append([asyncio.run(over_http(served, "peer", count)) for count in streams])
+        options = ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        line = ["taskset", "-c", "0", command, "serve", model, *options, "--dtype", "float32"]
+        process = subprocess.Popen(line, env=environment, **quiet)
+        try:
+            while True:
+                with contextlib.suppress(OSError):
+                    socket.create_connection(("127.0.0.1", port)).close()
+                    break
+                time.sleep(0.2)
+            other.append([asyncio.run(over_http(port, "peer", count, model)) for count in streams])
+        finally:
+            process.terminate()
+            process.wait(30)
+        print(json.dumps([own[-1], other[-1]]), flush=True)
+    lines = {}
+    for i, count in enumerate(streams):
+        sides = {
+            side: statistics.median(run[i]["tokens_per_s"] for run in runs)
+            for side, runs in (("npr_jax", own), ("transformers", other))
+        }
+        lines[f"peer {count}"] = {"model": "peer", "streams": count, "rounds": rounds, **sides}
+        print(json.dumps(lines[f"peer {count}"]))
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("load", choices=[*LOADS])
     parser.add_argument("model")
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--peer", metavar="TRANSFORMERS", help="the command of another venv")
     parser.add_argument("--alone", type=int, nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.alone:
         in_process(options.model, options.load, options.alone)
         return
     os.sched_setaffinity(0, {1})
-    lines = compare(options.model, options.load, options.streams, options.rounds)
+    if options.load == "peer":
+        lines = peer(options.model, options.streams, options.rounds, options.peer)
+    else:
+        lines = compare(options.model, options.load, options.streams, options.rounds)
     kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     kept |= {name: line | {"date": f"{datetime.date.today()}"} for name, line in lines.items()}
     kept["machine"] = f"{platform.machine()}, a core each for server and client"

@@ -188,6 +188,48 @@ def small_figures() -> list[str]:
     ]
 
 
+def serving() -> list[str]:
+    """What the server costs; nothing until bench/serve.py has run."""
+    if not (RESULTS / "serve.json").exists():
+        return []
+    found = load("serve")
+    rows, others = [], []
+    for line in found.values():
+        if not isinstance(line, dict):
+            continue
+        if line["model"] == "peer":
+            others.append(
+                f"{line['streams']} streams {line['npr_jax']:,.0f} and {line['transformers']:,.0f}"
+            )
+            continue
+        alone, served, ratios = line["in process"], line["server"], line["ratios"]
+        rows.append(
+            [
+                line["model"],
+                line["streams"],
+                f"{alone['tokens_per_s']:,.0f}",
+                f"{served['tokens_per_s']:,.0f}",
+                f"{100 * ratios['tokens_per_s']:.0f}%",
+                f"{1e3 * served['first_s']:,.0f}",
+                f"{ratios['first_s']:.2f}",
+                f"{1e3 * served['between_s']:,.0f}",
+                f"{ratios['between_s']:.2f}",
+                line["date"],
+            ]
+        )
+    head = ["model", "streams", "in process, tokens/s", "server, tokens/s", "share"]
+    head += ["first piece, ms", "ratio", "between pieces, ms", "ratio", "date"]
+    beside = f" Tokens/s of npr_jax and of `transformers serve`: {'; '.join(others)}."
+    return [
+        "A closed loop of streams over HTTP against the same requests in process: the engine has "
+        "one core, the client another (`python bench/serve.py`). `tiny` is the demo's model with "
+        "branches, `smollm2` SmolLM2-135M in float32, lines of 64 tokens."
+        + (beside if others else ""),
+        "",
+        *markdown(head, rows),
+    ]
+
+
 def traffic() -> list[str]:
     """What the TPU compiler makes of a decode step."""
     found = load("traffic")
@@ -262,7 +304,7 @@ def draw_laptop() -> str:
 
 
 def text() -> str:
-    parts = [decoding(), parallel(), traffic(), training(), small_figures()]
+    parts = [decoding(), parallel(), serving(), traffic(), training(), small_figures()]
     return "\n".join(line for part in parts if part for line in [*part, ""])
 
 

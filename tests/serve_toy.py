@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import http.client
 import json
+import sys
 import threading
 import time
 
@@ -145,3 +146,9 @@ def serving(config: ServeConfig = CONFIG, key=None, reload=None, engine=None, **
         process.should_exit = True
         thread.join(20)
         assert not thread.is_alive()
+
+
+if __name__ == "__main__":  # a process of its own, which tells its port
+    with serving(dataclasses.replace(CONFIG, stalled_seconds=2.0, header_seconds=2.0)) as running:
+        print(running.port, flush=True)
+        sys.stdin.read()

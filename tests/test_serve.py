@@ -12,6 +12,7 @@ import time
 
 import bigram
 import pytest
+from conftest import spread
 from fake_device import engine_on_fake_device
 from pydantic import TypeAdapter
 from serve_toy import CONFIG, ENGINE, Digits, pieces_of, serving
@@ -638,3 +639,49 @@ def test_pipelined_requests_are_answered_in_turn(server):
             got = connection.recv(65536)
             assert got
             raw += got
+
+
+# Some of the first two hundred calls, and nightly all of them.
+CALLS = dict.fromkeys((*range(1, 201, 18), *range(1, 201)))
+
+
+@pytest.mark.parametrize("failing", spread(CALLS, 6, 12))
+def test_a_failing_device_leaves_no_request_without_an_answer(failing):
+    """Whichever call of the device it is, every request ends with a reason."""
+    with serving() as server:
+        runner, calls = server.server.engine.engine.runner, []
+
+        def counted(step):
+            def call(*arguments):
+                calls.append(1)
+                if len(calls) == failing:
+                    raise RuntimeError("the device is gone")
+                return step(*arguments)
+
+            return call
+
+        steps = runner._steps
+        runner._steps = runner._prompt_steps = steps._replace(
+            **{name: counted(getattr(steps, name)) for name in ("prefill", "decode")}
+        )
+        found = []
+
+        def ask(number):
+            body = {"prompt": PROMPTS[number % len(PROMPTS)], "max_tokens": 160}
+            body |= {"stream": number % 2 == 0, "temperature": 0}
+            found.append(server.ask("POST", COMPLETION, body))
+
+        threads = [threading.Thread(target=ask, args=(number,)) for number in range(12)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        assert len(found) == len(threads)
+        failed = server.ask("GET", "/health")[0] == 503
+        assert failed == (len(calls) >= failing)
+        for status, _, answer in found:
+            assert status in ((200, 503) if failed else (200,))
+            pieces = [answer] if isinstance(answer, dict) else pieces_of(answer)
+            last = pieces[-1]
+            over = "error" in last or last["choices"][0]["finish_reason"]
+            assert over and (failed or "error" not in last)
