@@ -168,12 +168,23 @@ def sampling(rounds: int) -> dict:
     key = rng.integers(0, 2**32, (num, 2), dtype=np.uint32)
 
     def knobs(top_p: float = 1, top_k: int = 0) -> LaneSampling:
-        ones = np.ones(num, np.float32)
-        k, stops = np.full(num, top_k, np.int32), np.full((num, 1), -1, np.int32)
-        return LaneSampling(key, ones, ones * np.float32(top_p), k, 0 * ones, ones, stops)
+        ones, none = np.ones(num, np.float32), np.zeros(num, np.int32)
+        return LaneSampling(
+            key=key,
+            temperature=ones,
+            top_p=ones * np.float32(top_p),
+            top_k=none + np.int32(top_k),
+            min_p=0 * ones,
+            penalty=ones,
+            presence=0 * ones,
+            frequency=0 * ones,
+            stops=np.full((num, 1), -1, np.int32),
+            ends=none,
+            ends_from=none,
+        )
 
     def seen():
-        return jax.numpy.zeros((num, vocab), bool)
+        return jax.numpy.zeros((num, vocab), np.uint16)
 
     draw = jax.jit(lambda logits, lanes: sample(logits, positions, given, lanes, seen))
     cases = {"plain": knobs(), "top_p": knobs(0.95), "top_k": knobs(1, 50), "both": knobs(0.95, 50)}

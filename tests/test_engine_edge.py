@@ -61,7 +61,7 @@ def test_a_callback_may_abort_its_own_answer_at_any_event(kind):
     """(D1, D2) At a finish nothing is left to abort."""
     ended = set()
     for round_ in range(12):
-        engine, heard = engine_on_fake_device(CONFIG), []
+        engine, heard = engine_on_fake_device(dataclasses.replace(CONFIG, max_logprobs=1)), []
 
         def on_event(event, engine=engine, heard=heard):
             heard.append(event)
@@ -71,7 +71,8 @@ def test_a_callback_may_abort_its_own_answer_at_any_event(kind):
                 recount(engine.schedulers[0])
 
         prompt = [*range(9, 23)] * 3 + [20, 9 + round_]
-        requests = engine.submit([prompt[:41]], SAMPLING, on_event)
+        scored = dataclasses.replace(SAMPLING, prompt_logprobs=0)
+        requests = engine.submit([prompt[:41]], scored, on_event)
         others = engine.submit(PROMPTS, SAMPLING)
         answers = finishes(engine.stream())
         for request in requests:

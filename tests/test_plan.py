@@ -259,7 +259,7 @@ def test_the_decode_step_that_is_planned_is_the_one_of_the_run(monkeypatch):
         engine.generate([[1, 5, 6]] * len(engine.runner._lanes))  # the widest step
     (arguments,) = asked
     attention = engine.config.attention or "blockwise"  # on this machine's device
-    assert step is compiled_steps(model.config, attention, engine.config.steps, decoding).decode
+    assert step is compiled_steps(model.config, attention, engine.config.steps, decoding, 0).decode
 
     def story(x):
         return x.shape, x.dtype, x.sharding
