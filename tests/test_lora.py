@@ -335,6 +335,11 @@ def test_adapters_are_saved_beside_the_merged_model_and_load_again(tmp_path):
         np.testing.assert_array_equal(one.params["embed"][used], other.params["embed"][used])
     assert len(load_tokenizer(tmp_path / "final" / "adapter")) == len(model.tokenizer)
     half = load(tmp_path / "final" / "adapter", dtype="bfloat16")
+    moved = load("tiny", seed=1, adapter=tmp_path / "final" / "adapter")
+    chex.assert_trees_all_equal(adapters_of(moved.params), adapters_of(model.params))
+    chex.assert_trees_all_equal(base_of(moved.params), base_of(load("tiny", seed=1).params))
+    with pytest.raises(ValueError, match="needed are adapters"):
+        load("tiny", adapter=tmp_path / "final")
     assert {x.dtype for x in jax.tree.leaves(half.params)} == {jnp.dtype("bfloat16")}
     mesh = make_mesh(MeshConfig(fsdp=2, tensor=2))
     placed = load(tmp_path / "final" / "adapter", mesh=mesh)

@@ -12,15 +12,18 @@ import time
 
 import bigram
 import pytest
+import uvicorn
 from conftest import spread
 from fake_device import engine_on_fake_device
 from pydantic import TypeAdapter
 from serve_toy import CONFIG, ENGINE, Digits, pieces_of, serving
+from uvicorn.server import ServerState
 
 from npr_jax.decode import SamplingParams, fork_join
 from npr_jax.evaluate.traces import read_trace
 from npr_jax.serve import protocol
 from npr_jax.serve.openapi import description
+from npr_jax.serve.server import protocol_of
 
 JSON = {"Content-Type": "application/json"}
 COMPLETION, CHAT, RESPONSES = "/v1/completions", "/v1/chat/completions", "/v1/responses"
@@ -685,3 +688,67 @@ def test_a_failing_device_leaves_no_request_without_an_answer(failing):
             last = pieces[-1]
             over = "error" in last or last["choices"][0]["finish_reason"]
             assert over and (failed or "error" not in last)
+
+
+def test_the_tokens_of_an_answer_can_be_limited():
+    with serving(dataclasses.replace(CONFIG, max_tokens=20)) as server:
+        answer = server.post(COMPLETION, prompt="12", max_tokens=20, parallel=False)
+        assert answer["usage"]["completion_tokens"] <= 20
+        error = server.post(COMPLETION, 400, prompt="12", max_tokens=21)["error"]
+        assert error["param"] == "max_tokens" and "20" in error["message"]
+        chat = server.post(CHAT, messages=[{"role": "user", "content": "12"}])
+        assert chat["usage"]["completion_tokens"] <= 20
+
+
+class Wire:
+    """A transport that is told what happens to it."""
+
+    def __init__(self):
+        self.happened = []
+
+    def __getattr__(self, name):
+        return lambda *_: self.happened.append(name)
+
+    def get_extra_info(self, name, default=None):
+        return default
+
+
+def test_a_client_that_sends_no_headers_or_reads_nothing_is_let_go():
+    config = dataclasses.replace(CONFIG, header_seconds=0.05, stalled_seconds=0.05)
+
+    async def alone(stall: bool) -> list[str]:
+        settings = uvicorn.Config(lambda *_: None, log_config=None)
+        settings.load()
+        state, wire = ServerState(), Wire()
+        connection = protocol_of(config)(settings, state, {})
+        connection.connection_made(wire)
+        if stall:
+            connection._late.cancel()
+            connection.pause_writing()
+        else:
+            connection.data_received(b"GET /health HTTP/1.1\r\nHost")
+        await asyncio.sleep(0.2)
+        return wire.happened
+
+    assert "close" in asyncio.run(alone(stall=False))
+    assert "abort" in asyncio.run(alone(stall=True))
+
+
+def test_a_client_that_reads_again_in_time_is_kept():
+    config = dataclasses.replace(CONFIG, header_seconds=9.0, stalled_seconds=0.1)
+
+    async def alone() -> list[str]:
+        settings = uvicorn.Config(lambda *_: None, log_config=None)
+        settings.load()
+        wire = Wire()
+        connection = protocol_of(config)(settings, ServerState(), {})
+        connection.connection_made(wire)
+        for _ in range(4):
+            connection.pause_writing()
+            await asyncio.sleep(0.05)
+            connection.resume_writing()
+        await asyncio.sleep(0.2)
+        connection.connection_lost(None)
+        return wire.happened
+
+    assert "abort" not in asyncio.run(alone())

@@ -206,7 +206,7 @@ def test_bad_clients_get_no_5xx_and_nothing_grows():
     print(
         f"{seen.total()} requests, {sizes[0]:.0f} to {sizes[-1]:.0f} MB, {slope:.1f} MB in 10,000"
     )
-    assert slope < 1 or sizes[-1] - sizes[0] < 8, slope
+    assert slope < 1, f"{slope:.1f} MB in 10,000 requests"
 
 
 @pytest.mark.slow

@@ -20,6 +20,12 @@ from npr_jax.serve.protocol import (
     TokenizeRequest,
 )
 
+_MAX_TOKENS = {
+    CompletionRequest: "max_tokens",
+    ChatRequest: "max_completion_tokens",
+    ResponsesRequest: "max_output_tokens",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
@@ -267,8 +273,12 @@ class Asker:
                 "prompt" if isinstance(body, CompletionRequest) else "messages",
                 "context_length_exceeded",
             )
+        most = self.config.max_tokens or 2**31 - 1
+        if max_tokens is not None and max_tokens > most:
+            name = _MAX_TOKENS[type(body)]
+            raise ApiError(400, f"{name} is {max_tokens}, at most {most} are allowed here.", name)
         if max_tokens is None:
-            max_tokens = min(self.config.sampling.max_tokens, self.longest - longest)
+            max_tokens = min(most, self.config.sampling.max_tokens, self.longest - longest)
         own = body if isinstance(body, (CompletionRequest, ChatRequest)) else None
         n = (own and own.n) or 1
         if n > self.config.max_choices:

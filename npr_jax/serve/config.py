@@ -26,6 +26,7 @@ class ServeConfig(Checked):
       max_requests (answers): that may be unfinished at a time; more are refused with 429.
       max_prompts (prompts): of a request.
       max_choices (answers): to a prompt, `n`.
+      max_tokens (tokens): that a request may ask for in an answer; null is as many as fit.
       max_body (bytes): of a request.
       header_seconds (s): in which a request's headers, and then its body, have to come.
       stalled_seconds (s): for which a client may read nothing of its stream.
@@ -48,6 +49,7 @@ class ServeConfig(Checked):
     max_requests: Count = 1024
     max_prompts: Count = 256
     max_choices: Count = 128
+    max_tokens: Count | None = None
     max_body: Count = 16 * 2**20
     header_seconds: Positive = 10.0
     stalled_seconds: Positive = 60.0

@@ -84,7 +84,7 @@ class _Process(uvicorn.Server):
         self._drain = float(config.drain)
         settings = uvicorn.Config(
             server.app,
-            http=_protocol(config),
+            http=protocol_of(config),
             log_config=None,
             access_log=False,
             server_header=False,
@@ -121,7 +121,7 @@ class _Process(uvicorn.Server):
         self.should_exit = True
 
 
-def _protocol(config: ServeConfig) -> type[H11Protocol]:
+def protocol_of(config: ServeConfig) -> type[H11Protocol]:
     """HTTP with limits on a client's time: for its headers, and for reading what it is sent."""
 
     class Limited(H11Protocol):
