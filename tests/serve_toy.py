@@ -122,8 +122,13 @@ def pieces_of(raw: bytes) -> list[dict]:
     """The JSON of server-sent events, which end as they should."""
     *events, end, rest = raw.decode().split("\n\n")
     assert end == "data: [DONE]" and not rest
-    assert all(event.startswith("data: ") for event in events)
-    return [json.loads(event.removeprefix("data: ")) for event in events]
+    pieces = []
+    for event in events:
+        *name, data = event.split("\n")
+        assert data.startswith("data: ")
+        pieces.append(json.loads(data.removeprefix("data: ")))
+        assert name == ([f"event: {pieces[-1]['type']}"] if "type" in pieces[-1] else [])
+    return pieces
 
 
 @contextlib.contextmanager

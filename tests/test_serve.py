@@ -21,7 +21,7 @@ from uvicorn.server import ServerState
 
 from npr_jax.decode import SamplingParams, fork_join
 from npr_jax.evaluate.traces import read_trace
-from npr_jax.serve import protocol
+from npr_jax.serve import answering, protocol
 from npr_jax.serve.openapi import description
 from npr_jax.serve.server import protocol_of
 
@@ -752,3 +752,19 @@ def test_a_client_that_reads_again_in_time_is_kept():
         return wire.happened
 
     assert "abort" not in asyncio.run(alone())
+
+
+def test_a_fault_of_the_server_is_told_without_its_inside(monkeypatch, capfd):
+    def broken(*_):
+        raise KeyError("a secret of the inside")
+
+    with serving() as server:
+        monkeypatch.setattr(answering.Answering, "usage", broken)
+        monkeypatch.setattr(answering.Choice, "say", broken)
+        for stream in (False, True):
+            body = {"prompt": "12", "max_tokens": 5, "stream": stream}
+            status, _, answer = server.ask("POST", COMPLETION, body)
+            assert status == (200 if stream else 500)
+            error = pieces_of(answer)[-1]["error"] if stream else answer["error"]
+            assert error["type"] == "server_error" and "secret" not in str(error)
+    assert capfd.readouterr().err.count("a secret of the inside") >= 2

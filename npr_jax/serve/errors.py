@@ -11,6 +11,7 @@ _TYPES = {
     415: "invalid_request_error",
     413: "invalid_request_error",
     429: "rate_limit_error",
+    500: "server_error",
     503: "service_unavailable_error",
 }
 

@@ -90,15 +90,24 @@ class EventStream(Response):
             await send(start)
             try:
                 async for value in self._data:
-                    await self._send(send, _json(value))
+                    # Those of /v1/responses have a name of their own.
+                    name = b"event: %s\n" % value["type"].encode() if "type" in value else b""
+                    await self._send(send, name + b"data: " + _json(value))
             except ApiError as error:
-                await self._send(send, _json(error.body()))
-            await self._send(send, b"[DONE]")
+                await self._send(send, b"data: " + _json(error.body()))
+            except Exception as error:
+                await self._send(send, b"data: " + _json(failed(error).body()))
+            await self._send(send, b"data: [DONE]")
             await send({"type": "http.response.body", "body": b""})
 
-    async def _send(self, send: Send, data: bytes) -> None:
-        body = b"data: %s\n\n" % data
-        await send({"type": "http.response.body", "body": body, "more_body": True})
+    async def _send(self, send: Send, lines: bytes) -> None:
+        await send({"type": "http.response.body", "body": lines + b"\n\n", "more_body": True})
+
+
+def failed(error: Exception) -> ApiError:
+    """What a client hears of a fault of the server, which is told in full where it runs."""
+    traceback.print_exception(error, file=sys.stderr)
+    return ApiError(500, "The server failed.")
 
 
 def _json(value: dict) -> bytes:
@@ -166,11 +175,9 @@ class Door:
         except ClientDisconnect:
             return
         except Exception as error:
-            traceback.print_exception(error, file=sys.stderr)
+            told = failed(error)
             if not status:
-                body = {"message": "The server failed.", "type": "server_error"}
-                body |= {"param": None, "code": None}
-                await JSONResponse({"error": body}, 500)(scope, receive, answer)
+                await failure(told)(scope, receive, answer)
         finally:
             if status:
                 self._answered(scope, status)
