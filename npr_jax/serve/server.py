@@ -56,7 +56,8 @@ def serve(
         name = config.name or (Path(model).resolve().name if Path(model).exists() else model)
         server = Server(loaded, engine, config, name, key, reload=lambda: read().params)
         process = _Process(server, config)
-        asyncio.run(process.run(listener, tell))
+        with asyncio.Runner(loop_factory=process.config.get_loop_factory()) as runner:
+            runner.run(process.run(listener, tell))
 
 
 def _socket(config: ServeConfig) -> contextlib.AbstractContextManager[socket.socket]:
