@@ -31,7 +31,7 @@ MODULES = {
     "npr_jax.decode": ("AsyncEngine", "Event"),
     "npr_jax.decode.async_engine": ("Answers",),
     "npr_jax.model": None,
-    "npr_jax.train.advantages": ("batch_std", "group_std"),
+    "npr_jax.train.advantages": ("batch_std", "group_std", "mean"),
     "npr_jax.tree": None,
 }
 CONFIGS = (ZeroConfig, BetaConfig, PapoConfig, GenerateConfig, EvalConfig, ServeConfig)

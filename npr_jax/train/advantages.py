@@ -1,8 +1,8 @@
 """Advantages of rollouts, on the host in float64.
 
-A group is the rollouts of one prompt; group labels are any values that numpy can sort. Both
-functions subtract the group's mean and differ in the standard deviation they divide by. A group
-that says nothing (one rollout, or equal rewards) gets exactly 0.
+A group is the rollouts of one prompt; group labels are any values that numpy can sort. All
+functions subtract the group's mean, and differ in what they divide by. A group that says nothing
+(one rollout, or equal rewards) gets exactly 0.
 """
 
 from collections.abc import Hashable, Sequence
@@ -39,6 +39,16 @@ def batch_std(rewards: Sequence[float], groups: Sequence[Hashable]) -> np.ndarra
     if len(checked) < 2:
         return centered
     return centered / (np.std(checked, ddof=1) + EPSILON)
+
+
+def mean(rewards: Sequence[float], groups: Sequence[Hashable]) -> np.ndarray:
+    """r - group mean: ThreadWeaver's P-GRPO, arXiv 2512.07843 eq. 6, divided by nothing.
+
+    Where all of a group are right, what is left is a small term such as that of the acceleration,
+    which `group_std` would make as loud as right and wrong. Arguments, result and errors are those
+    of `group_std`.
+    """
+    return _center(*_check(rewards, groups))[0]
 
 
 def _check(rewards, groups) -> tuple[np.ndarray, np.ndarray]:

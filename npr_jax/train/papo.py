@@ -17,7 +17,7 @@ from npr_jax.decode import Engine, SamplingParams, Trajectory
 from npr_jax.evaluate.judge import Answer
 from npr_jax.runs.log import Report
 from npr_jax.train import policy, rl
-from npr_jax.train.advantages import batch_std, group_std
+from npr_jax.train.advantages import batch_std, group_std, mean
 from npr_jax.train.ask import ask
 from npr_jax.train.objective import Objective
 from npr_jax.train.packing import Example
@@ -33,7 +33,7 @@ from npr_jax.train.rollout import (
 from npr_jax.tree import TagIds, TraceError, parse
 from npr_jax.tree.parse import reference_depth
 
-ADVANTAGES = {"batch_std": batch_std, "group_std": group_std}
+ADVANTAGES = {"batch_std": batch_std, "group_std": group_std, "mean": mean}
 MALFORMED_REWARD = -2.0  # below WRONG
 
 
@@ -48,7 +48,8 @@ class PapoConfig(rl.RLConfig):
       acceleration: weight of the reward of a right answer for its share of tokens off the critical
         path (`rewards.papo_reward`); 0 is the paper's.
       acceleration_cap: up to which this share counts.
-      advantage: "batch_std" is the paper's, "group_std" DAPO's.
+      advantage: "batch_std" is the paper's, "group_std" DAPO's; "mean" divides by no std, as
+        ThreadWeaver, whose reward is `acceleration` 1 with an `acceleration_cap` of 0.4.
       objective: "papo" is the paper's; "dapo" weighs by importance and clips, which does something
         from the second of several minibatches on.
       train_forced: whether tokens that the engine wrote count in the loss, as in the released code.
@@ -63,7 +64,7 @@ class PapoConfig(rl.RLConfig):
     malformed: Literal["filter", "penalty"] = "filter"
     acceleration: Share = 0.0
     acceleration_cap: Share = 0.5
-    advantage: Literal["batch_std", "group_std"] = "batch_std"
+    advantage: Literal["batch_std", "group_std", "mean"] = "batch_std"
     objective: Literal["papo", "dapo"] = "papo"
     train_forced: bool = False
     layout: Literal["strict", "reference"] = "strict"
