@@ -137,7 +137,7 @@ def serving(config: ServeConfig = CONFIG, key=None, reload=None, engine=None, **
     engine = engine or engine_on_fake_device(config.engine, **{"tokenizer": Digits()} | changes)
     model = Model(engine.model_config, {}, engine.tokenizer, engine.tags)
     server = Server(model, engine, config, config.name or "toy", key, reload)
-    settings = uvicorn.Config(server.app, port=0, log_level="error", timeout_graceful_shutdown=2)
+    settings = uvicorn.Config(server.app, port=0, log_config=None, timeout_graceful_shutdown=2)
     process = uvicorn.Server(settings)
     thread = threading.Thread(target=process.run, daemon=True)
     thread.start()

@@ -490,13 +490,14 @@ def asking(server, path=COMPLETION, headers=None, **body):
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves_ends_its_answers(stream):
+def test_a_client_that_leaves_ends_its_answers(stream, capfd):
     with serving() as server:
-        slow(server)
+        slow(server, 0.03)  # so that they would take six seconds
         with asking(server, **LONG, n=3, stream=stream):
             assert server.figures()["npr_answers_unfinished"] == 3
-        server.idle()
+        server.idle(2)
         assert server.figures()['npr_answers_finished_total{reason="aborted"}'] == 3
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_a_request_can_be_ended_by_its_id():
