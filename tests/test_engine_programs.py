@@ -23,7 +23,7 @@ from npr_jax.decode import SamplingParams, fork_join
 from npr_jax.decode.pages import PagePool
 from npr_jax.decode.scheduler import Scheduler
 
-PROGRAMS = examples(2000)
+PROGRAMS = examples(1000)
 operation = st.tuples(st.sampled_from(OPERATIONS), st.integers(0, 255))
 
 
