@@ -204,7 +204,9 @@ class Answering:
 
     def _add(self, found: CompletionLogprobs, token: int, logp: float, top, offset: int) -> None:
         text = self._token_text(token)
-        likeliest = {self._token_text(i): _number(x) for i, x in top or ()}
+        likeliest: dict[str, float] = {}
+        for i, x in top or ():  # falling: of tokens with one text the likeliest stands there
+            likeliest.setdefault(self._token_text(i), _number(x))
         found["tokens"].append(text)
         found["token_logprobs"].append(_number(logp))
         found["top_logprobs"].append({text: _number(logp)} | likeliest)
