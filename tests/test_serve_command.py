@@ -4,6 +4,7 @@ import contextlib
 import http.client
 import json
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import time
 
 import pytest
+from serve_process import block, started
 
 JSON = {"Content-Type": "application/json"}
 SMALL = {
@@ -26,29 +28,6 @@ SMALL = {
 }
 
 
-@contextlib.contextmanager
-def started(cache, *more):
-    """A server of the tiny preset, its port, and what it had said by then."""
-    sets = [f"--set={key}={value}" for key, value in SMALL.items()]
-    command = [sys.executable, "-m", "npr_jax", "serve", "--model", "tiny", "--port", "0"]
-    command += [*sets, f"--set=compilation_cache={cache}", *more]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    said = []
-    try:
-        assert process.stderr is not None
-        for line in process.stderr:
-            said.append(line)
-            if found := re.search(r"serving tiny at http://127\.0\.0\.1:(\d+)", line):
-                break
-        else:
-            raise AssertionError("".join(said))
-        yield process, int(found[1]), "".join(said)
-    finally:
-        process.kill()
-        process.wait(30)
-        process.stderr.close()
-
-
 def ask(port: int, path: str, body=None):
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     with contextlib.closing(connection):
@@ -62,14 +41,18 @@ LONG = {"prompt": "A:1+1?", "max_tokens": 1500, "ignore_eos": True, "parallel": 
 
 @pytest.mark.slow
 def test_it_answers_starts_again_without_compiling_and_ends_in_order(tmp_path):
-    with started(tmp_path) as (process, port, said):
+    with started("tiny", tmp_path, sets=SMALL) as (process, port, said):
         assert re.search(r"compile: \d+/\d+ programs", said)
         assert ask(port, "/health")[0] == 200
         status, answer = ask(port, "/v1/completions", {"prompt": "A:1+1?", "max_tokens": 5})
         assert status == 200 and json.loads(answer)["usage"]["completion_tokens"] <= 5
+        if shutil.which("curl"):
+            curl = ["bash", "-euc", block("sh", "curl", port)]
+            done = subprocess.run(curl, cwd=tmp_path, capture_output=True, timeout=60, check=True)
+            assert json.loads(done.stdout)["choices"][0]["message"]["content"]
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
-    with started(tmp_path, "--drain", "20") as (process, port, said):
+    with started("tiny", tmp_path, "--drain", "20", sets=SMALL) as (process, port, said):
         assert "nothing had to be compiled" in said
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
         body = json.dumps(LONG | {"stream": True})
