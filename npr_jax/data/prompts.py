@@ -40,8 +40,8 @@ def prompt_ids(tokenizer, problem: str, instruction: str = INSTRUCTION) -> list[
     if not problem.strip():
         raise ValueError("the problem is empty, needed is some text")
     if tokenizer.chat_template:
-        turn = {"role": "user", "content": f"{problem}\n\n{instruction}"}
-        return chat_ids(tokenizer, [turn], "a user's turn")
+        content = f"{problem}\n\n{instruction}" if instruction else problem
+        return chat_ids(tokenizer, [{"role": "user", "content": content}], "a user's turn")
     return begun(tokenizer, encode(tokenizer, problem))
 
 
