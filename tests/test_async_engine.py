@@ -3,6 +3,7 @@ to the engine, nobody waits for ever and nothing is held."""
 
 import asyncio
 import dataclasses
+import time
 
 import bigram
 import numpy as np
@@ -282,3 +283,85 @@ def test_it_stops_with_or_without_its_last_answers(drain):
     assert len(reasons) == len(MANY)
     assert ("aborted" in reasons) == (drain == 0)
     idle(engine)
+
+
+def slow(engine, monkeypatch):
+    """Its visits take so long that something can happen between them."""
+    step = engine.step
+    monkeypatch.setattr(engine, "step", lambda: (time.sleep(0.03), step())[1])
+
+
+def test_who_leaves_while_new_weights_are_waited_for_is_forgotten(monkeypatch):
+    engine = engine_on_fake_device(CONFIG)
+    slow(engine, monkeypatch)
+
+    async def everyone():
+        async with AsyncEngine(engine) as server:
+            first = await server.submit([MANY[0]], LONG)
+            swap = asyncio.create_task(server.set_params(dict(bigram.model().params)))
+            task = asyncio.create_task(server.submit([MANY[2]], LONG))
+            await server.stats()  # the thread knows of both
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            await server.stats()
+            assert server.num_unfinished <= 1 and not swap.done()
+            (answer,) = finished(await all_of(first))
+            await swap
+            assert engine.stats()["sampled_tokens"] == len(answer.response_ids)
+
+    run(everyone())
+    idle(engine)
+
+
+def test_figures_can_be_asked_for_until_the_end_and_after_it():
+    engine = engine_on_fake_device(CONFIG)
+
+    async def everyone():
+        server = AsyncEngine(engine)
+        async with server:
+            answers = await server.submit([MANY[0]], LONG)
+            stopping = asyncio.create_task(server.stop(30))
+            await asyncio.sleep(0)
+            assert (await server.stats())["unfinished"] == 1
+            await all_of(answers)
+            await stopping
+        assert (await server.stats())["pages_held"] == 0
+
+    run(everyone())
+
+
+def test_a_second_stop_shortens_the_first(monkeypatch):
+    engine = engine_on_fake_device(CONFIG)
+    slow(engine, monkeypatch)
+
+    async def everyone():
+        async with AsyncEngine(engine) as server:
+            answers = await server.submit([MANY[0]], LONG)
+            stopping = asyncio.create_task(server.stop(60))
+            await asyncio.sleep(0)
+            await server.stop()
+            await stopping
+            (answer,) = finished(await all_of(answers))
+            assert answer.finish_reason == "aborted"
+
+    run(everyone())
+
+
+def test_an_engine_that_cannot_even_abort_leaves_nobody_waiting(monkeypatch):
+    engine = engine_on_fake_device(CONFIG)
+
+    def fail(*_):
+        raise RuntimeError("all is lost")
+
+    async def everyone():
+        async with AsyncEngine(engine) as server:
+            answers = await server.submit([MANY[0]], LONG)
+            monkeypatch.setattr(engine, "step", fail)
+            monkeypatch.setattr(engine, "abort", fail)
+            with pytest.raises(Stopped) as found:
+                await all_of(answers)
+            assert "all is lost" in str(found.value.__cause__)
+            assert server.num_unfinished == 0 and not server.healthy
+
+    run(everyone())

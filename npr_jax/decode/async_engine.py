@@ -5,6 +5,7 @@ visit has told goes back to the event loop in one call, whatever the number of t
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import threading
 import time
@@ -28,7 +29,7 @@ class Stopped(RuntimeError):
 class Answers:
     """The answers to what one call of `AsyncEngine.submit` asked for: iterate for their events, a
     list for each visit, in order; the last has the last finish. Leaving the `async with` block
-    aborts what is unfinished.
+    aborts what is unfinished. Raises Stopped where the engine fails so that it cannot tell them.
 
     Attributes:
       requests: the ids of the answers, n of a prompt together.
@@ -40,7 +41,7 @@ class Answers:
         self.version = 0
         self._engine = engine
         self._unfinished = 0
-        self._visits: asyncio.Queue[list[Event]] = asyncio.Queue()
+        self._visits: asyncio.Queue[list[Event] | Stopped] = asyncio.Queue()
 
     async def __aenter__(self) -> "Answers":
         return self
@@ -55,7 +56,10 @@ class Answers:
 
     async def __aiter__(self) -> abc.AsyncIterator[list[Event]]:
         while self._unfinished or not self._visits.empty():
-            yield await self._visits.get()
+            visit = await self._visits.get()
+            if isinstance(visit, Stopped):
+                raise visit
+            yield visit
 
     def _hear(self, events: list[Event]) -> int:
         """Takes the events of a visit; returns how many answers they finish."""
@@ -64,8 +68,14 @@ class Answers:
         self._visits.put_nowait(events)
         return finished
 
+    def _lose(self, error: "Stopped") -> int:
+        """Nothing more comes; returns how many answers have no finish."""
+        lost, self._unfinished = self._unfinished, 0
+        self._visits.put_nowait(error)
+        return lost
 
-@dataclasses.dataclass
+
+@dataclasses.dataclass(eq=False)
 class _Message:
     """To the thread: call `do(*arguments)`, and tell `reply`, if there is one, what came of it."""
 
@@ -86,11 +96,13 @@ class AsyncEngine:
         self.engine, self.max_requests = engine, max_requests
         self.version = 0  # of the weights: how often they were swapped
         self.error: BaseException | None = None  # that ended the thread
-        self._failing = threading.Lock()  # around what sets it, and what relies on it
+        self._asking = threading.Lock()  # around what puts messages there, and what ends that
+        self._deaf = False  # nobody looks into the inbox any more
         self._inbox: SimpleQueue[_Message] = SimpleQueue()
         self._unfinished = 0  # the loop's count
         self._until: float | None = None  # asked to stop: unfinished answers may go on so long
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._gone = asyncio.Event()  # the thread
         self._thread = threading.Thread(target=self._run, name="npr_jax engine", daemon=True)
         # What only the thread touches:
         self._streams: dict[int, Answers] = {}  # of unfinished answers
@@ -159,23 +171,27 @@ class AsyncEngine:
 
     async def stats(self) -> dict[str, float]:
         """`Engine.stats`, between two visits."""
+        if not self._thread.is_alive():
+            return self.engine.stats()
         return await self._ask(self.engine.stats)
 
     async def stop(self, drain: float = 0.0) -> None:
         """Takes nothing more, lets unfinished answers go on for `drain` seconds, aborts what is
-        left, and ends the thread."""
-        if self._until is None:
-            self._until = time.monotonic() + drain
+        left, and ends the thread. Called again it can only shorten that."""
+        until = time.monotonic() + drain
+        if self._until is None or until < self._until:
+            self._until = until
             self._tell(_Message(lambda: None))
-        await asyncio.to_thread(self._thread.join)
+        await self._gone.wait()
+        self._thread.join()
 
     def _tell(self, message: _Message) -> None:
         self._inbox.put(message)
 
     def _ask(self, do: abc.Callable, *arguments, waits: bool = False) -> asyncio.Future[Any]:
         reply = asyncio.get_running_loop().create_future()
-        with self._failing:  # lest it be put where nobody looks any more
-            if not self.healthy:
+        with self._asking:
+            if self._deaf or (waits and not self.healthy):
                 raise Stopped("the engine takes no more requests") from self.error
             self._tell(_Message(do, arguments, reply, waits))
         return reply
@@ -190,13 +206,19 @@ class AsyncEngine:
                     self.engine.abort()
                 self._deliver(self.engine.step())
         except BaseException as error:
-            with self._failing:
-                self.error = error
-            self.engine.abort()  # a visit that fails has ended all with that reason
-            self._deliver(self.engine.step())
+            self.error = error
+            with contextlib.suppress(Exception):
+                self.engine.abort()  # a visit that fails has ended all with that reason
+                self._deliver(self.engine.step())
         finally:
+            with self._asking:
+                self._deaf = True
+            lost = Stopped("the engine has failed, and cannot tell how this answer ended")
+            lost.__cause__ = self.error
+            self._call(self._lose, {*self._streams.values()}, lost)
             for message in self._left():
                 self._answer(message, Stopped("the engine takes no more requests"), self.error)
+            self._call(self._gone.set)
 
     def _over(self) -> bool:
         return self._until is not None and not self._streams
@@ -247,6 +269,9 @@ class AsyncEngine:
         self._streams |= dict.fromkeys(answers.requests, answers)
 
     def _abort(self, answers: Answers) -> None:
+        for message in [some for some in self._held if some.arguments[0] is answers]:
+            self._held.remove(message)
+            self._answer(message, Stopped("it was aborted while it waited for new weights"))
         for request in answers.requests:
             if request in self._streams:
                 self.engine.abort(request)
@@ -280,6 +305,10 @@ class AsyncEngine:
         """The event loop's end of it."""
         for answers, events in told.items():
             self._unfinished -= answers._hear(events)
+
+    def _lose(self, lost: set[Answers], error: Stopped) -> None:
+        for answers in lost:
+            self._unfinished -= answers._lose(error)
 
     def _call(self, do: abc.Callable, *arguments) -> None:
         assert self._loop is not None
