@@ -255,6 +255,17 @@ def test_stop_texts_end_an_answer(server):
     assert joined(server.stream(COMPLETION, **body))[0] == choice["text"]
 
 
+def test_what_may_begin_a_stop_text_stays_in_its_place(server):
+    stop = (
+        f"{bigram.TAGS.guideline_close:02d}x"  # which the trunk's last token before a fork begins
+    )
+    for prompt in PROMPTS:
+        body = {"prompt": prompt, "max_tokens": 120, "seed": 0}
+        free = server.post(COMPLETION, **body)["choices"][0]["text"]
+        assert server.post(COMPLETION, **body, stop=stop)["choices"][0]["text"] == free
+        assert joined(server.stream(COMPLETION, **body, stop=stop))[0] == free
+
+
 BAD = [
     (COMPLETION, {"prompt": 5}, "prompt"),
     (COMPLETION, {"prompt": []}, "prompt"),

@@ -182,6 +182,44 @@ def test_a_tokenizer_that_fails_ends_the_answer_that_asked_it_alone():
     assert engine.schedulers[0].pages.num_held == 0
 
 
+@pytest.mark.parametrize("stop", [(), ("9x",)])
+def test_a_tokenizer_that_fails_at_any_time_ends_its_answer_and_no_other(stop):
+    class Failing(Digits):
+        calls = failing = 0
+
+        def decode(self, ids, clean_up_tokenization_spaces=True):
+            self.calls += 1
+            if self.calls == self.failing:
+                raise OSError("no text")
+            return super().decode(ids)
+
+    tokenizer, sampling = Failing(), SamplingParams(max_tokens=25, stop=stop)
+    engine = engine_on_fake_device(CONFIG, tokenizer=tokenizer)
+    while not tokenizer.calls or tokenizer.calls >= tokenizer.failing:
+        tokenizer.calls, tokenizer.failing = 0, tokenizer.failing + 1
+        engine.submit([[12], [13]], sampling)
+        ended = [e.trajectory for e in engine.stream() if e.kind == "finish"]
+        reasons = [answer.finish_reason for answer in ended]
+        assert len(reasons) == 2 and reasons.count("error") <= 1
+        recount(engine.schedulers[0])
+    assert tokenizer.failing > 15
+
+
+def test_what_may_begin_a_text_is_told_before_the_branches():
+    """Of the trunk's tag: no text reaches across branches, so nothing of it is kept back."""
+    tag, forks = f"{bigram.TAGS.guideline_close:02d}", 0
+    for prompt in ([first, second] for first in range(9, 23) for second in (12, 20)):
+        engine = engine_of()
+        engine.submit([prompt], SamplingParams(max_tokens=160, stop=(tag + "x",)))
+        told = ""
+        for event in engine.stream():
+            told = told + (event.text or "") if event.branch == () else told
+            if event.kind == "fork" and event.branch == ():
+                assert told.endswith(tag)
+                forks += 1
+    assert forks > 3
+
+
 def test_what_cannot_be_looked_for_is_refused():
     with pytest.raises(ValueError, match="not empty"):
         SamplingParams(stop=("a", ""))

@@ -177,12 +177,15 @@ class Outputs:
         logp = None if figures is None else figures["logp"].tolist()
         top = None if figures is None else _tops(figures, request.sampling.logprobs)
         over = not sequence.untold and (sequence.done or request.end is not None)
+        forks = not sequence.untold and sequence.waiting
         for i, token in enumerate(tokens):
             if request.silent:
                 return
             early = begin + i < request.ends_from
             known = early or logp is None or token in request.ends
-            text = self._text(sequence, token, known, over and i + 1 == len(tokens))
+            text = self._text(sequence, token, known)
+            if text is not None and i + 1 == len(tokens):
+                text += sequence.text.flush() if over else sequence.text.settle() if forks else ""
             event = Event(
                 kind,
                 request.id,
@@ -195,13 +198,12 @@ class Outputs:
             )
             self._tell(request, event)
 
-    def _text(self, sequence: Sequence, token: int, known: bool, last: bool) -> str | None:
+    def _text(self, sequence: Sequence, token: int, known: bool) -> str | None:
         if self._tokenizer is None:
             return None
         if sequence.text is None:
             sequence.text = StopText(self._tokenizer, sequence.request.sampling.stop)
-        text = sequence.text.add(token, known)
-        return text + sequence.text.flush() if last else text
+        return sequence.text.add(token, known)
 
     def _tell(self, request: Request, event: Event) -> None:
         if not request.quiet and (self.tokens or event.kind != "token"):
@@ -231,8 +233,13 @@ class Outputs:
         del self._requests[request.id]
         assert request.end is not None
         answer = make_trajectory(request, *request.end, self._tokenizer)
-        pieces = request.trunk.text
-        text = (pieces.flush() or None) if pieces and answer.finish_reason != "error" else None
+        pieces, text = request.trunk.text, None
+        if pieces and answer.finish_reason != "error":
+            try:
+                text = pieces.flush() or None
+            except Exception as error:  # the tokenizer's: only this answer fails
+                failed = f"{type(error).__name__}: {error}"
+                answer = dataclasses.replace(answer, finish_reason="error", detail=failed)
         event = Event("finish", request.id, text=text, trajectory=answer)
         try:
             if request.on_event:

@@ -89,6 +89,10 @@ class StopText:
         text, self._kept = self._kept[:count], self._kept[count:]
         return text
 
+    def settle(self) -> str:
+        """What was kept back, as branches follow, and no text reaches across them."""
+        return self._give(len(self._kept))
+
     def flush(self) -> str:
         """What was kept back, as the line ends without any of the texts."""
         return "" if self.found else self._give(len(self._kept)) + self._pieces.flush()
