@@ -321,6 +321,7 @@ BAD = [
     (RESPONSES, {"input": ""}, "input"),
     (RESPONSES, {"input": "12", "previous_response_id": "a"}, "previous_response_id"),
     (RESPONSES, {"input": "12", "tools": [{}]}, "tools"),
+    (RESPONSES, {"input": "12", "metadata": {"a": float("nan")}}, "metadata"),
     ("/tokenize", {}, "prompt"),
     ("/tokenize", {"prompt": "1", "messages": [{"role": "user", "content": "1"}]}, "prompt"),
     ("/detokenize", {"tokens": [40]}, "tokens"),
@@ -386,6 +387,13 @@ def test_an_unknown_field_is_ignored_and_named(server):
     assert status == 200 and headers["x-ignored-fields"] == "colour, size"
 
 
+def test_the_name_of_an_unknown_field_is_no_header_of_its_own(server):
+    for name in ("a\r\nSet-Cookie: b", "a\0b", "ü\u2028", "\x7f"):
+        status, headers, _ = server.ask("POST", COMPLETION, {"prompt": "12", name: 1})
+        assert status == 200 and "set-cookie" not in headers
+        assert headers["x-ignored-fields"] == name.encode("unicode_escape").decode()
+
+
 def test_the_id_of_a_request_is_echoed_or_made(server):
     for given, same in (("abc-1", True), ("", False), ("x" * 200, False)):
         body, headers = {"prompt": "12", "max_tokens": 2}, {"X-Request-Id": given}
@@ -413,7 +421,7 @@ def test_answers_are_as_the_description_says(server):
     found = server.ask("GET", "/openapi.json")[2]
     assert found == json.loads(json.dumps(description()))
     routes = {route.path for route in server.server.app.routes}
-    described = {path.replace("{model}", "{model:path}") for path in found["paths"]}
+    described = {re.sub("(model|id)}", r"\1:path}", path) for path in found["paths"]}
     assert routes - described == {"/", "/metrics", "/openapi.json"} and not described - routes
 
 
@@ -500,6 +508,32 @@ def asking(server, path=COMPLETION, headers=None, **body):
         connection.close()
 
 
+class Halves(Digits):
+    """Says a half of a pair of UTF-16 for every token; fails with many if it shall."""
+
+    fails = False
+
+    def decode(self, ids, clean_up_tokenization_spaces=True):
+        if self.fails and len(ids) > 30:
+            raise RuntimeError("a tokenizer that fails")
+        return "\ud800" * len(ids)
+
+
+def test_a_tokenizer_may_say_or_do_what_it_likes():
+    tokenizer = Halves()
+    with serving(tokenizer=tokenizer) as server:
+        body = {"prompt": "1421", "max_tokens": 60, "seed": 1}
+        (choice,) = server.post(COMPLETION, **body)["choices"]
+        assert set(choice["text"]) == {"?"}
+        assert joined(server.stream(COMPLETION, **body))[0] == choice["text"]
+        tokenizer.fails = True
+        body |= {"prompt": "12" * 40, "stream_branches": True}
+        pieces = server.stream(COMPLETION, **body)  # with the prompt's text at its finish
+        assert pieces[-1]["error"]["message"] == "The server failed."
+        server.idle()
+        assert server.ask("GET", "/health")[0] == 200
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_ends_its_answers(stream, capfd):
     with serving() as server:
@@ -514,8 +548,8 @@ def test_a_client_that_leaves_ends_its_answers(stream, capfd):
 def test_a_request_can_be_ended_by_its_id():
     with serving() as server:
         slow(server)
-        for name in ("mine", "cmpl-mine"):
-            with asking(server, headers={"X-Request-Id": "mine"}, **LONG, stream=True) as answer:
+        for name in ("mine/1", "cmpl-mine/1"):
+            with asking(server, headers={"X-Request-Id": "mine/1"}, **LONG, stream=True) as answer:
                 status, _, told = server.ask("DELETE", f"/v1/requests/{name}")
                 assert status == 200 and told["aborted"] == 1
                 pieces = pieces_of(b"d" + answer.read())

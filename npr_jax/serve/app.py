@@ -22,7 +22,7 @@ from npr_jax.serve.asking import Asked, Asker, refused
 from npr_jax.serve.config import ServeConfig
 from npr_jax.serve.errors import ApiError
 from npr_jax.serve.forms import Chat, Completion
-from npr_jax.serve.http import Door, EventStream, failure, leaving, read
+from npr_jax.serve.http import Door, EventStream, Json, failure, leaving, read
 from npr_jax.serve.metrics import Metrics, Watch
 from npr_jax.serve.openapi import description
 from npr_jax.serve.page import page
@@ -69,7 +69,7 @@ class Server:
             Route("/v1/completions", self._completions, methods=["POST"]),
             Route("/v1/chat/completions", self._chat, methods=["POST"]),
             Route("/v1/responses", self._responses, methods=["POST"]),
-            Route("/v1/requests/{id}", self._abort, methods=["DELETE"]),
+            Route("/v1/requests/{id:path}", self._abort, methods=["DELETE"]),
             Route("/v1/reload", self._reload_weights, methods=["POST"]),
             Route("/tokenize", self._tokenize, methods=["POST"]),
             Route("/detokenize", self._detokenize, methods=["POST"]),
@@ -181,7 +181,7 @@ class Server:
                 for choice, events in visit.items():
                     for event in events:
                         choice.hear(event)
-            return JSONResponse(shape.whole(), headers=headers)
+            return Json(shape.whole(), headers=headers)
 
     async def _submit(self, asked: Asked) -> Answers:
         if self.draining:

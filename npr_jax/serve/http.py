@@ -68,6 +68,16 @@ def _is_field(part: int | str) -> bool:
     return isinstance(part, int) or (part.isidentifier() and part not in ("str", "int", "float"))
 
 
+class Json(Response):
+    """An answer, with the texts of a model."""
+
+    media_type = "application/json"
+
+    def render(self, content: dict) -> bytes:
+        """In UTF-8."""
+        return _json(content)
+
+
 class EventStream(Response):
     """Server-sent events: every `data` is a JSON text. Ends with `[DONE]`, after an error too.
 

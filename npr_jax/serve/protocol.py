@@ -29,8 +29,8 @@ class _Body(BaseModel):
     @property
     def ignored(self) -> str:
         """Names of fields that nothing here reads, for a header."""
-        names = ", ".join(sorted(self.model_extra or ()))
-        return names.encode("ascii", "backslashreplace").decode()[:500]
+        names = ", ".join(sorted(self.model_extra or ()))[:500]
+        return names.encode("unicode_escape").decode()[:500]  # no line ends, no controls
 
 
 class StreamOptions(_Body):
@@ -136,6 +136,7 @@ class ResponsesRequest(Sampling):
     background: bool | None = None
     text: dict[str, Any] | None = None
     store: bool | None = None
+    metadata: dict[str, str] | None = None  # which the answer repeats
 
 
 class TokenizeRequest(_Body):
