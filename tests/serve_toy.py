@@ -48,6 +48,9 @@ class Digits:
     def decode(self, ids, clean_up_tokenization_spaces=True) -> str:
         return "".join(f"{token:02d}" for token in ids)
 
+    def get_vocab(self) -> dict[str, int]:
+        return {self.convert_ids_to_tokens(token): token for token in range(40)}
+
     def convert_ids_to_tokens(self, token: int) -> str:
         return f"{token:02d}"
 

@@ -354,6 +354,43 @@ def test_what_is_no_body_is_refused(server, raw):
         assert status == 400 and set(answer["error"]) == {"message", "type", "param", "code"}
 
 
+MILLION = 10**6
+MANY = ",".join(f'"{i}":"x"' for i in range(MILLION)).encode()
+LARGE = [
+    ("prompt", b'{"prompt": [' + b"1," * MILLION + b'"x"]}'),
+    ("prompt", b'{"prompt": [' + b"1.5," * MILLION + b"1]}"),
+    ("prompt", b'{"prompt": [[' + b"1.5," * MILLION + b"1]]}"),
+    ("prompt", b'{"prompt": "' + b"12" * MILLION + b'"}'),
+    ("logit_bias", b'{"prompt": "12", "logit_bias": {%s}}' % MANY),
+    ("stop", b'{"prompt": "12", "stop": [' + b"1," * MILLION + b"1]}"),
+]
+
+
+@pytest.mark.parametrize(("param", "raw"), LARGE, ids=range(len(LARGE)))
+def test_a_body_with_a_million_faults_has_one_error_soon(server, param, raw):
+    begun = time.monotonic()
+    status, _, answer = server.ask("POST", COMPLETION, raw)
+    assert status == 400 and answer["error"]["param"] == param
+    assert time.monotonic() - begun < 3
+
+
+def test_a_large_text_keeps_nobody_waiting():
+    class Slow(Digits):
+        def encode(self, text, add_special_tokens=True):
+            time.sleep(1.5 if len(text) > 1000 else 0)
+            return super().encode(text, add_special_tokens)
+
+    with serving(tokenizer=Slow()) as server:
+        body = {"prompt": "12" * 1000, "max_tokens": 1, "colour": "x" * 70_000}
+        thread = threading.Thread(target=server.post, args=(COMPLETION,), kwargs=body)
+        thread.start()
+        time.sleep(0.3)
+        begun = time.monotonic()
+        assert server.ask("GET", "/health")[0] == 200
+        assert time.monotonic() - begun < 0.9 and thread.is_alive()
+        thread.join()
+
+
 def test_a_body_of_another_type_is_refused_and_an_error_is_short(server):
     for kind in ("", "text/plain", "application/x-www-form-urlencoded"):
         headers = {"Content-Type": kind}

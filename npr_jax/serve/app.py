@@ -7,6 +7,7 @@ from collections import abc
 from typing import Any
 
 from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -35,6 +36,7 @@ from npr_jax.serve.protocol import (
 )
 from npr_jax.serve.responses import Responses
 
+_LARGE = 2**16  # bytes
 OPEN = frozenset({"/", "/health", "/version", "/metrics", "/openapi.json"})  # without a key
 
 
@@ -106,19 +108,19 @@ class Server:
     async def _completions(self, request: Request) -> Response:
         body = await self._read(request, CompletionRequest)
         self.asker.check_model(body.model)
-        asked = self.asker.completion(body)
+        asked = await _beside(request, self.asker.completion, body)
         return await self._answer(request, asked, "cmpl", Completion, body.ignored)
 
     async def _chat(self, request: Request) -> Response:
         body = await self._read(request, ChatRequest)
         self.asker.check_model(body.model)
-        asked = self.asker.chat(body)
+        asked = await _beside(request, self.asker.chat, body)
         return await self._answer(request, asked, "chatcmpl", Chat, body.ignored)
 
     async def _responses(self, request: Request) -> Response:
         body = await self._read(request, ResponsesRequest)
         self.asker.check_model(body.model)
-        asked = self.asker.responses(body)
+        asked = await _beside(request, self.asker.responses, body)
 
         def form(answering: Answering) -> Responses:
             return Responses(answering, body)
@@ -214,8 +216,6 @@ class Server:
     async def _reload_weights(self, request: Request) -> Response:
         if self._reload is None:
             raise ApiError(404, "This server was started without a directory to read again.")
-        from starlette.concurrency import run_in_threadpool
-
         try:
             params = await run_in_threadpool(self._reload)
             version = await self.engine.set_params(params)
@@ -250,15 +250,18 @@ class Server:
     async def _tokenize(self, request: Request) -> Response:
         body = await self._read(request, TokenizeRequest)
         self.asker.check_model(body.model)
-        ids = self.asker.tokenize(body)
-        texts = [self.asker.decode([i]) for i in ids] if body.return_token_strs else None
+        ids = await _beside(request, self.asker.tokenize, body)
+        texts = None
+        if body.return_token_strs:
+            texts = await _beside(request, lambda ids: [self.asker.decode([i]) for i in ids], ids)
         found = {"count": len(ids), "max_model_len": self.asker.longest, "tokens": ids}
         return JSONResponse(found | {"token_strs": texts})
 
     async def _detokenize(self, request: Request) -> Response:
         body = await self._read(request, DetokenizeRequest)
         self.asker.check_model(body.model)
-        return JSONResponse({"prompt": self.asker.detokenize(body.tokens)})
+        text = await _beside(request, self.asker.detokenize, body.tokens)
+        return Json({"prompt": text})
 
     async def _tokenizer_info(self, _: Request) -> Response:
         tokenizer = self.asker.tokenizer
@@ -297,6 +300,13 @@ class Server:
 
     async def _page(self, _: Request) -> Response:
         return page()
+
+
+async def _beside(request: Request, do: abc.Callable[[Any], Any], given) -> Any:
+    """`do(given)`; of a large body in another thread, as it may take the tokenizer seconds."""
+    if request.state.body_size < _LARGE:
+        return do(given)
+    return await run_in_threadpool(do, given)
 
 
 def _unavailable(text: str, seconds: int) -> ApiError:

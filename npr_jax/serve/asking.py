@@ -67,6 +67,8 @@ class Asker:
         self.max_len = min(limit, config.sampling.max_position or limit)
         room = config.engine.longest_table * config.engine.page_size
         self.longest = min(self.max_len, room - config.engine.page_size)
+        # No text of more characters has so few tokens.
+        self.most_text = self.longest * max(map(len, self.tokenizer.get_vocab()))
 
     def check_model(self, name: str | None) -> None:
         """Refuses another model than the one that is here."""
@@ -91,6 +93,7 @@ class Asker:
         for number, prompt in enumerate(given):
             name = f"prompt[{number}]" if len(given) > 1 else "prompt"
             if isinstance(prompt, str):
+                self._refuse_endless(len(prompt), name)
                 sent = self._encode(prompt, name)
             else:
                 sent = self._ids(prompt, name)
@@ -199,6 +202,7 @@ class Asker:
     ) -> list[int]:
         """The ids of a conversation; its last user's turn gets the instruction."""
         turns = [{"role": m.role, "content": _text(m, i, name)} for i, m in enumerate(messages)]
+        self._refuse_endless(sum(len(turn["content"]) for turn in turns), name)
         if turns[-1]["role"] == "assistant":
             raise ApiError(
                 400, f"The last of {name} is the assistant's, needed is another's.", name
@@ -244,6 +248,17 @@ class Asker:
                 "prompt",
             )
         return given
+
+    def _refuse_endless(self, characters: int, name: str) -> None:
+        """Refuses, before it is encoded, what can only be too long."""
+        if characters > self.most_text:
+            raise ApiError(
+                400,
+                f"This model's maximum context length is {self.longest} tokens, and {name} has "
+                f"{characters} characters, at most {self.most_text} can be read: shorten it.",
+                name.split("[")[0],
+                "context_length_exceeded",
+            )
 
     def _encode(self, text: str, name: str) -> list[int]:
         try:

@@ -45,6 +45,7 @@ async def read(request: Request, kind: type[Body], most: int, seconds: float) ->
                     raise too_large
     except TimeoutError as error:
         raise ApiError(408, f"The body did not come within {seconds:g} s.") from error
+    request.state.body_size = len(raw)
     try:
         return kind.model_validate_json(bytes(raw))
     except pydantic.ValidationError as error:

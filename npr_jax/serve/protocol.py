@@ -6,10 +6,12 @@ that would change the answer and are not supported are refused; others are ignor
 answer's header `X-Ignored-Fields`.
 """
 
-from typing import Annotated, Any, Literal, NotRequired
+from typing import Annotated, Any, Literal, NotRequired, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from typing_extensions import TypedDict
+
+from npr_jax.decode.sampling import MOST_BIASES
 
 MAX_LOGPROBS = 20
 _Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
@@ -20,6 +22,20 @@ _Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 _TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 _Text = Annotated[str, Field(min_length=1)]
 _Stops = Annotated[list[_Text], Field(max_length=16)]
+_T = TypeVar("_T")
+# Read up to what is wrong first: a list of a million wrong items has one error.
+_List = Annotated[list[_T], Field(fail_fast=True)]
+_SomeList = Annotated[list[_T], Field(fail_fast=True, min_length=1)]
+_Bias = Annotated[float, Field(ge=-100, le=100)]
+
+
+def _at_most(given: Any) -> Any:
+    if isinstance(given, dict) and len(given) > MOST_BIASES:
+        raise ValueError(f"{len(given)} entries, at most {MOST_BIASES} are allowed")
+    return given
+
+
+_few = BeforeValidator(_at_most)  # before each of them is looked at
 
 
 class _Body(BaseModel):
@@ -70,14 +86,14 @@ class _Choices(Sampling):
     stop: _Text | _Stops | None = None
     presence_penalty: _Penalty | None = None
     frequency_penalty: _Penalty | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: Annotated[dict[str, _Bias], _few] | None = None
     stream_options: StreamOptions | None = None
 
 
 class CompletionRequest(_Choices):
     """Body of /v1/completions."""
 
-    prompt: str | list[str] | list[_TokenId] | list[list[_TokenId]]
+    prompt: str | _List[str] | _List[_TokenId] | _List[_List[_TokenId]]
     max_tokens: _CountOrZero | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
@@ -96,7 +112,7 @@ class Message(_Body):
     """A message of a conversation."""
 
     role: _Text
-    content: str | list[ContentPart] | None = None
+    content: str | _List[ContentPart] | None = None
 
 
 class ChatRequest(_Choices):
@@ -106,7 +122,7 @@ class ChatRequest(_Choices):
     server's, which asks the last user's turn for the format ("" asks for none).
     """
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: _SomeList[Message]
     max_tokens: _Count | None = None
     max_completion_tokens: _Count | None = None
     logprobs: bool | None = None
@@ -119,14 +135,14 @@ class ChatRequest(_Choices):
     functions: list[Any] | None = None
     function_call: Any = None
     response_format: dict[str, Any] | None = None
-    modalities: list[str] | None = None
+    modalities: _List[str] | None = None
     audio: Any = None
 
 
 class ResponsesRequest(Sampling):
     """Body of /v1/responses: text in, text out."""
 
-    input: _Text | Annotated[list[Message], Field(min_length=1)]
+    input: _Text | _SomeList[Message]
     instructions: str | None = None
     max_output_tokens: _Count | None = None
     instruction: str | None = None
@@ -136,7 +152,7 @@ class ResponsesRequest(Sampling):
     background: bool | None = None
     text: dict[str, Any] | None = None
     store: bool | None = None
-    metadata: dict[str, str] | None = None  # which the answer repeats
+    metadata: Annotated[dict[str, str], _few] | None = None  # which the answer repeats
 
 
 class TokenizeRequest(_Body):
@@ -144,7 +160,7 @@ class TokenizeRequest(_Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    messages: _SomeList[Message] | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
     instruction: str | None = None
@@ -155,7 +171,7 @@ class DetokenizeRequest(_Body):
     """Body of /detokenize."""
 
     model: str | None = None
-    tokens: list[_TokenId]
+    tokens: _List[_TokenId]
 
 
 # Answers.
