@@ -15,6 +15,7 @@ from npr_jax.decode import EngineConfig
 from npr_jax.model.pretrained import Model
 from npr_jax.serve.app import Server
 from npr_jax.serve.config import ServeConfig
+from npr_jax.serve.server import http_protocol
 
 ENGINE = EngineConfig(
     lanes=4,
@@ -140,7 +141,13 @@ def serving(config: ServeConfig = CONFIG, key=None, reload=None, engine=None, **
     engine = engine or engine_on_fake_device(config.engine, **{"tokenizer": Digits()} | changes)
     model = Model(engine.model_config, {}, engine.tokenizer, engine.tags)
     server = Server(model, engine, config, config.name or "toy", key, reload)
-    settings = uvicorn.Config(server.app, port=0, log_config=None, timeout_graceful_shutdown=2)
+    settings = uvicorn.Config(
+        server.app,
+        http=http_protocol(config),
+        port=0,
+        log_config=None,
+        timeout_graceful_shutdown=2,
+    )
     process = uvicorn.Server(settings)
     thread = threading.Thread(target=process.run, daemon=True)
     thread.start()

@@ -23,7 +23,7 @@ from npr_jax.decode import SamplingParams, fork_join
 from npr_jax.evaluate.traces import read_trace
 from npr_jax.serve import answering, protocol
 from npr_jax.serve.openapi import description
-from npr_jax.serve.server import protocol_of
+from npr_jax.serve.server import http_protocol
 
 JSON = {"Content-Type": "application/json"}
 COMPLETION, CHAT, RESPONSES = "/v1/completions", "/v1/chat/completions", "/v1/responses"
@@ -608,6 +608,54 @@ def test_bodies_that_are_too_large_or_too_slow_are_refused():
         connection.close()
 
 
+def _head(path: str, more: str) -> bytes:
+    return f"POST {path} HTTP/1.1\r\nHost: a\r\n{more}\r\n\r\n".encode()
+
+
+HALVES = {  # what a client sends, and what it goes on with, never to its end
+    "headers": (b"GET /health HTTP/1.1\r\nHos", b"x"),
+    "headers of a second request": (b"GET /health HTTP/1.1\r\nHost: a\r\n\r\nGET /heal", b"x"),
+    "a body that was answered": (
+        _head(COMPLETION, "Content-Length: 9999999\r\nContent-Type: application/json"),
+        b"x",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HALVES)
+def test_a_client_that_never_comes_to_its_end_is_left(name):
+    with serving(dataclasses.replace(CONFIG, max_body=1000, header_seconds=0.4)) as server:
+        sent, more = HALVES[name]
+        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+            connection.sendall(sent)
+            begun = time.monotonic()
+            with pytest.raises(ConnectionError):
+                while time.monotonic() < begun + 5:
+                    time.sleep(0.05)
+                    connection.sendall(more)
+        # A client that takes its time between two requests may stay.
+        connection = server.connect()
+        for _ in range(2):
+            connection.request("GET", "/health")
+            assert connection.getresponse().read()
+            time.sleep(0.6)
+        connection.close()
+
+
+def test_what_is_no_http_is_told_so_and_never_inside_an_answer(server, caplog):
+    chunked = "Transfer-Encoding: chunked\r\nContent-Type: "
+    for kind, status in (("application/json", b"400"), ("text/plain", b"415")):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+            connection.sendall(_head(COMPLETION, chunked + kind))
+            raw = connection.recv(9999) if status == b"415" else b""
+            connection.sendall(b"no chunk\r\n")
+            while got := connection.recv(9999):
+                raw += got
+        assert raw.startswith(b"HTTP/1.1 " + status) and raw.count(b"HTTP/1.1") == 1
+        assert json.loads(raw.split(b"\r\n\r\n")[1])["error"]["message"]
+    assert not [record for record in caplog.records if record.name == "asyncio"]
+
+
 def test_when_the_engine_fails_every_request_hears_why_and_health_says_so():
     with serving() as server:
         runner = server.server.engine.engine.runner
@@ -803,7 +851,7 @@ def test_a_client_that_sends_no_headers_or_reads_nothing_is_let_go():
         settings = uvicorn.Config(lambda *_: None, log_config=None)
         settings.load()
         state, wire = ServerState(), Wire()
-        connection = protocol_of(config)(settings, state, {})
+        connection = http_protocol(config)(settings, state, {})
         connection.connection_made(wire)
         if stall:
             connection._late.cancel()
@@ -824,7 +872,7 @@ def test_a_client_that_reads_again_in_time_is_kept():
         settings = uvicorn.Config(lambda *_: None, log_config=None)
         settings.load()
         wire = Wire()
-        connection = protocol_of(config)(settings, ServerState(), {})
+        connection = http_protocol(config)(settings, ServerState(), {})
         connection.connection_made(wire)
         for _ in range(4):
             connection.pause_writing()

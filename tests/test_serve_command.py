@@ -72,6 +72,25 @@ def test_it_answers_starts_again_without_compiling_and_ends_in_order(tmp_path):
         connection.close()
 
 
+@pytest.mark.slow
+def test_a_second_signal_does_not_wait_for_answers(tmp_path):
+    with started(tmp_path, "--drain", "60") as (process, port, _):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        body = json.dumps(LONG | {"stream": True, "n": 16})
+        connection.request("POST", "/v1/completions", body, JSON)
+        stream = connection.getresponse()
+        stream.read(1)
+        begun = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+        process.send_signal(signal.SIGTERM)
+        text = stream.read().decode()
+        assert '"finish_reason": "abort"' in text and text.endswith("data: [DONE]\n\n")
+        assert process.wait(30) == 0 and time.monotonic() - begun < 20
+        assert "Traceback" not in process.stderr.read()
+        connection.close()
+
+
 def test_an_address_that_is_taken_is_an_error_before_anything_is_loaded():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -21,6 +21,7 @@ from npr_jax.serve.errors import ApiError
 from npr_jax.serve.http import failure
 
 _LAST_SECONDS = 5  # in which answers that have ended reach their clients, at shutdown
+_IDLE_SECONDS = 75  # of a connection: more than proxies and clients, lest they use one that closes
 
 
 def serve(
@@ -81,16 +82,17 @@ class _Process(uvicorn.Server):
 
     def __init__(self, server: Server, config: ServeConfig):
         self._app = server
-        self._draining: asyncio.Task | None = None
+        self._ending: list[asyncio.Task] = []
         self._drain = float(config.drain)
         settings = uvicorn.Config(
             server.app,
-            http=protocol_of(config),
+            http=http_protocol(config),
             log_config=None,
             access_log=False,
             server_header=False,
             proxy_headers=False,
             timeout_graceful_shutdown=_LAST_SECONDS,
+            timeout_keep_alive=_IDLE_SECONDS,
         )
         super().__init__(settings)
 
@@ -112,39 +114,46 @@ class _Process(uvicorn.Server):
         await started
 
     def _end(self) -> None:
-        if self._draining is None:
-            self._draining = asyncio.create_task(self._shut())
+        if len(self._ending) < 2:  # the second does not wait for answers
+            seconds = 0.0 if self._ending else self._drain
+            self._ending.append(asyncio.create_task(self._shut(seconds)))
         else:
             self.should_exit = self.force_exit = True
 
-    async def _shut(self) -> None:
-        await self._app.drain(self._drain)
+    async def _shut(self, seconds: float) -> None:
+        await self._app.drain(seconds)
         self.should_exit = True
 
 
-def protocol_of(config: ServeConfig) -> type[H11Protocol]:
+def http_protocol(config: ServeConfig) -> type[H11Protocol]:
     """HTTP with limits on a client's time: for its headers, and for reading what it is sent."""
 
     class Limited(H11Protocol):
         def connection_made(self, transport) -> None:
             super().connection_made(transport)
-            self._late = self.loop.call_later(config.header_seconds, self._no_headers)
+            self._late: asyncio.TimerHandle | None = None
             self._stalled: asyncio.TimerHandle | None = None
+            self._look()
 
         def connection_lost(self, exc: Exception | None) -> None:
-            self._late.cancel()
-            if self._stalled:
-                self._stalled.cancel()
+            for timer in (self._late, self._stalled):
+                if timer:
+                    timer.cancel()
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
-            if self.cycle is not None:
-                self._late.cancel()
+            self._look()
 
-        def _no_headers(self) -> None:
-            if self.cycle is None:
-                self.transport.close()
+        def _look(self) -> None:
+            """Headers have to come in time, before every request; and so has the rest of a body
+            that was answered without it."""
+            answering = self.cycle is not None and not self.cycle.response_complete
+            if answering and self._late:
+                self._late.cancel()
+                self._late = None
+            elif not answering and not self._late:
+                self._late = self.loop.call_later(config.header_seconds, self.transport.close)
 
         def pause_writing(self) -> None:
             super().pause_writing()
@@ -157,7 +166,10 @@ def protocol_of(config: ServeConfig) -> type[H11Protocol]:
             super().resume_writing()
 
         def send_400_response(self, msg: str) -> None:
-            """What is no HTTP is answered in JSON, too."""
+            """What is no HTTP is answered in JSON, too; but if an answer has begun, by the end."""
+            if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+                self.transport.close()
+                return
             text = bytes(failure(ApiError(400, msg, code="invalid_http")).body)
             headers = [
                 (b"content-type", b"application/json"),
