@@ -19,10 +19,11 @@ from pydantic import TypeAdapter
 from serve_toy import CONFIG, ENGINE, Digits, pieces_of, serving
 from uvicorn.server import ServerState
 
-from npr_jax.decode import SamplingParams, fork_join
+from npr_jax.decode import Event, SamplingParams, fork_join
 from npr_jax.evaluate.traces import read_trace
 from npr_jax.serve import answering, protocol
 from npr_jax.serve.openapi import description
+from npr_jax.serve.order import Piece, Reasoning
 from npr_jax.serve.server import http_protocol
 
 JSON = {"Content-Type": "application/json"}
@@ -255,6 +256,27 @@ def test_stop_texts_end_an_answer(server):
     assert joined(server.stream(COMPLETION, **body))[0] == choice["text"]
 
 
+def test_more_tokens_than_there_are_pages_for_are_no_error():
+    """A line ends where its pages would, as at the model's last position."""
+    with serving(dataclasses.replace(CONFIG, engine=dataclasses.replace(ENGINE, pages=40))) as some:
+        longest = some.ask("GET", "/v1/models")[2]["data"][0]["max_model_len"]
+        assert longest < 160
+        body = {"prompt": "12", "ignore_eos": True, "parallel": False, "max_tokens": 10**5}
+        answer = some.post(COMPLETION, **body)
+        assert answer["choices"][0]["finish_reason"] == "length"
+        assert answer["usage"]["total_tokens"] == longest
+        some.post(COMPLETION, prompt="12" * (longest - 2))  # the default of max_tokens is 16
+        some.post(COMPLETION, 400, prompt="12" * longest)
+
+
+def test_the_rest_of_a_character_is_reasoning_inside_a_block():
+    reasoning = Reasoning(bigram.TAGS)
+    assert reasoning.flush("\ufffd") == ("", "\ufffd")
+    opens = Event("token", 0, token_id=bigram.TAGS.guideline_open)
+    assert reasoning.add(Piece("32", opens)) == ("32", "")
+    assert reasoning.flush("\ufffd") == ("\ufffd", "")
+
+
 def test_what_may_begin_a_stop_text_stays_in_its_place(server):
     stop = (
         f"{bigram.TAGS.guideline_close:02d}x"  # which the trunk's last token before a fork begins
@@ -315,12 +337,15 @@ BAD = [
     (CHAT, {"top_logprobs": 5}, "top_logprobs"),
     (CHAT, {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     (CHAT, {"tools": [{"type": "function"}]}, "tools"),
+    (CHAT, {"separate_reasoning": True, "stream_branches": True}, "separate_reasoning"),
     (CHAT, {"response_format": {"type": "json_object"}}, "response_format"),
     (CHAT, {"chat_template_kwargs": {"fail": True}}, "messages"),
     (CHAT, {"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs"),
     (RESPONSES, {"input": ""}, "input"),
     (RESPONSES, {"input": "12", "previous_response_id": "a"}, "previous_response_id"),
     (RESPONSES, {"input": "12", "tools": [{}]}, "tools"),
+    (RESPONSES, {"input": "12" * 1591}, "input"),
+    (RESPONSES, {"input": "12" * 3000}, "input"),
     (RESPONSES, {"input": "12", "metadata": {"a": float("nan")}}, "metadata"),
     ("/tokenize", {}, "prompt"),
     ("/tokenize", {"prompt": "1", "messages": [{"role": "user", "content": "1"}]}, "prompt"),

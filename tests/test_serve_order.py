@@ -88,8 +88,9 @@ def parts(*pieces: tuple[int, str]) -> tuple[str, str]:
     """What is told apart of tokens and their texts."""
     apart = Reasoning(TAGS)
     found = [apart.add(Piece(text, Event("token", 0, token_id=token))) for token, text in pieces]
+    found.append(apart.flush(""))
     reasoning, said = ("".join(some) for some in zip(*found, strict=True))
-    return reasoning, said + apart.flush()
+    return reasoning, said
 
 
 def test_blanks_beside_a_block_are_the_blocks():

@@ -74,7 +74,7 @@ class Choice:
             return said._replace(text="".join(p.text for p in pieces) + rest)
         parts = [self._reasoning.add(piece) for piece in pieces]
         if self.trajectory is not None:
-            parts.append(("", self._reasoning.flush() + rest))
+            parts.append(self._reasoning.flush(rest))
         reasoning, text = (
             ("".join(some) for some in zip(*parts, strict=True)) if parts else ("", "")
         )

@@ -55,6 +55,9 @@ class Asked:
         return len(self.prompts) * self.sampling.n
 
 
+_PROMPT = {CompletionRequest: "prompt", ChatRequest: "messages", ResponsesRequest: "input"}
+
+
 class Asker:
     """Reads bodies for one model; raises ApiError for what cannot be done."""
 
@@ -137,6 +140,12 @@ class Asker:
         ):
             if off:
                 raise _unsupported(name)
+        if body.separate_reasoning and body.stream_branches:
+            raise ApiError(
+                400,
+                "separate_reasoning cannot be combined with stream_branches.",
+                "separate_reasoning",
+            )
         if body.top_logprobs is not None and not body.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs=true.", "top_logprobs")
         prompt = self.chat_prompt(body.messages, body.instruction, body.chat_template_kwargs)
@@ -281,11 +290,12 @@ class Asker:
         """The server's defaults, but for what the request says."""
         longest = max(map(len, prompts))
         if longest >= self.longest:
+            name = _PROMPT[type(body)]
             raise ApiError(
                 400,
-                f"This model's maximum context length is {self.longest} tokens, and the prompt has "
+                f"This model's maximum context length is {self.longest} tokens, and {name} has "
                 f"{longest}: shorten it.",
-                "prompt" if isinstance(body, CompletionRequest) else "messages",
+                name,
                 "context_length_exceeded",
             )
         most = self.config.max_tokens or 2**31 - 1
@@ -347,6 +357,7 @@ class Asker:
                 n=n,
                 parallel=parallel,
                 max_tokens=max(max_tokens, 1),
+                max_position=self.longest,  # also where it is pages that there are no more of
                 **changes,
             )
         except ValueError as error:

@@ -124,7 +124,7 @@ class Reasoning:
         self._blank = text[len(said) :]
         return "", said
 
-    def flush(self) -> str:
-        """What was kept back of the answer."""
-        text, self._blank = self._blank, ""
-        return text
+    def flush(self, rest: str) -> tuple[str, str]:
+        """What was kept back, and the rest of a character that the answer ends inside."""
+        text, self._blank = self._blank + rest, ""
+        return (text, "") if self._depth else ("", text)
