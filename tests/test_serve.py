@@ -547,6 +547,7 @@ def test_more_than_the_queue_holds_is_refused_and_may_come_later():
             assert status == 429 and int(headers["retry-after"]) >= 1
             assert answer["error"]["type"] == "rate_limit_error"
         server.idle()
+        assert server.figures()["npr_request_seconds_count"] == 3  # without what was refused
         server.post(COMPLETION, prompt="12")
         error = server.post(COMPLETION, 400, prompt="12", n=4)["error"]
         assert error["param"] == "n"
@@ -766,6 +767,38 @@ def test_weights_can_be_swapped_while_it_runs():
         error = server.post("/v1/reload", 409)["error"]
         assert "the directory is empty" in error["message"]
         assert server.ask("GET", "/version")[2]["weights"] == 2
+
+
+def test_who_leaves_while_new_weights_are_waited_for_gives_its_place_back():
+    config = dataclasses.replace(CONFIG, max_requests=2)
+    with serving(config, reload=lambda: dict(bigram.model().params)) as server:
+        slow(server, 0.03)
+        with asking(server, **LONG, stream=True):
+            reloading = threading.Thread(target=server.post, args=("/v1/reload",))
+            reloading.start()
+            while not server.server.engine._weights:
+                time.sleep(0.01)
+            connection = server.connect()
+            connection.request("POST", COMPLETION, json.dumps({"prompt": "12"}), JSON)
+            while server.figures()["npr_answers_unfinished"] < 2:
+                time.sleep(0.01)
+            connection.close()
+            end = time.monotonic() + 5
+            while server.figures()["npr_answers_unfinished"] > 1:
+                assert time.monotonic() < end
+                time.sleep(0.01)
+            assert server.server.engine._weights and server.figures()["npr_requests_running"] == 1
+        reloading.join(20)
+        server.idle()
+
+
+def test_a_page_elsewhere_cannot_reload_the_weights():
+    config = dataclasses.replace(CONFIG, cors=("http://here",))
+    with serving(config, reload=lambda: dict(bigram.model().params)) as server:
+        status, _, answer = server.ask("POST", "/v1/reload", b"", {"Origin": "http://elsewhere"})
+        assert status == 403 and "origins" in answer["error"]["message"]
+        for headers in ({"Origin": "http://here"}, {}):
+            assert server.ask("POST", "/v1/reload", b"", headers)[0] == 200
 
 
 def test_a_model_without_tags_is_served_sequentially_and_says_so():

@@ -1,5 +1,6 @@
 """The routes of the server, over an AsyncEngine."""
 
+import asyncio
 import contextlib
 import importlib.metadata
 import time
@@ -11,7 +12,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
@@ -133,9 +134,9 @@ class Server:
         """Asks the engine, and answers in one of the forms below: at once or in pieces."""
         watch = Watch(self.metrics)
         try:
-            answers = await self._submit(asked)
+            answers = await self._submit(request, asked)
         except BaseException:
-            watch.end(0, 0, ())
+            watch.refused()
             raise
         plain = request.state.request_id
         name = f"{kind}-{plain}"
@@ -170,9 +171,12 @@ class Server:
             watch.end(usage["prompt_tokens"], usage["completion_tokens"], reasons)
 
         async def visits() -> abc.AsyncIterator[dict[Choice, list[Event]]]:
-            async for events in answers:
-                watch.heard(sum(event.kind == "token" for event in events))
-                yield answering.sort(events)
+            try:
+                async for events in answers:
+                    watch.heard(sum(event.kind == "token" for event in events))
+                    yield answering.sort(events)
+            except Stopped as error:
+                raise _stopped(error) from error
 
         headers = {"x-ignored-fields": ignored} if ignored else {}
         shape = form(answering)
@@ -185,11 +189,17 @@ class Server:
                         choice.hear(event)
             return Json(shape.whole(), headers=headers)
 
-    async def _submit(self, asked: Asked) -> Answers:
+    async def _submit(self, request: Request, asked: Asked) -> Answers:
         if self.draining:
             raise _unavailable("The server is shutting down.", 30)
+        # New weights may be waited for: a client that leaves meanwhile gives its place back.
+        asking = asyncio.ensure_future(self.engine.submit(asked.prompts, asked.sampling))
         try:
-            return await self.engine.submit(asked.prompts, asked.sampling)
+            async with leaving(request.receive, asking.cancel):
+                await asyncio.wait([asking])
+            if asking.cancelled():
+                raise ClientDisconnect
+            return asking.result()
         except Full as error:
             raise ApiError(
                 429,
@@ -199,8 +209,7 @@ class Server:
                 headers={"retry-after": "1"},
             ) from error
         except Stopped as error:
-            cause = f" It failed: {error.__cause__}." if error.__cause__ else ""
-            raise _unavailable(f"The engine takes no more requests.{cause}", 30) from error
+            raise _stopped(error) from error
         except ValueError as error:
             raise refused(error) from error
 
@@ -216,13 +225,17 @@ class Server:
     async def _reload_weights(self, request: Request) -> Response:
         if self._reload is None:
             raise ApiError(404, "This server was started without a directory to read again.")
+        # It needs no body, so a browser would send it for any page.
+        origin = request.headers.get("origin")
+        if origin and not {origin, "*"} & {*self.config.cors}:
+            raise ApiError(403, "Pages of other origins may not ask for this (cors).")
         try:
             params = await run_in_threadpool(self._reload)
             version = await self.engine.set_params(params)
         except (ValueError, OSError) as error:
             raise ApiError(409, f"The old weights stay: {error}", code="reload_failed") from error
         except Stopped as error:
-            raise _unavailable("The engine takes no more requests.", 30) from error
+            raise _stopped(error) from error
         return JSONResponse({"object": "weights", "version": version})
 
     # What does not.
@@ -311,6 +324,11 @@ async def _beside(request: Request, do: abc.Callable[[Any], Any], given) -> Any:
 
 def _unavailable(text: str, seconds: int) -> ApiError:
     return ApiError(503, text, code="unavailable", headers={"retry-after": str(seconds)})
+
+
+def _stopped(error: Stopped) -> ApiError:
+    cause = f" It failed: {error.__cause__}." if error.__cause__ else ""
+    return _unavailable(f"The engine takes no more requests.{cause}", 30)
 
 
 async def _api_error(_: Request, error: Exception) -> Response:

@@ -127,7 +127,7 @@ def _json(value: dict) -> bytes:
 
 
 @contextlib.asynccontextmanager
-async def leaving(receive: Receive, leave: abc.Callable[[], None]) -> abc.AsyncIterator[None]:
+async def leaving(receive: Receive, leave: abc.Callable[[], object]) -> abc.AsyncIterator[None]:
     """Calls `leave` when the client has gone, and at the end."""
 
     async def watch() -> None:

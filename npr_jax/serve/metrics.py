@@ -90,6 +90,10 @@ class Watch:
             self._metrics.between.observe((now - self._last) / tokens)
         self._last = now
 
+    def refused(self) -> None:
+        """It was not taken."""
+        self._metrics.running.dec()
+
     def end(self, prompt_tokens: int, tokens: int, reasons: abc.Iterable[str]) -> None:
         """It is over: answers ended for these reasons."""
         metrics = self._metrics

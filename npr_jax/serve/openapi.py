@@ -68,7 +68,7 @@ _ROUTES = (
         "/v1/reload",
         "Reads the weights again; waits for the answers of the old ones.",
         protocol.Reloaded,
-        fails=(404, 409),
+        fails=(403, 404, 409),
     ),
     _Route(
         "post",
