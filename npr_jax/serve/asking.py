@@ -1,8 +1,8 @@
 """From the body of a request to what the engine is asked: token ids and SamplingParams."""
 
 import dataclasses
+import random
 import re
-import secrets
 from collections import abc
 
 from npr_jax.data.prompts import begun, chat_ids, prompt_ids
@@ -315,7 +315,7 @@ class Asker:
                 "answers that may be asked for at a time.",
                 "n",
             )
-        seed = secrets.randbits(32) if body.seed is None else body.seed % 2**32
+        seed = random.getrandbits(32) if body.seed is None else body.seed % 2**32
         parallel = self.parallel if body.parallel is None else body.parallel
         if parallel and not self.parallel:
             raise ApiError(
