@@ -29,11 +29,11 @@ RESULTS = Path(__file__).parent / "results" / "serve.json"
 LOADS = {
     # tokens of an answer at most, whether they all have so many, and how many there are a stream
     "tiny": {"max_tokens": 160, "fixed": False, "each": 24},
-    "smollm2": {"max_tokens": 64, "fixed": True, "each": 3},
+    "smollm2": {"max_tokens": 64, "fixed": True, "each": 2},
     # transformers has no ignore_eos: what it says is counted, and may be shorter
     "peer": {"max_tokens": 64, "fixed": True, "each": 2},
 }
-CONFIG = ["--set", "engine.lanes=64", "--set", "engine.pages=8192"]
+CONFIG = ["--set", "engine.lanes=64", "--set", "engine.pages=1600"]
 
 
 def bodies(load: str, count: int) -> list[dict]:

@@ -223,7 +223,7 @@ def serving() -> list[str]:
     return [
         "A closed loop of streams over HTTP against the same requests in process: the engine has "
         "one core, the client another (`python bench/serve.py`). `tiny` is the demo's model with "
-        "branches, `smollm2` SmolLM2-135M in float32, lines of 64 tokens."
+        "branches, `smollm2` SmolLM2-135M in float32, lines of 64 tokens. One round each."
         + (beside if others else ""),
         "",
         *markdown(head, rows),
