@@ -957,3 +957,11 @@ def test_a_fault_of_the_server_is_told_without_its_inside(monkeypatch, capfd):
             error = pieces_of(answer)[-1]["error"] if stream else answer["error"]
             assert error["type"] == "server_error" and "secret" not in str(error)
     assert capfd.readouterr().err.count("a secret of the inside") >= 2
+
+
+def test_the_description_promises_what_can_come():
+    paths = description()["paths"]
+    assert set(paths["/health"]["get"]["responses"]) == {"200", "503"}
+    assert set(paths["/v1/models"]["get"]["responses"]) == {"200", "401", "503"}
+    needed = {"200", "400", "401", "404", "408", "413", "415", "429", "503"}
+    assert set(paths[CHAT]["post"]["responses"]) == needed

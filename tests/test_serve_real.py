@@ -157,3 +157,18 @@ def test_the_same_request_is_answered_the_same_alone_and_among_64_others(exact):
         before = slice(made.prompt_len, made.prompt_len + end + 1)
         assert made.margin[before][made.logp[before] < 0].min() < TIE
     np.testing.assert_allclose(logp_among[:end], logp[:end], atol=1e-4)
+
+
+def test_pieces_of_branches_have_the_likeliest_of_their_tokens(server):
+    body = {"prompt": TRUNK, "seed": SEED, "max_tokens": 120, "logprobs": 3}
+    pieces = server.stream(COMPLETION, **body, stream_branches=True)
+    assert all(piece["choices"][0]["logprobs"] is None for piece in pieces)
+    events = [piece["choices"][0]["branch"] for piece in pieces]
+    tokens = [token for event in events for token in event.get("tokens", ())]
+    assert any(token["forced"] for token in tokens) and any(event["branch"] for event in events)
+    for token in tokens:
+        if token["forced"]:
+            assert "top" not in token
+        else:
+            best = dict(token["top"])
+            assert len(best) == 3 and best.get(token["id"], token["logprob"]) == token["logprob"]

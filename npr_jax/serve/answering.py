@@ -275,7 +275,10 @@ def _token(event: Event) -> dict[str, Any]:
     """A token with `stream_branches`."""
     logprob = _number(_logp(event))
     text = event.text or ""
-    return {"id": event.token_id, "text": text, "logprob": logprob, "forced": event.forced}
+    found = {"id": event.token_id, "text": text, "logprob": logprob, "forced": event.forced}
+    if event.top:
+        found["top"] = [[token, _number(logp)] for token, logp in event.top]
+    return found
 
 
 def _id(token: Event) -> int:

@@ -24,7 +24,7 @@ from npr_jax.serve.asking import Asked, Asker, refused
 from npr_jax.serve.config import ServeConfig
 from npr_jax.serve.errors import ApiError
 from npr_jax.serve.forms import Chat, Completion
-from npr_jax.serve.http import Door, EventStream, Json, failure, leaving, read
+from npr_jax.serve.http import OPEN, Door, EventStream, Json, failure, leaving, read
 from npr_jax.serve.metrics import Metrics, Watch
 from npr_jax.serve.openapi import description
 from npr_jax.serve.page import page
@@ -38,7 +38,6 @@ from npr_jax.serve.protocol import (
 from npr_jax.serve.responses import Responses
 
 _LARGE = 2**16  # bytes
-OPEN = frozenset({"/", "/health", "/version", "/metrics", "/openapi.json"})  # without a key
 
 
 class Server:

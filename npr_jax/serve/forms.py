@@ -67,7 +67,8 @@ class Form:
                 text = choice.rest()
             said = Said([], [], text, "")
             finish = choice.finish if event["event"] == "finish" else {"finish_reason": None}
-            yield self._piece(choice, said, False) | finish | {"branch": event}
+            # A token has its log-probs in the event.
+            yield self._piece(choice, said, False) | {"logprobs": None, "branch": event} | finish
 
     def _opening(self) -> abc.Iterator[dict[str, Any]]:
         return iter(())

@@ -20,6 +20,7 @@ from npr_jax.serve.errors import ApiError
 
 Body = TypeVar("Body", bound=pydantic.BaseModel)
 REQUEST_ID = "x-request-id"
+OPEN = frozenset({"/", "/health", "/version", "/metrics", "/openapi.json"})  # without a key
 
 
 def failure(error: ApiError) -> JSONResponse:

@@ -45,7 +45,7 @@ class Metrics:
         self.prompt_tokens = count("prompt_tokens", "Tokens of prompts that were answered.")
         self.generation_tokens = count("generation_tokens", "Tokens of answers.")
         self.first = times("time_to_first_token", "From a request to its first token.")
-        self.between = times("time_per_token", "Between tokens of an answer.", _BETWEEN)
+        self.between = times("time_between_pieces", "Between two pieces of an answer.", _BETWEEN)
         self.whole = times("request", "From a request to its last token.")
         self.running = Gauge("npr_requests_running", "Requests being answered.", registry=registry)
         self.answers = Gauge("npr_answers_unfinished", "Answers unfinished.", registry=registry)
@@ -80,14 +80,14 @@ class Watch:
         metrics.running.inc()
 
     def heard(self, tokens: int) -> None:
-        """So many tokens came with a visit."""
+        """So many tokens came with a visit: a piece, if there are any."""
         now = time.monotonic()
         if not tokens:
             return
         if self._last is None:
             self._metrics.first.observe(now - self._begun)
         else:
-            self._metrics.between.observe((now - self._last) / tokens)
+            self._metrics.between.observe(now - self._last)
         self._last = now
 
     def refused(self) -> None:

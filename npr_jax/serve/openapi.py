@@ -9,6 +9,7 @@ from pydantic import TypeAdapter
 from pydantic.json_schema import models_json_schema
 
 from npr_jax.serve import protocol
+from npr_jax.serve.http import OPEN
 
 _REF = "#/components/schemas/{model}"
 
@@ -122,7 +123,8 @@ def _paths() -> dict[str, Any]:
         if route.streams:
             ok["text/event-stream"] = {"schema": {"type": "string"}}
         answers: dict[str, Any] = {"200": {"description": "The answer.", "content": ok}}
-        statuses = {400, 401, 503, *route.fails} | ({408, 413, 415} if route.body else set())
+        statuses = {503, *route.fails} | ({400, 408, 413, 415} if route.body else set())
+        statuses |= set() if route.path in OPEN else {401}
         for status in sorted(statuses):
             schema = _ref(protocol.ErrorAnswer)
             if route.path == "/health":
