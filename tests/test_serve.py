@@ -334,6 +334,7 @@ BAD = [
     (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages"),
     (CHAT, {"messages": [{"content": "12"}]}, "messages"),
     (CHAT, {"messages": [{"role": "assistant", "content": "12"}]}, "messages"),
+    (CHAT, {"messages": [{"role": "assistant", "tool_calls": [{}]}] * 2}, "messages"),
     (CHAT, {"top_logprobs": 5}, "top_logprobs"),
     (CHAT, {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     (CHAT, {"tools": [{"type": "function"}]}, "tools"),

@@ -417,6 +417,9 @@ def _stops(given: str | list[str] | None) -> tuple[str, ...] | None:
 
 def _text(message: Message, number: int, name: str) -> str:
     """The text of a message."""
+    for field in ("tool_calls", "function_call"):
+        if (message.model_extra or {}).get(field):
+            raise _unsupported(field, f"in {name}[{number}] ", name)
     content = message.content
     if isinstance(content, str):
         return content
@@ -435,8 +438,9 @@ def _text(message: Message, number: int, name: str) -> str:
     return "".join(part.text or "" for part in content)
 
 
-def _unsupported(name: str, how: str = "") -> ApiError:
-    return ApiError(400, f"{name} {how}is not supported here.", name, "unsupported_parameter")
+def _unsupported(name: str, how: str = "", param: str | None = None) -> ApiError:
+    text = f"{name} {how}is not supported here."
+    return ApiError(400, text, param or name, "unsupported_parameter")
 
 
 def refused(error: ValueError) -> ApiError:
