@@ -49,7 +49,8 @@ def body(rng: random.Random) -> tuple[str, dict]:
     changes |= {"stream_branches": True} if changes["stream"] and rng.random() < 0.3 else {}
     if path == CHAT:
         turn = {"role": "user", "content": prompt}
-        return path, {"messages": [turn], "separate_reasoning": rng.random() < 0.5} | changes
+        apart = "stream_branches" not in changes and rng.random() < 0.5
+        return path, {"messages": [turn], "separate_reasoning": apart} | changes
     return path, {"prompt": rng.choice([prompt, [prompt, "12"], [12, 13]])} | changes
 
 

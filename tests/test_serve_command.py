@@ -74,7 +74,7 @@ def test_it_answers_starts_again_without_compiling_and_ends_in_order(tmp_path):
 
 @pytest.mark.slow
 def test_a_second_signal_does_not_wait_for_answers(tmp_path):
-    with started(tmp_path, "--drain", "60") as (process, port, _):
+    with started("tiny", tmp_path, "--drain", "60", sets=SMALL) as (process, port, _):
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
         body = json.dumps(LONG | {"stream": True, "n": 16})
         connection.request("POST", "/v1/completions", body, JSON)
