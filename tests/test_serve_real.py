@@ -84,7 +84,8 @@ def check(told: dict, ids: list[int], first: int, k: int):
         if k and best[0] - best[1] > TIE:
             assert (value == max(top.values())) == (ids[place] == rows[place].argmax())
     start = first + 1
-    assert abs(sum(found[1:]) - logp[start:].sum(dtype=np.float64)) < 1e-5
+    whole = logp[start:].sum(dtype=np.float64)
+    assert abs(sum(found[1:]) - whole) < 1e-5 * max(1, abs(whole) / 10)  # of float32
     greedy = rows[start:].argmax(1) == ids[start:]
     return np.array([greedy.sum(), (~greedy).sum()])
 
