@@ -4,7 +4,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-SERVE = ["starlette", "uvicorn", "prometheus-client"]
+SERVE = ["starlette", "uvicorn", "h11", "prometheus-client", "typing_extensions"]
 
 setup(
     name="npr-jax",

@@ -65,6 +65,18 @@ def pytest_runtest_setup(item):
         pytest.skip(f"NPR_TEST_MINUTES={minutes:g} are over")
 
 
+@pytest.fixture(scope="module")
+def plans_without_numbers():
+    """The engine forks blocks of the toy model, whose plans have no numbers."""
+    import bigram  # after what is set above
+
+    from npr_jax.decode import fork_join
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fork_join, "check_block", bigram.check_block_without_numbers)
+        yield
+
+
 def lowered_for_cuda(function, *arguments) -> str:
     """The module of `function` for an H100, which need not be there; JAX 0.12 asks which it is."""
     device = AbstractDevice("NVIDIA H100 80GB HBM3", None, "cuda")

@@ -8,15 +8,21 @@ import sys
 import threading
 import time
 
+import bigram
 import uvicorn
 from fake_device import engine_on_fake_device
 
-from npr_jax.decode import EngineConfig
+from npr_jax.decode import EngineConfig, fork_join
 from npr_jax.model.pretrained import Model
 from npr_jax.serve.app import Server
 from npr_jax.serve.config import ServeConfig
 from npr_jax.serve.server import http_protocol
 
+JSON = {"Content-Type": "application/json"}
+COMPLETION, CHAT, RESPONSES = "/v1/completions", "/v1/chat/completions", "/v1/responses"
+# What the fake device goes on with has branches, nested ones, and every kind of end.
+PROMPTS = ["1421", "1516", "1620", "1120", "1414", "1812", "1212"]
+LONG = {"max_tokens": 1000, "ignore_eos": True, "parallel": False, "prompt": "12"}
 ENGINE = EngineConfig(
     lanes=4,
     pages=400,
@@ -109,6 +115,34 @@ class Running:
         lines = [line for line in raw.decode().splitlines() if not line.startswith("#")]
         return {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in lines}
 
+    def slow(self, seconds: float = 0.005) -> None:
+        """Every visit of the engine takes so long from now on."""
+        runner = self.server.engine.engine.runner
+        decode = runner._steps.decode
+
+        def wait(*arguments):
+            time.sleep(seconds)
+            return decode(*arguments)
+
+        runner._steps = runner._steps._replace(decode=wait)
+
+    @contextlib.contextmanager
+    def asking(self, path: str = COMPLETION, headers=None, **body):
+        """An answer whose first bytes have come; then the client leaves."""
+        connection = self.connect()
+        try:
+            connection.request("POST", path, json.dumps(body), JSON | (headers or {}))
+            if body.get("stream"):
+                answer = connection.getresponse()
+                answer.read(1)
+                yield answer
+            else:
+                while not self.figures()["npr_requests_running"]:
+                    time.sleep(0.005)
+                yield None
+        finally:
+            connection.close()
+
     def idle(self, seconds: float = 10) -> None:
         """Waits until nothing is held."""
         end = time.monotonic() + seconds
@@ -164,6 +198,7 @@ def serving(config: ServeConfig = CONFIG, key=None, reload=None, engine=None, **
 
 
 if __name__ == "__main__":  # a process of its own, which tells its port
+    fork_join.check_block = bigram.check_block_without_numbers
     with serving(dataclasses.replace(CONFIG, stalled_seconds=2.0, header_seconds=2.0)) as running:
         print(running.port, flush=True)
         sys.stdin.read()

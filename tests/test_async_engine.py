@@ -11,7 +11,7 @@ import pytest
 from engine_checks import recount
 from fake_device import CONFIGS, PROMPTS, check_answer, engine_on_fake_device
 
-from npr_jax.decode import SamplingParams, fork_join
+from npr_jax.decode import SamplingParams
 from npr_jax.decode.async_engine import AsyncEngine, Full, Stopped
 
 CONFIG = dataclasses.replace(CONFIGS[0], pages=60)
@@ -19,9 +19,7 @@ LONG = SamplingParams(max_tokens=160, parallel=False)
 MANY = [[10, 12], [17], [12, 16], [18, 12], [12, 22]]  # whose lines are long
 
 
-@pytest.fixture(autouse=True)
-def plans_without_numbers(monkeypatch):
-    monkeypatch.setattr(fork_join, "check_block", bigram.check_block_without_numbers)
+pytestmark = pytest.mark.usefixtures("plans_without_numbers")
 
 
 def run(coroutine):

@@ -12,7 +12,7 @@ from bigram import EOS, GC, GO, NL, PC, PO, SC, SO, TAGS, TC, TO
 from conftest import EXAMPLES, spread
 from engine_checks import recount, same
 
-from npr_jax.decode import Engine, SamplingParams, fork_join
+from npr_jax.decode import Engine, SamplingParams
 from npr_jax.decode.steps import LaneState
 from npr_jax.model import token_logp
 from npr_jax.tree import layout, parse
@@ -21,9 +21,7 @@ CONFIG = dataclasses.replace(engine_checks.CONFIG, table_pages=128, header_rows=
 PROMPTS = [[12, 13, 20], [GO, SC, TO, 21], [22], list(range(10, 21)) * 3]
 
 
-@pytest.fixture(autouse=True)
-def plans_without_numbers(monkeypatch):
-    monkeypatch.setattr(fork_join, "check_block", bigram.check_block_without_numbers)
+pytestmark = pytest.mark.usefixtures("plans_without_numbers")
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from fake_device import CONFIGS, PROMPTS, engine_on_fake_device
 from hypothesis import given, settings
 from toy_tokenizers import byte_level, sentencepiece_like
 
-from npr_jax.decode import Engine, SamplingParams, fork_join
+from npr_jax.decode import Engine, SamplingParams
 from npr_jax.decode.outputs import KINDS
 from npr_jax.decode.runner import PendingStep
 from npr_jax.decode.text import TextPieces
@@ -22,9 +22,7 @@ from npr_jax.decode.text import TextPieces
 SAMPLING = SamplingParams(n=3, max_tokens=80)
 
 
-@pytest.fixture(autouse=True)
-def plans_without_numbers(monkeypatch):
-    monkeypatch.setattr(fork_join, "check_block", bigram.check_block_without_numbers)
+pytestmark = pytest.mark.usefixtures("plans_without_numbers")
 
 
 @pytest.fixture

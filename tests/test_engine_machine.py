@@ -31,16 +31,14 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from npr_jax.decode import SamplingParams, fork_join
+from npr_jax.decode import SamplingParams
 from npr_jax.decode.pages import PagePool
 from npr_jax.decode.scheduler import Scheduler
 
 ACTS = ("nothing", "abort", "abort another", "submit", "raise")
 
 
-@pytest.fixture(autouse=True)
-def plans_without_numbers(monkeypatch):
-    monkeypatch.setattr(fork_join, "check_block", bigram.check_block_without_numbers)
+pytestmark = pytest.mark.usefixtures("plans_without_numbers")
 
 
 def sampling_of(config, size: int, n: int = 1) -> SamplingParams:

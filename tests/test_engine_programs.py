@@ -3,7 +3,6 @@
 import dataclasses
 from collections import Counter
 
-import bigram
 import fake_device
 import numpy as np
 import pytest
@@ -19,7 +18,7 @@ from fake_device import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from npr_jax.decode import SamplingParams, fork_join
+from npr_jax.decode import SamplingParams
 from npr_jax.decode.pages import PagePool
 from npr_jax.decode.scheduler import Scheduler
 
@@ -27,9 +26,7 @@ PROGRAMS = examples(1000)
 operation = st.tuples(st.sampled_from(OPERATIONS), st.integers(0, 255))
 
 
-@pytest.fixture(autouse=True)
-def plans_without_numbers(monkeypatch):
-    monkeypatch.setattr(fork_join, "check_block", bigram.check_block_without_numbers)
+pytestmark = pytest.mark.usefixtures("plans_without_numbers")
 
 
 def test_random_programs_keep_every_page_right(report):

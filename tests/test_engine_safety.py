@@ -13,14 +13,12 @@ from conftest import examples, spread
 from engine_checks import CONFIG, recount, same
 from fake_device import check_answer, engine_on_fake_device
 
-from npr_jax.decode import Engine, EngineConfig, SamplingParams, fork_join, tables
+from npr_jax.decode import Engine, EngineConfig, SamplingParams, tables
 
 VICTIM = (23, 24, 25, 26, 27)  # tokens that no hostile table touches
 
 
-@pytest.fixture(autouse=True)
-def plans_without_numbers(monkeypatch):
-    monkeypatch.setattr(fork_join, "check_block", bigram.check_block_without_numbers)
+pytestmark = pytest.mark.usefixtures("plans_without_numbers")
 
 
 @functools.cache

@@ -14,7 +14,7 @@ import pytest
 from conftest import examples, spread
 
 from npr_jax.base.config import load_config
-from npr_jax.decode import Engine, SamplingParams, fork_join
+from npr_jax.decode import Engine, SamplingParams
 from npr_jax.decode.attention import gather
 from npr_jax.decode.regrow import Begun
 from npr_jax.decode.runner import Runner
@@ -43,9 +43,7 @@ PROMPTS = [[12, 13, 20], [22], list(range(10, 21)) * 6]
 ROW_LEN, DEPTH = 512, 6
 
 
-@pytest.fixture(autouse=True)
-def plans_without_numbers(monkeypatch):
-    monkeypatch.setattr(fork_join, "check_block", bigram.check_block_without_numbers)
+pytestmark = pytest.mark.usefixtures("plans_without_numbers")
 
 
 @functools.cache

@@ -10,7 +10,7 @@ import pytest
 from engine_checks import CONFIG, same
 from fake_device import CONFIGS, engine_on_fake_device
 
-from npr_jax.decode import Engine, EngineConfig, SamplingParams, fork_join
+from npr_jax.decode import Engine, EngineConfig, SamplingParams
 from npr_jax.decode.steps import add_seen
 from npr_jax.model.score import logits
 
@@ -37,9 +37,7 @@ KNOBS = {
 TIE = 1e-3
 
 
-@pytest.fixture(autouse=True)
-def plans_without_numbers(monkeypatch):
-    monkeypatch.setattr(fork_join, "check_block", bigram.check_block_without_numbers)
+pytestmark = pytest.mark.usefixtures("plans_without_numbers")
 
 
 @functools.cache

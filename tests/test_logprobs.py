@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from engine_checks import CONFIG, same
 
-from npr_jax.decode import Engine, SamplingParams, fork_join
+from npr_jax.decode import Engine, SamplingParams
 from npr_jax.decode.regrow import Begun
 from npr_jax.model.score import logits
 
@@ -17,9 +17,7 @@ PROMPTS = [[12, 13, 20], [22], list(range(10, 21)) * 3]
 TOP = dataclasses.replace(CONFIG, max_logprobs=5)
 
 
-@pytest.fixture(autouse=True)
-def plans_without_numbers(monkeypatch):
-    monkeypatch.setattr(fork_join, "check_block", bigram.check_block_without_numbers)
+pytestmark = pytest.mark.usefixtures("plans_without_numbers")
 
 
 @functools.cache

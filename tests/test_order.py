@@ -2,23 +2,20 @@
 
 import dataclasses
 
-import bigram
 import numpy as np
 import pytest
 from conftest import examples
 from engine_checks import recount
 from fake_device import CONFIGS, engine_on_fake_device
 
-from npr_jax.decode import SamplingParams, fork_join
+from npr_jax.decode import SamplingParams
 from npr_jax.decode import scheduler as module
 from npr_jax.decode.scheduler import Scheduler
 
 CONFIG = dataclasses.replace(CONFIGS[0], lanes=6, pages=40)  # of 4 tokens
 
 
-@pytest.fixture(autouse=True)
-def plans_without_numbers(monkeypatch):
-    monkeypatch.setattr(fork_join, "check_block", bigram.check_block_without_numbers)
+pytestmark = pytest.mark.usefixtures("plans_without_numbers")
 
 
 def prompt_of(length: int, first: int) -> list[int]:

@@ -19,9 +19,7 @@ PENALTIES = {"repetition_penalty": 2.0, "step_repetition_penalty": 5.0}
 SAMPLING = SamplingParams(n=3, max_tokens=70, seed=3, temperature=0.7, **PENALTIES)
 
 
-@pytest.fixture(autouse=True)
-def plans_without_numbers(monkeypatch):
-    monkeypatch.setattr(fork_join, "check_block", bigram.check_block_without_numbers)
+pytestmark = pytest.mark.usefixtures("plans_without_numbers")
 
 
 @functools.cache

@@ -10,7 +10,7 @@ import pytest
 from engine_checks import CONFIG
 from fake_device import CONFIGS, check_scores, engine_on_fake_device
 
-from npr_jax.decode import Engine, SamplingParams, fork_join
+from npr_jax.decode import Engine, SamplingParams
 from npr_jax.model.score import logits, token_logp
 
 TOP = dataclasses.replace(CONFIG, max_logprobs=4)
@@ -20,9 +20,7 @@ PROMPTS = [LONG, [12, 13, 20], [22], LONG[:33], [*LONG[:100], 9, 9]]
 SAMPLING = SamplingParams(n=2, max_tokens=30, seed=3, prompt_logprobs=3)
 
 
-@pytest.fixture(autouse=True)
-def plans_without_numbers(monkeypatch):
-    monkeypatch.setattr(fork_join, "check_block", bigram.check_block_without_numbers)
+pytestmark = pytest.mark.usefixtures("plans_without_numbers")
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from conftest import examples
 from engine_checks import CONFIG, recount, same
 from fake_device import CONFIGS, PROMPTS, engine_on_fake_device
 
-from npr_jax.decode import Engine, SamplingParams, fork_join
+from npr_jax.decode import Engine, SamplingParams
 from npr_jax.decode.regrow import Begun
 
 KINDS = (
@@ -19,9 +19,7 @@ KINDS = (
 )
 
 
-@pytest.fixture(autouse=True)
-def plans_without_numbers(monkeypatch):
-    monkeypatch.setattr(fork_join, "check_block", bigram.check_block_without_numbers)
+pytestmark = pytest.mark.usefixtures("plans_without_numbers")
 
 
 def in_pieces(engine, prompts, sampling, rng, share=0.3):

@@ -16,12 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from serve_toy import Running
+from serve_toy import CHAT, COMPLETION, PROMPTS, RESPONSES, Running
 
-COMPLETION, CHAT, RESPONSES = "/v1/completions", "/v1/chat/completions", "/v1/responses"
 SECONDS = float(os.environ.get("NPR_CHAOS_SECONDS", "120"))
 CLIENTS = 12
-PROMPTS = ["1421", "1516", "1620", "1120", "1414", "22"]
 
 
 @contextlib.contextmanager
@@ -198,6 +196,7 @@ def test_bad_clients_get_no_5xx_and_nothing_grows():
         server.idle(20)
         assert server.ask("GET", "/health")[0] == 200
         server.post(COMPLETION, prompt="12", max_tokens=3)
+        assert server.figures()["npr_engine_joins_total"] > 10
     bad = {key: count for key, count in seen.items() if key[1] >= 500 and key[1] != 503}
     assert not bad, bad
     kinds = {kind for kind, _ in seen}

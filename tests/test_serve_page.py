@@ -16,7 +16,6 @@ import threading
 import time
 from pathlib import Path
 
-import bigram
 import pytest
 import report_toy as toy
 import uvicorn
@@ -26,7 +25,7 @@ from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
 from webdriver import browser
 
-from npr_jax.decode import SamplingParams, fork_join
+from npr_jax.decode import SamplingParams
 from npr_jax.evaluate.traces import read_trace
 from npr_jax.report.lines import sections
 from npr_jax.serve.page import page as answer_page
@@ -60,11 +59,7 @@ CRITICAL = """return [...document.querySelector('.live').querySelectorAll('.crit
   .filter(e => e.checkVisibility()).map(e => e.closest('.branch').ariaLabel)"""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def plans_without_numbers():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fork_join, "check_block", bigram.check_block_without_numbers)
-        yield
+pytestmark = pytest.mark.usefixtures("plans_without_numbers")
 
 
 @pytest.fixture(scope="module")
@@ -105,18 +100,6 @@ def answered(chromium, question: str, **fields) -> None:
     """Asks, and waits for the end."""
     ask(chromium, question, **fields)
     chromium.until(ENDED)
-
-
-def slow(server, seconds: float = 0.005) -> None:
-    """Every visit of the engine takes so long from now on."""
-    runner = server.server.engine.engine.runner
-    decode = runner._steps.decode
-
-    def wait(*arguments):
-        time.sleep(seconds)
-        return decode(*arguments)
-
-    runner._steps = runner._steps._replace(decode=wait)
 
 
 def picture(chromium, tmp_path, name: str) -> None:
@@ -282,7 +265,7 @@ def test_nothing_is_fetched_from_anywhere_else_and_nothing_else_may_run(chromium
 
 def test_stop_ends_the_request_and_shows_what_there_was(chromium):
     with serving(ENDLESS) as server:
-        slow(server)
+        server.slow()
         visit(chromium, server.port)
         ask(chromium, "12", **LONG)
         chromium.until("return document.querySelectorAll('.live .t').length > 20")
@@ -304,7 +287,7 @@ def test_stop_ends_the_request_and_shows_what_there_was(chromium):
 
 def test_closing_the_page_ends_its_requests(chromium):
     with serving(ENDLESS) as server:
-        slow(server, 0.03)
+        server.slow(0.03)
         visit(chromium, server.port)
         ask(chromium, "12", **LONG)
         chromium.until("return document.querySelectorAll('.live .t').length > 5")
@@ -316,7 +299,7 @@ def test_closing_the_page_ends_its_requests(chromium):
 @pytest.mark.slow
 def test_several_requests_at_a_time_and_a_bounded_number(chromium, tmp_path):
     with serving(ENDLESS) as server:
-        slow(server, 0.03)
+        server.slow(0.03)
         visit(chromium, server.port)
         ask(chromium, "12", **LONG)
         ask(chromium, NESTED, seed="1", max_tokens="160", sequential=False)
@@ -446,7 +429,7 @@ def test_a_model_without_tags_is_asked_sequentially(chromium):
 
 def test_refusals_are_shown_with_their_words(chromium):
     with serving(dataclasses.replace(ENDLESS, max_requests=1)) as server:
-        slow(server)
+        server.slow()
         visit(chromium, server.port)
         ask(chromium, "12" * 2000, max_tokens="")
         chromium.until(ENDED)

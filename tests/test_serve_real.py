@@ -14,7 +14,7 @@ import pytest
 from conftest import optimised
 from serve_toy import CONFIG, Digits, serving
 
-from npr_jax.decode import Engine, SamplingParams, fork_join
+from npr_jax.decode import Engine, SamplingParams
 from npr_jax.model.score import logits, token_logp
 
 COMPLETION = "/v1/completions"
@@ -29,11 +29,7 @@ TRUNK, SEED = [12, 13, 20], 4  # whose answer has branches
 TIE = 1e-4
 
 
-@pytest.fixture(autouse=True, scope="module")
-def plans_without_numbers():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fork_join, "check_block", bigram.check_block_without_numbers)
-        yield
+pytestmark = pytest.mark.usefixtures("plans_without_numbers")
 
 
 class Pairs(Digits):

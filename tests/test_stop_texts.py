@@ -11,16 +11,14 @@ from fake_device import CONFIGS, PROMPTS, check_answer, engine_on_fake_device
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from npr_jax.decode import SamplingParams, fork_join
+from npr_jax.decode import SamplingParams
 from npr_jax.decode.text import StopText
 
 CONFIG = dataclasses.replace(CONFIGS[0], pages=200)
 LINE = SamplingParams(max_tokens=60, parallel=False)
 
 
-@pytest.fixture(autouse=True)
-def plans_without_numbers(monkeypatch):
-    monkeypatch.setattr(fork_join, "check_block", bigram.check_block_without_numbers)
+pytestmark = pytest.mark.usefixtures("plans_without_numbers")
 
 
 class Digits:

@@ -8,16 +8,14 @@ import pytest
 from engine_checks import CONFIG, recount, same
 from fake_device import CONFIGS, engine_on_fake_device
 
-from npr_jax.decode import Engine, SamplingParams, fork_join
+from npr_jax.decode import Engine, SamplingParams
 
 PROMPT = [12, 13, 20, 9, 15, 11, 10, 14, 21, 9]
 PLAIN = SamplingParams(max_tokens=30, parallel=False)
 ROOMY = dataclasses.replace(CONFIGS[0], pages=600)
 
 
-@pytest.fixture(autouse=True)
-def plans_without_numbers(monkeypatch):
-    monkeypatch.setattr(fork_join, "check_block", bigram.check_block_without_numbers)
+pytestmark = pytest.mark.usefixtures("plans_without_numbers")
 
 
 def next_turn(engine, answer, sampling=PLAIN):

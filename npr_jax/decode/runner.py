@@ -57,9 +57,9 @@ class PendingStep:
 
     def read(self, stats: dict[str, int]) -> abc.Iterator[tuple]:
         """Waits for the arrays, puts the scores of prompts where they belong, and counts the steps
-        that ran; then, for every sequence that is
-        still in the same epoch: (sequence, most tokens it might draw, whether its lane froze,
-        whether its log-probs are finite, its tokens, their figures)."""
+        that ran; then, for every sequence that is still in the same epoch: (sequence, most tokens
+        it might draw, whether its lane froze, whether its log-probs are finite, its tokens, their
+        figures)."""
         output = jax.tree.map(np.asarray, self.output)
         for scored, arrays in self.scored:
             arrays = jax.tree.map(np.asarray, arrays)

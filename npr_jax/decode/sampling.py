@@ -29,10 +29,10 @@ class SamplingParams(Checked):
     A token is drawn from what the knobs leave of the distribution, in this order: the repetition
     penalty changes the logits; `presence_penalty` and `frequency_penalty` are subtracted;
     `logit_bias` is added, and ends of text that `min_tokens` forbids are taken out; all are divided
-    by the temperature; of the tokens sorted by probability
-    (falling; equal ones by id, rising) the first `top_k` stay; of these, with probabilities that
-    sum to 1 again, the fewest whose sum is `top_p` or more (less 1e-6, for rounding); of these,
-    those with at least `min_p` times the probability of the first (less a millionth of it). The
+    by the temperature; of the tokens sorted by probability (falling; equal ones by id, rising) the
+    first `top_k` stay; of these, with probabilities that sum to 1 again, the fewest whose sum is
+    `top_p` or more (less 1e-6, for rounding); of these, those with at least `min_p` times the
+    probability of the first (less a millionth of it). The
     first stays in any case. A knob that is off changes nothing. Log-probs of sampled tokens are of
     what is left, its probabilities summing to 1.
 

@@ -161,7 +161,7 @@ def _with_adapters(
 ) -> Model:
     """A model with the adapters of a directory."""
     if model.config.lora:
-        raise ValueError(f"{directory}: the model that its adapters are for has some too")
+        raise ValueError(f"{directory}: its adapters are for {model.base}, which has some too")
     config = dataclasses.replace(model.config, lora=lora)
     adapters = read_adapters(directory, config, dtype)
     if mesh is None:

@@ -49,11 +49,6 @@ class Asked:
     texts: tuple[str, ...] = ()
     separate: bool = False
 
-    @property
-    def choices(self) -> int:
-        """Answers that are asked for."""
-        return len(self.prompts) * self.sampling.n
-
 
 _PROMPT = {CompletionRequest: "prompt", ChatRequest: "messages", ResponsesRequest: "input"}
 
@@ -67,9 +62,9 @@ class Asker:
         self.parallel = model.tags is not None
         self.vocab_size = model.config.vocab_size
         limit = model.config.max_position_embeddings
-        self.max_len = min(limit, config.sampling.max_position or limit)
-        room = config.engine.longest_table * config.engine.page_size
-        self.longest = min(self.max_len, room - config.engine.page_size)
+        room = (config.engine.longest_table - 1) * config.engine.page_size
+        # Tokens of a prompt and one path of its answer.
+        self.longest = min(limit, config.sampling.max_position or limit, room)
         # No text of more characters has so few tokens.
         self.most_text = self.longest * max(map(len, self.tokenizer.get_vocab()))
 
@@ -108,9 +103,8 @@ class Asker:
         max_tokens = 16 if body.max_tokens is None else body.max_tokens
         if not max_tokens and not body.echo:
             raise ApiError(400, "max_tokens is 0, needed is 1 or more without echo.", "max_tokens")
-        sampling = self._sampling(body, prompts, max_tokens, body.logprobs)
-        if body.echo and body.logprobs is not None:
-            sampling = dataclasses.replace(sampling, prompt_logprobs=body.logprobs)
+        echoed = body.logprobs if body.echo else None
+        sampling = self._sampling(body, prompts, max_tokens, body.logprobs, echoed)
         texts = tuple(
             prompt if isinstance(prompt, str) else self.decode(prompt)
             for prompt in (given if body.echo else ())
@@ -180,7 +174,7 @@ class Asker:
         if body.instructions:
             turns = [Message(role="system", content=body.instructions), *turns]
         prompt = self.chat_prompt(turns, body.instruction, name="input")
-        sampling = self._sampling(body, [prompt], body.max_output_tokens, None)
+        sampling = self._sampling(body, [prompt], body.max_output_tokens)
         stream = bool(body.stream)
         return Asked([prompt], sampling, sampling.max_tokens, stream=stream, branches=False)
 
@@ -285,7 +279,12 @@ class Asker:
         return ids
 
     def _sampling(
-        self, body: Sampling, prompts: list[list[int]], max_tokens: int | None, logprobs: int | None
+        self,
+        body: Sampling,
+        prompts: list[list[int]],
+        max_tokens: int | None,
+        logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
     ) -> SamplingParams:
         """The server's defaults, but for what the request says."""
         longest = max(map(len, prompts))
@@ -340,6 +339,7 @@ class Asker:
             "stop": _stops(own and own.stop),
             "logit_bias": self._bias(own and own.logit_bias),
             "logprobs": logprobs,
+            "prompt_logprobs": prompt_logprobs,
         }
         if (body.min_tokens or 0) > max(max_tokens, 1):
             raise ApiError(

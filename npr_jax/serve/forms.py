@@ -1,5 +1,6 @@
 """The forms of an answer: completions and chats, at once or in pieces."""
 
+from abc import ABC, abstractmethod
 from collections import abc
 from typing import Any
 
@@ -9,7 +10,7 @@ from npr_jax.serve.answering import Answering, Choice, Said
 Visits = abc.AsyncIterator[dict[Choice, list[Event]]]
 
 
-class Form:
+class Form(ABC):
     """What completions and chats have in common; a piece has what one choice has said since."""
 
     kind: str
@@ -76,11 +77,11 @@ class Form:
     def _chunk_kind(self) -> str:
         return self.kind
 
-    def _whole(self, choice: Choice, said: Said) -> dict[str, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def _whole(self, choice: Choice, said: Said) -> dict[str, Any]: ...
 
-    def _piece(self, choice: Choice, said: Said, echo: bool) -> dict[str, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def _piece(self, choice: Choice, said: Said, echo: bool) -> dict[str, Any]: ...
 
 
 class Completion(Form):

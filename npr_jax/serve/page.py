@@ -5,6 +5,7 @@ allows just these two by their hashes, and no text ever becomes HTML or a script
 """
 
 import base64
+import functools
 import hashlib
 from importlib.resources import files
 
@@ -18,6 +19,12 @@ _PARTS = {
 
 def page() -> HTMLResponse:
     """The page, and the policy that a browser keeps it to."""
+    text, headers = _page()
+    return HTMLResponse(text, headers=headers)
+
+
+@functools.cache
+def _page() -> tuple[str, dict[str, str]]:
     found = _text("serve/page.html")
     hashes = []
     for mark, names in _PARTS.items():
@@ -33,7 +40,7 @@ def page() -> HTMLResponse:
     )
     headers = {"content-security-policy": policy, "cache-control": "no-cache"}
     headers |= {"x-content-type-options": "nosniff", "referrer-policy": "no-referrer"}
-    return HTMLResponse(found, headers=headers)
+    return found, headers
 
 
 def _text(name: str) -> str:

@@ -11,15 +11,13 @@ from typing import Annotated, Any, Literal, NotRequired, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from typing_extensions import TypedDict
 
-from npr_jax.decode.sampling import MOST_BIASES
+from npr_jax.decode.sampling import MOST_BIASES, MOST_LOGPROBS
 
-MAX_LOGPROBS = 20
 _Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
-_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 _CountOrZero = Annotated[int, Field(ge=0, le=2**31 - 1)]
-_Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 _TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+_Logprobs = Annotated[int, Field(ge=0, le=MOST_LOGPROBS)]
 _Text = Annotated[str, Field(min_length=1)]
 _Stops = Annotated[list[_Text], Field(max_length=16)]
 _T = TypeVar("_T")
@@ -96,7 +94,7 @@ class CompletionRequest(_Choices):
     prompt: str | _List[str] | _List[_TokenId] | _List[_List[_TokenId]]
     max_tokens: _CountOrZero | None = None
     echo: bool | None = None
-    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    logprobs: _Logprobs | None = None
     best_of: _Count | None = None
     suffix: str | None = None
 
@@ -126,7 +124,7 @@ class ChatRequest(_Choices):
     max_tokens: _Count | None = None
     max_completion_tokens: _Count | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    top_logprobs: _Logprobs | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     separate_reasoning: bool | None = None
     instruction: str | None = None

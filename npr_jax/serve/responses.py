@@ -106,6 +106,7 @@ class Responses:
             "output_tokens": usage["completion_tokens"],
             "output_tokens_details": {"reasoning_tokens": 0},
             "total_tokens": usage["total_tokens"],
+            "critical_path": usage["critical_path"],
         }
 
 
