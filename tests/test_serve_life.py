@@ -24,6 +24,7 @@ from serve_toy import (
 )
 from uvicorn.server import ServerState
 
+from npr_jax.decode.async_engine import Stopped
 from npr_jax.serve import answering
 from npr_jax.serve.server import http_protocol
 
@@ -200,6 +201,18 @@ def test_at_shutdown_new_requests_are_refused_and_old_ones_end():
             pieces = pieces_of(b"d" + short.read())
             assert pieces[-1]["choices"][0]["finish_reason"] == "length"
         draining.result(20)
+
+
+def test_a_request_that_meets_the_shutdown_in_the_engine_hears_of_it(monkeypatch):
+    with serving() as server:
+
+        async def submit(*_):
+            server.server.draining = True
+            raise Stopped("the engine takes no more requests")
+
+        monkeypatch.setattr(server.server.engine, "submit", submit)
+        error = server.post(COMPLETION, 503, prompt="12")["error"]
+        assert "shutting down" in error["message"]
 
 
 def test_at_shutdown_what_takes_too_long_is_ended():

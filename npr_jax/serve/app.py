@@ -175,7 +175,7 @@ class Server:
                     watch.heard(sum(event.kind == "token" for event in events))
                     yield answering.sort(events)
             except Stopped as error:
-                raise _stopped(error) from error
+                raise self._gone(error) from error
 
         headers = {"x-ignored-fields": ignored} if ignored else {}
         shape = form(answering)
@@ -190,7 +190,7 @@ class Server:
 
     async def _submit(self, request: Request, asked: Asked) -> Answers:
         if self.draining:
-            raise _unavailable("The server is shutting down.", 30)
+            raise self._gone()
         # New weights may be waited for: a client that leaves meanwhile gives its place back.
         asking = asyncio.ensure_future(self.engine.submit(asked.prompts, asked.sampling))
         try:
@@ -208,9 +208,18 @@ class Server:
                 headers={"retry-after": "1"},
             ) from error
         except Stopped as error:
-            raise _stopped(error) from error
+            raise self._gone(error) from error
         except ValueError as error:
             raise refused(error) from error
+
+    def _gone(self, error: Stopped | None = None) -> ApiError:
+        """Why nothing is taken: a shutdown, also one that began while the engine was asked."""
+        if self.draining:
+            text = "The server is shutting down."
+        else:
+            cause = f" It failed: {error.__cause__}." if error and error.__cause__ else ""
+            text = f"The engine takes no more requests.{cause}"
+        return ApiError(503, text, code="unavailable", headers={"retry-after": "30"})
 
     async def _abort(self, request: Request) -> Response:
         name = request.path_params["id"]
@@ -234,7 +243,7 @@ class Server:
         except (ValueError, OSError) as error:
             raise ApiError(409, f"The old weights stay: {error}", code="reload_failed") from error
         except Stopped as error:
-            raise _stopped(error) from error
+            raise self._gone(error) from error
         return JSONResponse({"object": "weights", "version": version})
 
     # What does not.
@@ -319,15 +328,6 @@ async def _beside(request: Request, do: abc.Callable[[Any], Any], given) -> Any:
     if request.state.body_size < _LARGE:
         return do(given)
     return await run_in_threadpool(do, given)
-
-
-def _unavailable(text: str, seconds: int) -> ApiError:
-    return ApiError(503, text, code="unavailable", headers={"retry-after": str(seconds)})
-
-
-def _stopped(error: Stopped) -> ApiError:
-    cause = f" It failed: {error.__cause__}." if error.__cause__ else ""
-    return _unavailable(f"The engine takes no more requests.{cause}", 30)
 
 
 async def _api_error(_: Request, error: Exception) -> Response:
