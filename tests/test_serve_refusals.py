@@ -194,6 +194,10 @@ def test_the_name_of_an_unknown_field_is_no_header_of_its_own(server):
         status, headers, _ = server.ask("POST", COMPLETION, {"prompt": "12", name: 1})
         assert status == 200 and "set-cookie" not in headers
         assert headers["x-ignored-fields"] == name.encode("unicode_escape").decode()
+    for names, told in (([" a "], "a"), ([" "], None), (["a" * 499, "b"], "a" * 499 + ",")):
+        body = {"prompt": "12"} | dict.fromkeys(names, 1)
+        status, headers, _ = server.ask("POST", COMPLETION, body)
+        assert status == 200 and headers.get("x-ignored-fields") == told
 
 
 def test_the_id_of_a_request_is_echoed_or_made(server):

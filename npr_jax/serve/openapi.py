@@ -121,7 +121,8 @@ def _paths() -> dict[str, Any]:
     for route in _ROUTES:
         ok = {"application/json": {"schema": _ref(route.answer)}}
         if route.streams:
-            ok["text/event-stream"] = {"schema": {"type": "string"}}
+            # Without a type: tools read it as the whole text, or as that of each event.
+            ok["text/event-stream"] = {"schema": {"description": "Each `data` is a JSON text."}}
         answers: dict[str, Any] = {"200": {"description": "The answer.", "content": ok}}
         statuses = {503, *route.fails} | ({400, 408, 413, 415} if route.body else set())
         statuses |= set() if route.path in OPEN else {401}

@@ -44,7 +44,8 @@ class _Body(BaseModel):
     def ignored(self) -> str:
         """Names of fields that nothing here reads, for a header."""
         names = ", ".join(sorted(self.model_extra or ()))[:500]
-        return names.encode("unicode_escape").decode()[:500]  # no line ends, no controls
+        # No line ends, no controls; a header's value has no space around it either.
+        return names.encode("unicode_escape").decode()[:500].strip()
 
 
 class StreamOptions(_Body):
