@@ -343,6 +343,34 @@ def export(
 
 
 @app.command()
+def mine(
+    answers: Annotated[
+        Path, typer.Argument(metavar="ANSWERS", help="JSONL of traces of sequential answers.")
+    ],
+    model: Annotated[
+        str, typer.Option(metavar="DIR", help="That measures; best the one that has answered.")
+    ],
+    output: Annotated[Path, typer.Option(metavar="TRACES", help="JSONL; is added to.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON.")] = False,
+    config: Annotated[str, typer.Option(metavar="CONFIG", help="YAML file or preset.")] = "mine",
+    overrides: Overrides = None,
+) -> None:
+    """Find the parallel structure that right sequential answers have, and give them branches.
+
+    Run again with the same arguments, it goes on where it stopped.
+    """
+    from npr_jax.base.config import load_config
+    from npr_jax.base.files import json_text
+    from npr_jax.train.mine import MineConfig, report_lines
+    from npr_jax.train.mine import mine as run
+
+    settings = load_config(MineConfig, config, overrides or ())
+    with _interruptible(f"the answers so far are in {output}"):
+        found = run(model, answers, output, settings, functools.partial(typer.echo, err=True))
+    typer.echo(json_text(found) if as_json else "\n".join(report_lines(found, output)))
+
+
+@app.command()
 def view(
     trace: Annotated[Path, typer.Argument(metavar="TRACE", help="JSONL of traces.")],
     number: Annotated[
@@ -430,7 +458,8 @@ def plan(
 @app.command()
 def config(
     command: Annotated[
-        str, typer.Argument(metavar="STAGE", help="zero, beta, papo, eval, generate or serve.")
+        str,
+        typer.Argument(metavar="STAGE", help="A stage, eval, generate, serve or mine."),
     ],
 ) -> None:
     """Print every key of a stage's config: default, unit, meaning, as YAML to begin with.

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from npr_jax.cli import app, main
 
 VERBS = (
-    *("zero", "beta", "papo", "generate", "eval", "serve", "export", "view", "report"),
+    *("zero", "beta", "papo", "generate", "eval", "serve", "mine", "export", "view", "report"),
     *("plan", "config", "data", "demo"),
 )
 COMMANDS = (*VERBS, "data prepare")

@@ -200,17 +200,17 @@ def test_two_do_not_write_one_output(home, tmp_path):
 
 def test_a_disk_that_is_full_costs_one_answer(home, tmp_path, monkeypatch):
     """It is told with the file's name, and may pass; what is half a line is no harm."""
-    target, write = tmp_path / "out", module._write
+    target, write = tmp_path / "out", module.write_all
 
     def full(file, data):
         write(file, data[:30])
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(module, "_write", full)
+    monkeypatch.setattr(module, "write_all", full)
     with pytest.raises(OSError, match=r"out cannot be written \(no space left") as error:
         generate(home / "model", home / "input.jsonl", target, config(), lambda _: None)
     assert not lasting(error.value)
-    monkeypatch.setattr(module, "_write", write)
+    monkeypatch.setattr(module, "write_all", write)
     counts = generate(home / "model", home / "input.jsonl", target, config(), lambda _: None)
     assert counts == (len(GOOD), len(BAD)) and len(records(target)) == len(GOOD)
 

@@ -157,7 +157,7 @@ def _answer(
                 continue
             line = json.dumps(_record(request, sample, event.trajectory), ensure_ascii=False)
             with writing(target, "make room there, and run the same command again: it goes on"):
-                _write(file, line.encode() + b"\n")
+                write_all(file, line.encode() + b"\n")
             written += 1
             stats = engine.stats()
             progress.advance(1, {"tokens/s": stats["tokens_per_s"]})
@@ -275,7 +275,8 @@ def _nothing(source: Path, faults: dict[int, str], warn: Callable[[str], None]) 
     return ValueError(f"{seen}, needed is {_NEEDED}")
 
 
-def _write(file: FileIO, data: bytes) -> None:
+def write_all(file: FileIO, data: bytes) -> None:
+    """Writes `data` to an unbuffered file."""
     while data:  # a disk that is almost full takes a part
         data = data[file.write(data) :]
 
