@@ -51,8 +51,17 @@ def recount(scheduler):
     growing = [sequence for request in scheduler.running for sequence in request.growing()]
     tails = [sequence.tail for sequence in growing]
     writable = [page for tail in tails for page in tail.pages[tail.published :]]
+    for segment in segments.values():
+        if segment.of is not None and segment.pages:
+            # It lists what another grows on, but writes to none of it, nor reads beyond its own.
+            assert (
+                segment.computed == len(segment.tokens)
+                or segment.pages != (segment.of.pages[: len(segment.pages)])
+            )
+            np.subtract.at(refs, segment.pages, 1)
     assert all(tail.published * size < len(tail.tokens) for tail in tails)
     assert (refs[writable] == 1).all(), "a page that grows is shared"
+    refs = np.array(pool.refs)
     for sequence in scheduler.bound:
         assert not (sequence.ready and any(map(sequence.lacks, sequence.table)))
         assert sequence.tail is sequence.items[-1]

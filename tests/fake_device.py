@@ -5,6 +5,7 @@ been given away too early, listed twice, or read at a wrong fill, another token 
 
 import dataclasses
 import functools
+from collections import Counter
 
 import bigram
 import jax
@@ -13,6 +14,7 @@ from engine_checks import recount
 
 from npr_jax.decode import Engine, EngineConfig, SamplingParams
 from npr_jax.decode.attention import TOGETHER
+from npr_jax.decode.sequence import Fork
 from npr_jax.decode.steps import LaneState, Rows, SamplerOutput, Steps
 
 _TABLE = np.cumsum(bigram.table(eos=0.01, nested=0.12), axis=1)
@@ -221,7 +223,7 @@ def check_scores(answer, asked: bool) -> None:
     assert (found == own).all() if begun else ((found == 0) | asked & (found == own)).all()
 
 
-OPERATIONS = ("visit", "visit", "visit", "visit", "submit", "abort", "preempt", "forget")
+OPERATIONS = ("visit", "visit", "visit", "visit", "submit", "fork", "abort", "preempt", "forget")
 CONFIGS = [
     EngineConfig(
         lanes=lanes,
@@ -251,7 +253,7 @@ def run_program(config: EngineConfig, program: list[tuple[str, int]]) -> dict[st
     after each, every answer at its end, and that nothing is held then. Returns the statistics."""
     engine = engine_on_fake_device(config)
     scheduler = engine.schedulers[0]
-    asked, answers, aborted, scored = [], {}, [], set()
+    asked, answers, aborted, scored, forked = [], {}, [], set(), Counter()
     budget = min(90, (config.pages - 8) * config.page_size - 20)
 
     def collect():
@@ -260,6 +262,32 @@ def run_program(config: EngineConfig, program: list[tuple[str, int]]) -> dict[st
             if event.kind == "finish":
                 assert event.request not in answers
                 answers[event.request] = event.trajectory
+
+    def hear(event):
+        if event.kind == "finish":
+            answers[event.request] = event.trajectory
+
+    def fork(value: int):
+        """An answer goes on from the middle of another."""
+        for request in asked[value % len(asked) :]:
+            found = engine._requests.get(request)
+            if found is None or found.end or any(isinstance(x, Fork) for x in found.trunk.items):
+                continue
+            first = max(0, found.trunk.tail.start - found.prompt_len)
+            most = found.trunk.position - found.prompt_len
+            if not first <= most <= 50:
+                continue
+            length = first + value % (most - first + 1)
+            known = found.trunk.own_tokens()[: found.prompt_len + length]
+            sampling = SamplingParams(
+                parallel=False, max_tokens=1 + value % 9, frequency_penalty=value % 2 / 2
+            )
+            new = engine.fork(request, length, [9 + value % 14] * (1 + value % 3), sampling, hear)
+            prompt = engine._requests[new].trunk.own_tokens()
+            assert prompt[: len(known)] == known and len(prompt) == len(known) + 1 + value % 3
+            asked.append(new)
+            forked["from_the_middle"] += 1
+            return
 
     def abort_at(count: int, value: int):
         """A callback that aborts an answer, its own or another, at its `count`-th event."""
@@ -281,6 +309,7 @@ def run_program(config: EngineConfig, program: list[tuple[str, int]]) -> dict[st
             prompt = [*begin, 9 + value // 5 % 14]
             sampling = SamplingParams(
                 n=1 + value % 3,
+                parallel=value % 5 != 4,
                 max_tokens=room - value % 8 * room // 9,
                 repetition_penalty=1 + value % 7 // 5,  # which changes nothing that `draw` draws
                 step_repetition_penalty=1 + value % 5 // 3,
@@ -293,6 +322,8 @@ def run_program(config: EngineConfig, program: list[tuple[str, int]]) -> dict[st
             scored |= set() if value % 4 else set(new)
         elif operation == "visit" and engine._requests:
             engine._visit()
+        elif operation == "fork" and asked:
+            fork(value)
         elif operation == "abort" and asked:
             engine.abort(asked[value % len(asked)])
         elif operation == "preempt" and scheduler.running:
@@ -314,4 +345,4 @@ def run_program(config: EngineConfig, program: list[tuple[str, int]]) -> dict[st
     assert scheduler.pages.num_held == 0
     engine._pending = None
     reasons = {f"ends_{a.finish_reason}": 1 for a in answers.values()}
-    return engine.stats() | reasons | {"aborts_by_callbacks": sum(aborted)}
+    return engine.stats() | reasons | forked | {"aborts_by_callbacks": sum(aborted)}

@@ -41,9 +41,10 @@ def test_random_programs_keep_every_page_right(report):
         seen.update({"programs": 1} | {k: int(v) for k, v in stats.items() if v == int(v)})
 
     programs()
-    counted = ("programs", "visits", "forks", "joins", "preemptions", "evictions")
+    counted = "programs", "visits", "forks", "joins", "preemptions", "evictions"
+    counted += ("from_the_middle",)
     report(", ".join(f"{seen[name]} {name}" for name in counted))
-    assert seen["programs"] >= PROGRAMS
+    assert seen["programs"] >= PROGRAMS and seen["from_the_middle"] > PROGRAMS / 20
     if PROGRAMS >= 2000:  # a few programs have most evictions, so fewer say nothing
         names = "forks", "joins", "preemptions", "evictions", "cached_tokens", "ends_aborted"
         for name in (*names, "aborts_by_callbacks"):

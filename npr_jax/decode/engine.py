@@ -134,6 +134,32 @@ class Engine:
         dealt = self._maker.dealt(prompts, sampling or SamplingParams(), self._loads())
         return self._queue(dealt, on_event)
 
+    def fork(
+        self,
+        request: int,
+        length: int,
+        tokens: Sequence[int],
+        sampling: SamplingParams,
+        on_event: Callable[[Event], None],
+    ) -> int:
+        """Queues an answer that goes on behind the first `length` tokens of an unfinished answer's
+        response, with `tokens`, on the pages that the other has computed; returns its request id.
+
+        It is an answer of its own, whose prompt ends with `tokens`: the other draws what it would
+        draw. Its events go to `on_event` alone, as of `submit`. Raises ValueError where the
+        other is no unfinished answer, has branches, or not more than `length` tokens; where
+        `sampling` asks for branches, for more than one answer, for log-probs of the prompt, or for
+        other log-probs than the other's; and as `submit` does.
+        """
+        other = self._requests.get(request)
+        if other is None or other.end is not None:
+            raise ValueError(f"request is {request}, needed is an unfinished answer")
+        made = self._maker.forked(other, length, tokens, sampling)
+        dealt: list[list[Request]] = [[] for _ in self.schedulers]
+        dealt[other.replica].append(made)
+        (number,) = self._queue(dealt, on_event, quiet=True)
+        return number
+
     def generate(
         self,
         prompts: Sequence[str | Sequence[int]],
@@ -302,12 +328,15 @@ class Engine:
     ) -> list[Trajectory]:
         """Decodes until these requests are done; events of others stay for the next stream."""
         requests = self._queue(dealt, on_event, quiet=True)
+        wanted = {*requests}
         answers: dict[int, Trajectory] = {}
         finished = self._outputs.finished
         try:
             while True:
                 while finished:
                     event = finished.popleft()
+                    if event.request not in wanted:  # of a fork
+                        continue
                     assert event.trajectory is not None
                     answers[event.request] = event.trajectory
                     if progress:

@@ -121,8 +121,9 @@ def replayed_request(maker: RequestMaker, trace, parallel: bool, name: str) -> R
     maker.refuse_too_long(tree.prompt_len, sampling, name)
     shared = Segment(0, ())
     shared.append_known(ids[: tree.prompt_len - 1], forced=False)
+    shared.plain = True
     key = np.zeros(2, np.uint32)
-    request = maker.make(ids[: tree.prompt_len], shared, sampling, key)
+    request = maker.make(ids[: tree.prompt_len], (shared,), sampling, key)
     script, plain = script_of(ids, tree), request.trunk
     request.tree, request.stops = tree, ()
     request.max_position = len(ids) + 1  # its own length is the only limit

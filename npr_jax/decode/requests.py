@@ -11,7 +11,14 @@ from npr_jax.decode.deal import deal_answers
 from npr_jax.decode.fork_join import NO_DEPTH_LIMIT
 from npr_jax.decode.keys import branch_keys, seed_keys
 from npr_jax.decode.sampling import SamplingParams
-from npr_jax.decode.sequence import PromptScores, Request, Segment, Sequence, figures_of
+from npr_jax.decode.sequence import (
+    Fork,
+    PromptScores,
+    Request,
+    Segment,
+    Sequence,
+    figures_of,
+)
 from npr_jax.decode.text import StopText
 from npr_jax.model.tokenizer import text_ids
 from npr_jax.tree import Automaton
@@ -66,12 +73,48 @@ class RequestMaker:
                 cut -= cut % self.config.page_size
             shared = Segment(0, (), figures_of(sampling))
             shared.append_known(prompt[:cut], forced=False)
+            shared.plain = True
             if sampling.prompt_logprobs is not None:
                 shared.scores = PromptScores(prompt, sampling.prompt_logprobs)
             for sample in some:
-                request = self.make(prompt, shared, sampling, keys[number, sample])
+                request = self.make(prompt, (shared,), sampling, keys[number, sample])
                 requests[replica].append(request)
         return requests
+
+    def forked(
+        self, request: Request, length: int, tokens: abc.Sequence[int], sampling: SamplingParams
+    ) -> Request:
+        """A request that goes on behind the first `length` tokens of another's response with
+        `tokens`, over the other's pages. Raises the ValueErrors of `Engine.fork`."""
+        trunk = request.trunk
+        for key, needed in (
+            ("parallel", False),
+            ("n", 1),
+            ("prompt_logprobs", None),
+            ("logprobs", request.sampling.logprobs),
+        ):
+            if getattr(sampling, key) != needed:
+                raise ValueError(
+                    f"{key} is {getattr(sampling, key)}, needed is {needed} for what goes on from "
+                    "this answer"
+                )
+        if any(isinstance(item, Fork) for item in trunk.items):
+            raise ValueError("this answer has branches, needed is one without to go on from")
+        here = length + request.prompt_len - trunk.tail.start
+        if length < 0 or here >= len(trunk.tail.tokens):
+            raise ValueError(
+                f"length is {length}, needed is 0 to {trunk.position - request.prompt_len} (tokens "
+                "of the response, but the last)"
+            )
+        if not len(tokens):
+            raise ValueError("tokens is empty, needed is at least one token")
+        view = Segment(trunk.tail.start, trunk.tail.before, trunk.tail.dtype)
+        view.append_known(trunk.tail.tokens[:here], forced=False)
+        view.of = trunk.tail
+        known = [token for segment in view.table for token in segment.tokens]
+        prompt = self.check([*known, *tokens], sampling, "the answer with these tokens")
+        (key,) = branch_keys(seed_keys(sampling.seed), 1)
+        return self.make(prompt, view.table, sampling, key)
 
     def check(self, prompt: str | abc.Sequence[int], sampling: SamplingParams, name: str):
         """The ids of a prompt; raises the ValueError with which it would be refused."""
@@ -159,20 +202,24 @@ class RequestMaker:
                 "table_pages)"
             )
 
-    def make(self, prompt: list[int], shared: Segment, sampling: SamplingParams, key) -> Request:
-        """A request: what is `shared` of the prompt is one segment of n samples; the trunk's own
-        segment starts with the rest, from whose last token its first is drawn."""
+    def make(
+        self, prompt: list[int], before: tuple[Segment, ...], sampling: SamplingParams, key
+    ) -> Request:
+        """A request: its prompt begins with the tokens of the segments `before`, which other
+        requests may list too; the trunk's own segment starts with the rest, from whose last token
+        its first is drawn."""
         request = Request(self._count, sampling, len(prompt), self._max_position(sampling))
         self._count += 1
         request.ends = frozenset(self._ends(sampling))
         request.stops = self._stops(sampling)
         trunk = request.trunk = Sequence(request, None, 0, key)
-        cut = len(shared.tokens)
-        own = Segment(cut, (shared,) if cut else (), shared.dtype)
+        last = before[-1]
+        cut = last.offset + len(last.tokens)
+        own = Segment(cut, before if cut else (), last.dtype)
         own.append_known(prompt[cut:], forced=False)
-        request.scores = own.scores = shared.scores
-        shared.plain, own.plain = True, cut % self.config.page_size == 0
-        trunk.items.append(shared)
+        request.scores = own.scores = last.scores
+        own.plain = last.plain and cut % self.config.page_size == 0
+        trunk.items += before
         trunk.append(own)
         trunk.budget = sampling.max_tokens
         if sampling.stop:

@@ -224,10 +224,20 @@ class Scheduler:
         """Takes the pages of a live segment that others have computed, instead of computing them,
         but not that with the last token of the `tail` of a table, whose key is written when the
         next is drawn, nor any while tokens of its prompt are to be scored; returns how many tokens
-        they hold."""
+        they hold. Those of an answer that was forked are taken all, or none: nothing is written to
+        a page that the other still fills."""
         size, found = self.config.page_size, 0
         if segment.to_score:
             return 0
+        if segment.of is not None:
+            count = len(segment.tokens)
+            if segment.pages or segment.of.computed < count:
+                return 0
+            segment.pages = segment.of.pages[: -(-count // size)]
+            for page in segment.pages:
+                self.pages.hold(page)
+            segment.computed, segment.row = count, None
+            return count
         end = len(segment.tokens) - (segment is tail)
         while segment.computed + size <= end and (key := self.next_page(segment)):
             page = self.pages.find(*key)

@@ -89,6 +89,8 @@ class Segment:
         # pages the pool's cache knows the first `published`.
         self.plain, self.published = False, 0
         self.refs = 0  # tables that list it
+        # The segment of another answer whose first tokens these are: its pages are these, too.
+        self.of: Segment | None = None
 
     @property
     def to_score(self) -> bool:
