@@ -286,4 +286,5 @@ def test_rewards_rejection_sampling_and_inference_judge_by_this_module():
         if "math_verify" in path.read_text() or "latex2sympy" in path.read_text()
     }
     assert users <= {"answers/grade.py", "answers/match.py"}
-    assert "import equal_many, extract" in (package / "evaluate/judge.py").read_text()
+    judge = (package / "evaluate/judge.py").read_text()
+    assert "import equal, extract" in judge and "check: Check = equal," in judge

@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from npr_jax.answers.read import clean, fold, plain_number, read, words
@@ -87,8 +87,16 @@ def equal(prediction: str | None, reference: str) -> bool:
 
 def equal_many(pairs: Iterable[tuple[str | None, str]]) -> list[bool]:
     """`equal` of each (prediction, reference); equal pairs are compared once."""
+    return check_many(pairs, equal)
+
+
+def check_many(
+    pairs: Iterable[tuple[str | None, str]], check: Callable[[str, str], bool]
+) -> list[bool]:
+    """`check` of each (prediction, reference), False without a prediction; equal pairs are asked
+    about once."""
     pairs = list(pairs)
-    verdicts = {pair: equal(*pair) for pair in dict.fromkeys(pairs)}
+    verdicts = {(p, r): p is not None and check(p, r) for p, r in dict.fromkeys(pairs)}
     return [verdicts[pair] for pair in pairs]
 
 

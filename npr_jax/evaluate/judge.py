@@ -12,7 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from npr_jax.answers import equal_many, extract
+from npr_jax.answers import equal, extract
+from npr_jax.answers.check import Check
+from npr_jax.answers.grade import check_many
 from npr_jax.decode import Engine, Trajectory
 from npr_jax.decode.outputs import TRUNCATED
 from npr_jax.tree import TreeLayout
@@ -81,9 +83,12 @@ class Answer:
 
 
 def judge(
-    engine: Engine, trajectories: Sequence[Trajectory], references: Sequence[str]
+    engine: Engine,
+    trajectories: Sequence[Trajectory],
+    references: Sequence[str],
+    check: Check = equal,
 ) -> list[Answer]:
-    """Answers that `engine` decoded, judged against a reference each.
+    """Answers that `engine` decoded, judged against a reference each by `check`.
 
     What has no text makes no prediction; without tags nothing keeps the format. Raises
     FloatingPointError for an answer that ended with an error, which says nothing about its model's
@@ -93,7 +98,7 @@ def judge(
         if trajectory.finish_reason == "error":
             raise FloatingPointError(f"an answer ended with an error: {trajectory.detail}")
     predictions = [extract(trajectory.text or "") for trajectory in trajectories]
-    correct = equal_many(zip(predictions, references, strict=True))
+    correct = check_many(zip(predictions, references, strict=True), check)
     return [
         Answer(trajectory, violations(engine, trajectory), prediction, right)
         for trajectory, prediction, right in zip(trajectories, predictions, correct, strict=True)

@@ -77,6 +77,7 @@ LATER: tuple[str, ...] = (
         for name in ("name", "moments")
     ),
     "start",
+    "checker",
     "kl",
     "carry",
     "staleness",
@@ -105,7 +106,7 @@ _WHY = (
     ),
     (r"^staleness$", "which weights sample a batch depends on it"),
     (
-        r"^(malformed|acceleration|advantage|reward|overlong)",
+        r"^(checker|malformed|acceleration|advantage|reward|overlong)",
         "what an answer is worth depends on it",
     ),
     (r"^(kl$|importance|clip_|dual_clip|objective|layout|train_forced)", "the loss depends on it"),

@@ -52,10 +52,10 @@ def ask(
       step: number of the batch, from 1.
     """
     if config.carry:
-        return _with_carry(engine, feed, config.carry, sampling, seed_path, step, wanted)
+        return _with_carry(engine, feed, config, sampling, seed_path, step, wanted)
     first = feed.position
     prompts, references = feed.take(config.asked(wanted))
-    found = roll_out(engine, prompts, references, sampling, seed_path, wanted)
+    found = roll_out(engine, prompts, references, sampling, seed_path, wanted, config.check)
     places = [*range(first, feed.position)]
     return Answers(found, places, len(prompts) - wanted, {})
 
@@ -63,7 +63,7 @@ def ask(
 def _with_carry(
     engine: Engine,
     feed: Feed,
-    limit: int,
+    config: RLConfig,
     sampling: SamplingParams,
     seed_path: Sequence[int],
     step: int,
@@ -72,7 +72,7 @@ def _with_carry(
     """Answers of the groups that end, of those under way and of as many new ones as make them
     `wanted`. What has not ended is carried by the feed from here on."""
     engine.drop_prefix_cache()
-    carried, first = feed.carried, feed.position
+    limit, carried, first = config.carry, feed.carried, feed.position
     problems = max(0, wanted - len(carried.groups))
     feed.take(problems)
     fresh = [
@@ -107,7 +107,7 @@ def _with_carry(
     )
     expected = [feed.problem(groups[number].place).answer for number, _ in whole]
     with part("judge"):
-        judged = judge(engine, list(whole.values()), expected)
+        judged = judge(engine, list(whole.values()), expected, config.check)
     ages = [step - group.step for number, group in enumerate(groups) if not open_[number]]
     metrics = {
         "carried": sum(open_.values()),

@@ -16,6 +16,7 @@ from typing import Annotated, ClassVar, Literal, TypedDict
 import yaml
 from jax.sharding import Mesh
 
+from npr_jax.answers.check import find_check
 from npr_jax.base.config import dump_config
 from npr_jax.base.distributed import gather, gather_all, is_main
 from npr_jax.base.fields import Checked, Count, CountOrZero, PositiveOrZero, Range, Seed
@@ -92,6 +93,8 @@ class BetaConfig(Checked):
       model: the seed model, which is trained: directory, hub id or preset.
       sampler_model: the model of stage 1, which is sampled from.
       problems: JSONL file of problems and answers, or a directory of `npr-jax data prepare`.
+      checker: says which answers are right: a Python file (its path ends in .py) or a module, with
+        a function check(prediction, reference); null: equality of values (docs/answers.md).
       output: run directory; the trained model goes to its `final`.
       start: RUN@STEP, a checkpoint of another run of the stage, with whose accepted answers, state
         and place among them this one begins; null: with `model`, and answers of its own.
@@ -110,6 +113,7 @@ class BetaConfig(Checked):
     model: str
     sampler_model: str
     problems: str
+    checker: str | None = None
     output: str
     start: str | None = None
     seed: Seed = 0
@@ -124,6 +128,7 @@ class BetaConfig(Checked):
         super().__post_init__()
         if self.start is not None:
             parse_start(self.start)
+        find_check(self.checker)
         if self.mesh.rollout:
             raise ValueError(
                 f"mesh.rollout is {self.mesh.rollout}, needed is 0: Beta samples before it trains"
@@ -269,8 +274,7 @@ class Sampling(Body[list[Record], list[Record]]):
             found, metrics = _sample_batch(
                 self.engine,
                 self.batches[number - 1],
-                config.sample,
-                config.fit.train.row_len,
+                config,
                 (config.seed, BETA, number - 1),
             )
         return [*state, *found], metrics
@@ -332,10 +336,10 @@ def _lines(records: Iterable[Record]) -> bytes:
     return "".join(json_text(record) + "\n" for record in records).encode()
 
 
-def _sample_batch(
-    engine: Engine, batch, sizes: SampleConfig, row_len: int, seeds
-) -> tuple[list[Record], dict]:
+def _sample_batch(engine: Engine, batch, config: BetaConfig, seeds) -> tuple[list[Record], dict]:
     """Records of a batch of (problem, prompt): an answer to each at a time, until it has enough."""
+    sizes, row_len = config.sample, config.fit.train.row_len
+    check = find_check(config.checker)
     sampling = SamplingParams(
         temperature=sizes.temperature,
         top_p=sizes.top_p,
@@ -359,7 +363,7 @@ def _sample_batch(
             break
         prompts = [batch[i][1] for i in lacking]
         references = [batch[i][0].answer for i in lacking]
-        answers = roll_out(engine, prompts, references, sampling, (*seeds, attempt))
+        answers = roll_out(engine, prompts, references, sampling, (*seeds, attempt), check=check)
         accepted = [
             (lacking[number], answer.trajectory.token_ids.tolist(), answer.trajectory.text)
             for (number, _), answer in answers.items()

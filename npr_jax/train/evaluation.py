@@ -8,6 +8,8 @@ without it; it is part of what a run resumes from.
 import dataclasses
 from collections.abc import Mapping, Sequence
 
+from npr_jax.answers import equal
+from npr_jax.answers.check import Check
 from npr_jax.base.fields import Checked, Count, CountOrZero
 from npr_jax.base.parts import part
 from npr_jax.base.progress import Scalar
@@ -49,11 +51,12 @@ class Evaluation:
         prompts: Sequence[Sequence[int]],
         sampling: SamplingParams,
         seed: int,
+        check: Check = equal,
     ):
         self.config, self._prompts = config, prompts
         self._references = [problem.answer for problem in problems]
         self._sampling = dataclasses.replace(sampling, n=config.samples)
-        self._seed = seed
+        self._seed, self._check = seed, check
         self.record: dict = {}
 
     def due(self, step: int, total: int) -> bool:
@@ -103,7 +106,14 @@ class Evaluation:
         """Answers all problems and sums up; processes make the call together."""
         with part("evaluate", whole=True):
             seeds = (self._seed, EVALUATION)
-            found = roll_out(engine, self._prompts, self._references, self._sampling, seeds)
+            found = roll_out(
+                engine,
+                self._prompts,
+                self._references,
+                self._sampling,
+                seeds,
+                check=self._check,
+            )
             means = summary(list(found.values()))
         means["score"] = means.pop("both_rate")
         return {f"eval/{name}": mean for name, mean in means.items() if "/" not in name}
@@ -116,6 +126,7 @@ def evaluation_of(
     max_prompt_tokens: int,
     sampling: SamplingParams,
     seed: int,
+    check: Check = equal,
 ) -> tuple[Evaluation | None, dict[str, str]]:
     """The evaluations that a stage's config asks for, and what their problems hold, by its key.
 
@@ -132,7 +143,7 @@ def evaluation_of(
             "or out of problems"
         )
     problems, prompts = encode_problems(tokenizer, given, max_prompt_tokens)
-    made = Evaluation(config, problems, prompts, sampling, seed)
+    made = Evaluation(config, problems, prompts, sampling, seed, check)
     return made, {"evaluate.problems": problems_content(problems, prompts)}
 
 

@@ -90,6 +90,7 @@ class Policy(Body[TrainState, Path], Generic[C]):
                 config.max_prompt_tokens,
                 SamplingParams(max_tokens=config.max_tokens, parallel=config.parallel),
                 config.seed,
+                config.check,
             )
             self.model, self.base, state = begin(model, train, config.seed, self.mesh)
             self.reference = self.base if config.kl else None

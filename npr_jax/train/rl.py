@@ -14,6 +14,7 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
+from npr_jax.answers.check import Check, find_check
 from npr_jax.base.distributed import gather_all, group_rank
 from npr_jax.base.fields import Checked, Count, CountOrZero, Positive, PositiveOrZero, Seed
 from npr_jax.base.mesh import MeshConfig, batch_shards
@@ -41,6 +42,8 @@ class RLConfig(Checked, abc.ABC):
     Attributes:
       model: directory, hub id or preset to start from.
       problems: JSONL file of problems and answers, or a directory of `npr-jax data prepare`.
+      checker: says which answers are right: a Python file (its path ends in .py) or a module, with
+        a function check(prediction, reference); null: equality of values (docs/answers.md).
       output: run directory; the trained model goes to its `final`.
       checkpoints: where they go, a directory or URL; null: `checkpoints` in the run directory.
       start: RUN@STEP, a checkpoint of another run of the stage, with whose state and place among
@@ -82,6 +85,7 @@ class RLConfig(Checked, abc.ABC):
 
     model: str
     problems: str
+    checker: str | None = None
     output: str
     checkpoints: str | None = None
     start: str | None = None
@@ -107,6 +111,7 @@ class RLConfig(Checked, abc.ABC):
         super().__post_init__()
         if self.start is not None:
             parse_start(self.start)
+        find_check(self.checker)
         need = self.max_prompt_tokens + self.max_tokens
         if self.train.row_len < need:
             raise ValueError(
@@ -143,6 +148,11 @@ class RLConfig(Checked, abc.ABC):
     @abc.abstractmethod
     def loss(self) -> Objective:
         """What a train step minimises."""
+
+    @property
+    def check(self) -> Check:
+        """What says which answers are right."""
+        return find_check(self.checker)
 
     def asked(self, wanted: int) -> int:
         """Problems that are asked where `wanted` groups are needed."""

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from jax.sharding import Mesh
 
+from npr_jax.answers import equal
+from npr_jax.answers.check import Check
 from npr_jax.base.distributed import gather_all, group_rank, group_size
 from npr_jax.base.mesh import decode_mesh, local_decode_mesh
 from npr_jax.base.parts import part, tell
@@ -74,11 +76,13 @@ def roll_out(
     sampling: SamplingParams,
     seed_path: Sequence[int],
     first: int | None = None,
+    check: Check = equal,
 ) -> dict[tuple[int, int], Answer]:
     """`sampling.n` judged answers to each prompt, by the numbers of prompt and sample from 0, in
     this order. Of several processes each decodes its own share of the answers, and gets these: as
     many as any other but for one, all to be as long as each other as far as anyone knows. With
-    `first` the answers of so many prompts, those that are finished first (train/race.py).
+    `first` the answers of so many prompts, those that are finished first (train/race.py). `check`
+    says which are right.
 
     The seeds come from `seed_path` alone and no prompt is cached, so that a resumed run samples
     the same, on any number of processes.
@@ -103,7 +107,7 @@ def roll_out(
         found = {key: made for key, made in found.items() if key[0] in winners}
     expected = [references[number] for number, _ in found]
     with part("judge"):
-        return dict(zip(found, judge(engine, list(found.values()), expected), strict=True))
+        return dict(zip(found, judge(engine, list(found.values()), expected, check), strict=True))
 
 
 def generate(
