@@ -25,8 +25,8 @@ from npr_jax.base.compile_cache import use_cache
 from npr_jax.base.config import load_config
 from npr_jax.data.problems import Problem, read_problems
 from npr_jax.data.prompts import prompt_ids
-from npr_jax.demo import SEED_FIT, measure
-from npr_jax.demo.task import Task, ideal, make_tasks
+from npr_jax.demo import measure
+from npr_jax.demo.sums import FIT, Sum, draw, ideal
 from npr_jax.model.pretrained import load, save
 from npr_jax.train import papo
 from npr_jax.train.beta import make_examples
@@ -38,7 +38,7 @@ PROBLEMS, STEPS, RATE = 2048, 120, 1e-3
 ARMS = {"off": 0.0, "on": 0.5}  # weight of the reward; its cap is half of the tokens
 
 
-def two_blocks(tasks: list[Task], rng: np.random.Generator) -> list[Task]:
+def two_blocks(tasks: list[Sum], rng: np.random.Generator) -> list[Sum]:
     """The tasks, half of those with three or more groups to be answered in two blocks."""
     return [
         dataclasses.replace(
@@ -51,22 +51,22 @@ def two_blocks(tasks: list[Task], rng: np.random.Generator) -> list[Task]:
     ]
 
 
-def make_start(home: Path, model_dir: Path, seed: int, held_out: set[str]) -> None:
+def make_start(home: Path, model_dir: Path, seed: int, held_out: list[Problem]) -> None:
     """Trains the Beta model on right answers in one block and in two."""
     rng = np.random.default_rng((seed, 5))
     config = dataclasses.replace(
-        SEED_FIT,
+        FIT,
         steps=STEPS,
         train=dataclasses.replace(
-            SEED_FIT.train,
+            FIT.train,
             optimizer=dataclasses.replace(
-                SEED_FIT.train.optimizer, learning_rate=RATE, final_learning_rate=RATE / 10
+                FIT.train.optimizer, learning_rate=RATE, final_learning_rate=RATE / 10
             ),
         ),
     )
     model = load(model_dir, seed=seed, tags=True)
     records = []
-    for task in two_blocks(make_tasks(STEPS * config.batch, rng, held_out), rng):
+    for task in two_blocks(draw(STEPS * config.batch, rng, held_out), rng):
         prompt = prompt_ids(model.tokenizer, task.problem)
         answer = [*model.tokenizer.encode(ideal(task)), model.tokenizer.eos_token_id]
         records.append({"prompt_len": len(prompt), "accepted": [[*prompt, *answer]]})
@@ -77,12 +77,11 @@ def make_start(home: Path, model_dir: Path, seed: int, held_out: set[str]) -> No
 def run_seed(seed: int, runs: Path) -> dict[str, dict[str, float]]:
     """A row for the model that both arms start from, and for each arm."""
     home, source = runs / str(seed) / "acceleration_study", runs / str(seed)
-    trained_on = {problem.problem for problem in read_problems(source / "problems.jsonl")}
-    tasks = make_tasks(PROBLEMS, np.random.default_rng((seed, 4)), trained_on)
+    trained_on = read_problems(source / "problems.jsonl")
+    tasks = draw(PROBLEMS, np.random.default_rng((seed, 4)), trained_on)
     problems = [Problem(task.problem, task.answer) for task in tasks]
     if not (home / "start" / "final" / "config.json").exists():
-        held_out = {problem.problem for problem in problems}
-        make_start(home, source / "base" / "beta" / "final", seed, held_out)
+        make_start(home, source / "base" / "beta" / "final", seed, problems)
     rows = {}
     for name, weight in {"start": None, **ARMS}.items():
         values = {

@@ -20,8 +20,8 @@ from npr_jax import Engine, EngineConfig, load
 from npr_jax.data.problems import Problem
 from npr_jax.data.prompts import prompt_ids
 from npr_jax.demo import EVAL_PROBLEMS
+from npr_jax.demo.sums import draw
 from npr_jax.demo.table import evaluate
-from npr_jax.demo.task import make_tasks
 
 DTYPES = ("float32", "bfloat16", "int8")
 SIZES = EngineConfig(lanes=64, pages=4096, page_size=16, table_pages=64)
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--stage", default="papo", choices=["seed", "zero", "beta", "papo"])
     args = parser.parse_args()
     model = load(args.run / args.stage / "final")
-    tasks = make_tasks(EVAL_PROBLEMS, np.random.default_rng((SEED, 2)))
+    tasks = draw(EVAL_PROBLEMS, np.random.default_rng((SEED, 2)))
     problems = [Problem(task.problem, task.answer) for task in tasks]
     prompts = [prompt_ids(model.tokenizer, problem.problem) for problem in problems]
     rows, answers, raw = [], [], None

@@ -26,7 +26,7 @@ from table import markdown, replace_between
 
 from npr_jax.base.compile_cache import use_cache
 from npr_jax.base.config import load_config
-from npr_jax.demo import make_problems, make_seed, measure
+from npr_jax.demo import make_problems, make_seed, measure, sums
 from npr_jax.model.pretrained import load
 from npr_jax.train import beta, papo, zero
 
@@ -171,9 +171,9 @@ def run(args) -> None:
                 continue
             home = args.runs / str(seed)
             home.mkdir(parents=True, exist_ok=True)
-            problems = make_problems(seed, home)
+            problems = make_problems(sums, seed, home)
             if not (home / "seed" / "final" / "config.json").exists():
-                make_seed(seed, home, {problem.problem for problem in problems})
+                make_seed(sums, seed, home, problems)
             result = run_arm(seed, arm, home, problems)
             jax.clear_caches()  # or the programs of many runs come to the system's limit of maps
             record = recorded(path)  # anew: another process may have added an arm

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from npr_jax.base.files import describe, lasting, read_text
+from npr_jax.base.files import DEMO, describe, lasting, read_text
 
 LEFT_OUT = 4  # exit code of `generate`: done, but for lines that are no requests
 
@@ -503,10 +503,14 @@ def prepare(
 
 @app.command()
 def demo(
+    task: Annotated[
+        str, typer.Option(metavar="TASK", help="sums, or a Python file (docs/tasks.md).")
+    ] = "sums",
     seed: Annotated[int, typer.Option(help="Of everything that is random.")] = 0,
-    output: Annotated[Path, typer.Option(metavar="DIR", help="Where runs and report go.")] = Path(
-        "runs/demo"
-    ),
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Where runs and report go; runs/demo, or runs/TASK."),
+    ] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Exit with 1 if a result falls short.")
     ] = False,
@@ -516,8 +520,9 @@ def demo(
 
     if not 0 <= seed < 2**32:
         raise ValueError(f"--seed is {seed}, needed is an integer from 0, below {2**32}")
+    output = output or (DEMO if task == "sums" else Path("runs") / Path(task).stem)
     with _interruptible(f"what is done is in {output}"):
-        code = run(seed=seed, output=output, check=check)
+        code = run(task=task, seed=seed, output=output, check=check)
     sys.exit(code)
 
 

@@ -3,8 +3,11 @@
 import copy
 import dataclasses
 import os
+import re
 import xml.etree.ElementTree as xml
+from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import report_toy
@@ -13,13 +16,15 @@ from npr_jax import demo, load
 from npr_jax.answers import equal, extract
 from npr_jax.base.config import load_config
 from npr_jax.data.prompts import prompt_ids
-from npr_jax.demo import task
+from npr_jax.demo import sums
 from npr_jax.demo.page import write_page
-from npr_jax.demo.table import CHECKS, RATES, shortfalls
-from npr_jax.demo.task import DEFECTS, Teacher, ideal, make_tasks, true_value, write
+from npr_jax.demo.sums import CHECKS, DEFECTS, FIT, Teacher, draw, ideal, true_value, write
+from npr_jax.demo.table import RATES, shortfalls
+from npr_jax.demo.task import find_task, name_of
 from npr_jax.model.tokenizer import demo_tokenizer
 from npr_jax.report.svg import draw_tree, tree_svg
 from npr_jax.runs.metrics import MetricsWriter
+from npr_jax.train import papo
 from npr_jax.tree import TagIds, layout, parse
 from npr_jax.tree.format import check_format
 
@@ -35,7 +40,7 @@ def encoded(one, text):
 
 
 def tasks(num=300, seed=0):
-    return make_tasks(num, np.random.default_rng(seed))
+    return draw(num, np.random.default_rng(seed))
 
 
 def test_a_fact_is_its_sum_or_product_modulo_ten():
@@ -64,7 +69,7 @@ def test_problems_differ_and_leave_out_what_they_must():
     first = tasks(200)
     names = {one.problem for one in first}
     assert len(names) == 200
-    more = make_tasks(500, np.random.default_rng(1), names)
+    more = draw(500, np.random.default_rng(1), first)
     assert not names & {one.problem for one in more}
     assert [one.problem for one in tasks(200)] == [one.problem for one in first]
 
@@ -107,7 +112,7 @@ SHORT = [
 
 
 def test_rows_that_show_everything_fall_short_nowhere():
-    assert shortfalls(good_rows()) == []
+    assert shortfalls(good_rows(), CHECKS) == []
     assert len(SHORT) == len(CHECKS)
 
 
@@ -115,7 +120,7 @@ def test_rows_that_show_everything_fall_short_nowhere():
 def test_each_shortfall_is_named(row, column, value, sentence):
     rows = copy.deepcopy(good_rows())
     rows[row][column] = value
-    assert any(line.startswith(sentence) for line in shortfalls(rows))
+    assert any(line.startswith(sentence) for line in shortfalls(rows, CHECKS))
 
 
 def test_a_tree_is_drawn_with_its_branches_side_by_side():
@@ -147,14 +152,77 @@ def test_the_report_has_the_table_the_curves_and_the_answers(tmp_path):
     report_toy.write_traces(tmp_path / "traces" / "papo.parallel.jsonl", [shown] * 3)
     row = {"format": 1.0, "accuracy": 0.94, "tokens": 85.0}
     rows = {"papo parallel": row}
-    write_page(tmp_path, rows, shown, {"zero": "seed: <3>"}, {"zero": 61.2})
+    write_page(tmp_path, "sums < products", rows, shown, {"zero": "seed: <3>"}, {"zero": 61.2})
     page = (tmp_path / "index.html").read_text(encoding="utf-8")
     for part in ("<td>0.94</td>", "papo parallel", "Stages: zero 61 s", "seed: &lt;3&gt;"):
         assert part in page
     for part in ("3 answers.", "tokens of an answer", "One answer as a tree", 'id="viewer"'):
         assert part in page
+    assert "<p>sums &lt; products</p>" in page
     assert not report_toy.fetches(page)
     xml.parse(tmp_path / "tree.svg"), xml.parse(tmp_path / "curves.svg")
+
+
+def example(tmp_path):
+    """The task that docs/tasks.md has, as a file."""
+    page = (Path(__file__).parents[1] / "docs/tasks.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    path = tmp_path / "differences.py"
+    path.write_text(code, encoding="utf-8")
+    return path
+
+
+def test_a_task_of_ones_own_is_a_file(tmp_path):
+    path = example(tmp_path)
+    found = find_task(str(path))
+    assert name_of(found) == "differences" and find_task("sums") is sums
+    tokenizer = demo.seed_model(found, 0).tokenizer
+    tags, rng, teacher = (
+        TagIds.from_tokenizer(tokenizer),
+        np.random.default_rng(0),
+        found.Teacher(0),
+    )
+    problems = found.draw(400, rng)
+    right = formed = 0
+    for one in problems:
+        text = teacher.answer(one, rng)
+        ids = [*tokenizer.encode(one.problem), *tokenizer.encode(text), tokenizer.eos_token_id]
+        assert tokenizer.decode(ids[:-1]) == one.problem + text
+        formed += not check_format(ids, len(tokenizer.encode(one.problem)), tags)
+        right += found.check(extract(text), one.answer)
+    assert 0.4 < formed / 400 < 0.6 and 0.75 < right / 400 < 0.98
+
+
+@pytest.mark.parametrize(
+    "name, text, wanted",
+    [
+        ("products", None, "task is 'products', needed is one of sums"),
+        ("none.py", None, "cannot be imported"),
+        ("some.py", "ABOUT = ''", "has no SYMBOLS, MODEL, FIT, SETTINGS, CHECKS, Teacher, draw"),
+    ],
+)
+def test_what_is_no_task_is_named(tmp_path, name, text, wanted):
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=wanted):
+        demo.run(str(tmp_path / name) if name.endswith(".py") else name, 0, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_task_with_its_own_check_is_checked_by_it(tmp_path):
+    path = example(tmp_path)
+    mine = path.with_name("mine.py")
+    mine.write_text(path.read_text() + "\n\ndef check(prediction, reference):\n    return False\n")
+    found = find_task(str(mine))
+    config = load_config(papo.PapoConfig, "tiny_papo", demo._paths(found, "papo", tmp_path))
+    assert config.check is found.check and not config.check("1", "1")
+    assert "checker" not in " ".join(demo._paths(sums, "papo", tmp_path))
+
+
+def test_the_seed_model_of_the_sums_is_the_preset():
+    mine, preset = demo.seed_model(sums, 3), load("tiny", seed=3)
+    assert mine.config == preset.config and mine.tags == preset.tags
+    assert all(map(np.array_equal, jax.tree.leaves(mine.params), jax.tree.leaves(preset.params)))
 
 
 def test_what_the_demo_keeps_is_never_half_written(tmp_path, monkeypatch):
@@ -163,7 +231,7 @@ def test_what_the_demo_keeps_is_never_half_written(tmp_path, monkeypatch):
     results = demo._Results(tmp_path / "results.json")
 
     def write_all():
-        demo.make_problems(0, tmp_path)
+        demo.make_problems(sums, 0, tmp_path)
         results.add("seed sequential", {"format": 0.5})
 
     write_all()
@@ -198,13 +266,12 @@ def test_a_small_demo_runs_reports_and_goes_on(tmp_path, monkeypatch, capsys):
         return load_config(cls, name, [*overrides, *small[name.removeprefix("tiny_")]])
 
     monkeypatch.setattr(demo, "load_config", load_small)
-    monkeypatch.setattr(task, "DEFECTIVE", 0.0)
-    monkeypatch.setattr(task, "MISCONCEIVED", 0.0)
+    monkeypatch.setattr(sums, "DEFECTIVE", 0.0)
+    monkeypatch.setattr(sums, "MISCONCEIVED", 0.0)
     monkeypatch.setattr(demo, "TRAIN_PROBLEMS", 32)
     monkeypatch.setattr(demo, "EVAL_PROBLEMS", 8)
-    monkeypatch.setattr(demo, "SEED_STEPS", 100)
-    monkeypatch.setattr(demo, "SEED_FIT", dataclasses.replace(demo.SEED_FIT, steps=100))
-    assert demo.run(0, tmp_path, check=True) == 1
+    monkeypatch.setattr(sums, "FIT", dataclasses.replace(FIT, steps=100))
+    assert demo.run("sums", 0, tmp_path, check=True) == 1
     said = capsys.readouterr().out
     assert "falls short" in said
     for name in ("index.html", "curves.svg", "tree.svg"):
@@ -222,10 +289,10 @@ def test_a_small_demo_runs_reports_and_goes_on(tmp_path, monkeypatch, capsys):
     assert load(tmp_path / "papo" / "final").tokenizer is not None
 
     before = (tmp_path / "results.json").read_text()
-    assert demo.run(0, tmp_path) == 0  # nothing is done again
+    assert demo.run("sums", 0, tmp_path) == 0  # nothing is done again
     assert (tmp_path / "results.json").read_text() == before
     with pytest.raises(ValueError, match="seed was 0, is 1"):
-        demo.run(1, tmp_path)
+        demo.run("sums", 1, tmp_path)
 
 
 @pytest.mark.parametrize("text", ["[]", "{", "{}", '{"rows": 3, "seconds": {}}', "\udcff"])

@@ -128,7 +128,7 @@ def test_the_log_of_a_scheduler_may_be_there_before_the_run(tmp_path):
 @pytest.mark.parametrize("name, text", [("problems.jsonl", ""), ("config.yaml", "theme: dark\n")])
 def test_a_directory_that_no_run_has_made_is_left_as_it_was(tmp_path, name, text):
     (tmp_path / name).write_text(text)
-    for begin in (lambda: claim(tmp_path, "seed: 0\n"), lambda: demo.run(0, tmp_path)):
+    for begin in (lambda: claim(tmp_path, "seed: 0\n"), lambda: demo.run("sums", 0, tmp_path)):
         with pytest.raises(ValueError, match=f"{name}.*set another output"):
             begin()
     assert content(tmp_path) == {tmp_path / name: text.encode()}

@@ -158,7 +158,7 @@ def test_a_second_command_in_a_run_directory_is_refused(tmp_path):
     commands = (
         stage,
         lambda: evaluate(EvalConfig(model="tiny", benchmarks=mine, output=str(output))),
-        lambda: demo.run(0, output),
+        lambda: demo.run("sums", 0, output),
     )
     with alone_in(output):
         for command in commands:
@@ -204,7 +204,7 @@ def test_a_size_of_a_mesh_that_is_no_number_is_told(size):
 @pytest.mark.parametrize("seed", [-1, 2**32])
 def test_a_seed_of_the_demo_is_in_its_range(seed, tmp_path):
     with pytest.raises(ValueError, match=f"--seed is {seed}, needed is an integer from 0"):
-        cli.demo(seed, tmp_path / "demo")
+        cli.demo("sums", seed, tmp_path / "demo")
     assert not (tmp_path / "demo").exists()
 
 

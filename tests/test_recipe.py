@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from npr_jax.base.config import load_config
-from npr_jax.demo.task import ideal, make_tasks
+from npr_jax.demo.sums import draw, ideal
 
 ROOT = Path(__file__).parents[1]
 
@@ -67,7 +67,7 @@ def test_stages_are_trained_once_and_what_is_measured_is_kept(recipe, tmp_path, 
             trained.append((final.parent.parent.name, final.parent.name))
             final.mkdir(parents=True)
 
-    def make_seed(seed, home, held_out):
+    def make_seed(task, seed, home, held_out):
         (home / "seed" / "final").mkdir(parents=True)
         (home / "seed" / "final" / "config.json").touch()
 
@@ -79,7 +79,7 @@ def test_stages_are_trained_once_and_what_is_measured_is_kept(recipe, tmp_path, 
         ("RESULTS", tmp_path / "results"),
         ("RUN", dict.fromkeys(recipe.STAGES, train)),
         ("use_cache", lambda path: None),
-        ("make_problems", lambda seed, home: []),
+        ("make_problems", lambda task, seed, home: []),
         ("make_seed", make_seed),
         ("measure", measure),
         ("load", lambda path: path),
@@ -108,7 +108,7 @@ def acceleration(monkeypatch):
 
 def test_half_of_the_longer_answers_are_in_two_blocks(acceleration):
     rng = np.random.default_rng(0)
-    tasks = acceleration.two_blocks(make_tasks(400, rng), rng)
+    tasks = acceleration.two_blocks(draw(400, rng), rng)
     longer = [task for task in tasks if len(task.groups) > 2]
     blocks = [ideal(task).count("<guideline>") for task in longer]
     assert set(blocks) == {1, 2} and 0.4 < blocks.count(2) / len(longer) < 0.6

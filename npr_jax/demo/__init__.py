@@ -2,17 +2,21 @@
 
     teacher -> seed model -> Zero -> Beta (from the seed, on Zero's answers) -> PAPO
 
-Everything is made here and now from the seed: problems, weights, answers, table and report. A run
-that was interrupted goes on where it stopped.
+Everything is made here and now from a task (task.py) and the seed: problems, weights, answers,
+table and report. A run that was interrupted goes on where it stopped.
 """
 
+import dataclasses
 import json
 import time
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 from rich.console import Console
 
+from npr_jax.answers import equal
 from npr_jax.base.config import dump_config, load_config
 from npr_jax.base.files import json_text, read_text, write_atomically
 from npr_jax.data.problems import Problem
@@ -20,55 +24,50 @@ from npr_jax.data.prompts import prompt_ids
 from npr_jax.decode import Engine
 from npr_jax.demo.page import write_page
 from npr_jax.demo.table import MODES, evaluate, shortfalls, table
-from npr_jax.demo.task import Teacher, make_tasks
+from npr_jax.demo.task import Posed, Task, find_task, name_of
 from npr_jax.evaluate.judge import Answer
 from npr_jax.evaluate.traces import Trace, make_trace, read_traces, write_traces
+from npr_jax.model.params import init_params
 from npr_jax.model.pretrained import Model, load, save
+from npr_jax.model.tokenizer import demo_tokenizer
 from npr_jax.report import html
 from npr_jax.report.svg import draw_tree
 from npr_jax.runs.directory import alone_in, claim
 from npr_jax.train import beta, fit, papo, zero
-from npr_jax.train.optimizer import OptimizerConfig
 from npr_jax.train.packing import Example, loss_mask
-from npr_jax.train.step import TrainConfig
-from npr_jax.tree import layout
+from npr_jax.train.rollout import STAGES
+from npr_jax.tree import TagIds, layout
 
 TRAIN_PROBLEMS, EVAL_PROBLEMS = 4096, 512
 SHOWN = 48  # answers of each row of the table that the report's viewer has
-SEED_STEPS, SEED_BATCH = 700, 32
-SEED_FIT = fit.FitConfig(
-    train=TrainConfig(
-        optimizer=OptimizerConfig(
-            learning_rate=4e-3, schedule="cosine", final_learning_rate=4e-4, warmup=15
-        ),
-        row_len=512,
-        row_lengths=1,
-        micro_rows=4,
-        checkpoint_every=100,
-    ),
-    batch=SEED_BATCH,
-    steps=SEED_STEPS,
-)
 
 
-def run(seed: int, output: Path, check: bool = False) -> int:
-    """Runs the demo into `output`; 1 if `check` is set and a result falls short, else 0."""
+def run(task: str, seed: int, output: Path, check: bool = False) -> int:
+    """Runs the demo of a task (`find_task`) into `output`; 1 if `check` is set and a result falls
+    short, else 0."""
+    found = find_task(task)
     with alone_in(output):
-        return _run(seed, output, check)
+        return _run(found, seed, output, check)
 
 
-def _run(seed: int, output: Path, check: bool) -> int:
+def _run(task: Task, seed: int, output: Path, check: bool) -> int:
     console, begun = Console(), time.monotonic()
-    output = claim(output, f"seed: {seed}\n{dump_config(SEED_FIT)}")
-    problems = make_problems(seed, output)
-    held_out = {problem.problem for problem in problems}
-    overrides = {s: [f"seed={seed}", *_paths(s, output)] for s in ("zero", "beta", "papo")}
+    output = claim(output, f"task: {name_of(task)}\nseed: {seed}\n{dump_config(task.FIT)}")
+    problems = make_problems(task, seed, output)
+    overrides = {
+        stage: [f"seed={seed}", *_paths(task, stage, output), *task.SETTINGS.get(stage, ())]
+        for stage in STAGES
+    }
     of_zero = load_config(zero.ZeroConfig, "tiny_zero", overrides["zero"])
     of_beta = load_config(beta.BetaConfig, "tiny_beta", overrides["beta"])
     of_papo = load_config(papo.PapoConfig, "tiny_papo", overrides["papo"])
     results = _Results(output / "results.json")
     for stage, what, make in (
-        ("seed", "learns from an imperfect teacher", lambda: make_seed(seed, output, held_out)),
+        (
+            "seed",
+            "learns from an imperfect teacher",
+            lambda: make_seed(task, seed, output, problems),
+        ),
         ("zero", "finds the format: DAPO on sequential answers", lambda: zero.run(of_zero)),
         ("beta", "learns branches from Zero's best answers", lambda: beta.run(of_beta)),
         ("papo", "learns from its parallel answers", lambda: papo.run(of_papo)),
@@ -94,13 +93,13 @@ def _run(seed: int, output: Path, check: bool) -> int:
             )
 
     shown = next(read_traces(output / "traces/papo.parallel.jsonl"))
-    configs = {"seed model": SEED_FIT, "zero": of_zero, "beta": of_beta, "papo": of_papo}
+    configs = {"seed model": task.FIT, "zero": of_zero, "beta": of_beta, "papo": of_papo}
     settings = {stage: dump_config(config) for stage, config in configs.items()}
-    write_page(output, results.rows, shown, settings, results.seconds)
+    write_page(output, task.ABOUT, results.rows, shown, settings, results.seconds)
     console.print(table(results.rows, EVAL_PROBLEMS))
     tree = draw_tree(shown.pieces, shown.layout)
     console.print(tree, highlight=False, markup=False, emoji=False)
-    missing = shortfalls(results.rows)
+    missing = shortfalls(results.rows, task.CHECKS)
     console.print(f"\n{(time.monotonic() - begun) / 60:.1f} minutes. Report: {output}/index.html")
     for line in missing:
         console.print(f"[red]falls short[/] {line}")
@@ -109,27 +108,27 @@ def _run(seed: int, output: Path, check: bool) -> int:
     return 1 if check and missing else 0
 
 
-def make_problems(seed: int, output: Path) -> list[Problem]:
+def make_problems(task: Task, seed: int, output: Path) -> list[Problem]:
     """The problems to evaluate on; those to train on, which differ, go to problems.jsonl."""
-    tasks = make_tasks(EVAL_PROBLEMS, np.random.default_rng((seed, 2)))
-    problems = [Problem(task.problem, task.answer) for task in tasks]
-    held_out = {problem.problem for problem in problems}
+    held_out = task.draw(EVAL_PROBLEMS, np.random.default_rng((seed, 2)))
     lines = [
-        json.dumps({"problem": task.problem, "answer": task.answer})
-        for task in make_tasks(TRAIN_PROBLEMS, np.random.default_rng((seed, 1)), held_out)
+        json.dumps({"problem": one.problem, "answer": one.answer})
+        for one in task.draw(TRAIN_PROBLEMS, np.random.default_rng((seed, 1)), held_out)
     ]
     write_atomically(output / "problems.jsonl", ("\n".join(lines) + "\n").encode())
-    return problems
+    return [Problem(one.problem, one.answer) for one in held_out]
 
 
 def measure(
-    model: Model, mode: str, problems: list[Problem], config: zero.ZeroConfig, seed: int
+    model: Model, mode: str, problems: Sequence[Problem], config: zero.ZeroConfig, seed: int
 ) -> tuple[dict[str, float], list[Trace]]:
     """A row of the table, and answers to look at, the one that is worth showing most first."""
     prompts = [prompt_ids(model.tokenizer, problem.problem) for problem in problems]
     engine = Engine(model, config.engine)
     parallel = mode == "parallel"
-    row, answers = evaluate(engine, problems, prompts, parallel, config.max_tokens, seed)
+    row, answers = evaluate(
+        engine, problems, prompts, parallel, config.max_tokens, seed, config.check
+    )
     best = max(range(len(answers)), key=lambda i: _worth_showing(answers[i]))
     chosen = [best, *(i for i in range(min(SHOWN, len(answers))) if i != best)]
     return row, [
@@ -137,34 +136,44 @@ def measure(
     ]
 
 
-def make_seed(seed: int, output: Path, held_out: set[str]) -> None:
+def make_seed(task: Task, seed: int, output: Path, held_out: Collection[Posed]) -> None:
     """Trains the seed model on the teacher's answers, as plain text."""
-    model = load("tiny", seed=seed)
-    rng, teacher = np.random.default_rng((seed, 3)), Teacher(seed)
+    model = seed_model(task, seed)
+    rng, teacher = np.random.default_rng((seed, 3)), task.Teacher(seed)
     examples = []
-    for task in make_tasks(SEED_STEPS * SEED_BATCH, rng, held_out):
-        prompt = prompt_ids(model.tokenizer, task.problem)
-        text = teacher.answer(task, rng)
+    for one in task.draw(task.FIT.steps * task.FIT.batch, rng, held_out):
+        prompt = prompt_ids(model.tokenizer, one.problem)
+        text = teacher.answer(one, rng)
         ids = [*prompt, *model.tokenizer.encode(text), model.tokenizer.eos_token_id]
         tree = layout(len(ids), prompt_len=len(prompt))
         examples.append(Example(np.array(ids, np.int32), tree, loss_mask(tree)))
-    trained = fit.fit(model, examples, SEED_FIT, output / "seed", seed, "seed")
+    trained = fit.fit(model, examples, task.FIT, output / "seed", seed, "seed")
     save(trained, output / "seed" / "final")
 
 
-def _paths(stage: str, output: Path) -> list[str]:
+def seed_model(task: Task, seed: int) -> Model:
+    """A model with random weights that has the words of a task."""
+    tokenizer = demo_tokenizer(task.SYMBOLS)
+    config = dataclasses.replace(task.MODEL, vocab_size=len(tokenizer))
+    params = init_params(config, jax.random.key(seed))
+    return Model(config, params, tokenizer, TagIds.from_tokenizer(tokenizer))
+
+
+def _paths(task: Task, stage: str, output: Path) -> list[str]:
     """The overrides of a stage: its files go under `output`, and rows have one length."""
     before = {"zero": "seed", "beta": "seed", "papo": "beta"}[stage]
     values = {
-        "model": output / before / "final",
-        "problems": output / "problems.jsonl",
-        "output": output / stage,
+        "model": str(output / before / "final"),
+        "problems": str(output / "problems.jsonl"),
+        "output": str(output / stage),
     }
     if stage == "beta":
-        values["sampler_model"] = output / "zero" / "final"
+        values["sampler_model"] = str(output / "zero" / "final")
+    if task.check is not equal:
+        values["checker"] = task.__name__
     # Its steps are short against compiling one.
     short = "fit.train.row_lengths=1" if stage == "beta" else "train.row_lengths=1"
-    return [short, *(f"{key}={json.dumps(str(value))}" for key, value in values.items())]
+    return [short, *(f"{key}={json.dumps(value)}" for key, value in values.items())]
 
 
 def _worth_showing(answer: Answer) -> tuple:

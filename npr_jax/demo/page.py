@@ -20,14 +20,15 @@ CHARTS = (  # of curves.svg: title, run, its metrics, bounds of the y axis (None
     ("PAPO: format and accuracy of its answers", "papo", RATES_OF, (0, 1)),
     ("PAPO: tokens and critical path", "papo", ("response_tokens", "critical_path"), None),
 )
-_WORDS = """<p>A tiny model learns to reason in parallel: Zero finds the format, Beta learns real
+_WORDS = """A tiny model learns to reason in parallel: Zero finds the format, Beta learns real
 branches, PAPO reinforces them. Every row is measured on problems that no stage saw.
 Critical path: the tokens of an answer that have to be decoded one after the other.
-On a CPU this small a model is bound by compute: no wall-clock gain is claimed.</p>"""
+On a CPU this small a model is bound by compute: no wall-clock gain is claimed."""
 
 
 def write_page(
     output: Path,
+    about: str,
     rows: Mapping[str, Mapping[str, float]],
     shown: Trace,
     settings: Mapping[str, str],
@@ -37,7 +38,7 @@ def write_page(
 
     Args:
       output: holds the stages' run directories with their metrics, and traces of answers.
-      rows: the table's rows by name.
+      about: the task, in plain words; rows: the table's rows by name.
       shown: the answer to draw.
       settings: YAML texts by stage; seconds: wall-clock by stage.
     """
@@ -62,8 +63,9 @@ def write_page(
         "device": f"{platform.platform()}. Stages: {times}.",
         "versions": {name: version(name) for name in ("jax", "flax", "optax")},
     }
+    words = f"<p>{html.escape(about)}</p><p>{_WORDS}</p>"
     sections = {
-        "Results": f'{_WORDS}<div class="wide">{results_table(rows)}</div>',
+        "Results": f'{words}<div class="wide">{results_table(rows)}</div>',
         "One answer as a tree": "<p>Columns run side by side, and none sees another; grey tokens "
         f'are written by the engine.</p><div class="wide">{tree}</div>',
     }

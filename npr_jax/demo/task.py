@@ -1,166 +1,96 @@
-"""The demo's task, and the imperfect teacher of its seed model.
+"""What a task of the demo is: one Python file with the names of `Task` (docs/tasks.md)."""
 
-    problem   A:7+4;B:6*2;C:7*6?       each group modulo 10; the answer is the sum of the groups
-    answer    a plan and a step per group, a takeaway that adds the values up, \\boxed{5}
-
-The teacher stands in for an instruction-tuned model. It has misconceptions (some facts have a fixed
-wrong value that it believes most of the time: noise that is independent would be removed by greedy
-decoding alone), and it breaks the format more often than not.
-"""
-
-import dataclasses
-import itertools
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, cast
 
 import numpy as np
 
-LETTERS = "ABCD"
-TWO_BLOCKS = 0.15  # share of the problems of three or more groups that are answered in two blocks
-MISCONCEIVED, BELIEVED = 0.25, 0.75  # share of facts with a wrong value; how often it is used
-DEFECTIVE = 0.65  # share of the teacher's answers that break the format
-DEFECTS = (
-    "untagged",
-    "step_not_opened",
-    "step_not_closed",
-    "plan_dropped",
-    "guideline_not_closed",
-    "stray_text",
-    "wrong_number",
-    "no_takeaway",
-)
+from npr_jax.base.modules import load_module
+from npr_jax.model import ModelConfig
+from npr_jax.train.fit import FitConfig
+
+TASKS = ("sums",)
+Rows = Mapping[str, Mapping[str, float]]  # of the demo's table: {name: {column: value}}
 
 
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """One problem: groups of (operation, a, b), and after how many of them a second block starts
-    (0: one block)."""
-
-    groups: tuple[tuple[str, int, int], ...]
-    split: int = 0
+class Posed(Protocol):
+    """A problem: `problem` is its text, the prompt; `answer` is what `check` is given of it."""
 
     @property
-    def problem(self) -> str:
-        """The prompt."""
-        groups = zip(LETTERS, self.groups, strict=False)
-        return ";".join(f"{letter}:{a}{op}{b}" for letter, (op, a, b) in groups) + "?"
+    def problem(self) -> str: ...
+    @property
+    def answer(self) -> str: ...
+
+
+class Teacher(Protocol):
+    """Whom the seed model learns from."""
+
+    def answer(self, problem: Any, rng: np.random.Generator) -> str:
+        """A response, up to and without the end-of-text token."""
+        ...
+
+
+class Task(Protocol):
+    """A task file, which is a module.
+
+    Attributes:
+      __name__: of the module, by which `checker` finds it.
+      ABOUT: what the problems and answers are, for the report.
+      SYMBOLS: the words: texts that are a token each, beside the tags.
+      MODEL: the shape of the model; its vocabulary is made for the words.
+      FIT: how the seed model learns from the teacher, who answers `batch * steps` problems.
+      SETTINGS: by stage ("zero", "beta", "papo"), what differs from its preset tiny_<stage>, as
+        "key=value".
+      CHECKS: what the demo must show: a sentence, what is measured of the rows, and at least how
+        much.
+      Teacher: makes the teacher from a seed.
+    """
+
+    __name__: str
 
     @property
-    def answer(self) -> str:
-        """The right answer, a digit."""
-        return str(sum(true_value(*group) for group in self.groups) % 10)
+    def ABOUT(self) -> str: ...
+    @property
+    def SYMBOLS(self) -> Sequence[str]: ...
+    @property
+    def MODEL(self) -> ModelConfig: ...
+    @property
+    def FIT(self) -> FitConfig: ...
+    @property
+    def SETTINGS(self) -> Mapping[str, Sequence[str]]: ...
+    @property
+    def CHECKS(self) -> Sequence[tuple[str, Callable[[Rows], float], float]]: ...
+    @property
+    def Teacher(self) -> Callable[[int], Teacher]: ...
+
+    def draw(
+        self, num: int, rng: np.random.Generator, exclude: Collection[Posed] = ()
+    ) -> Sequence[Posed]:
+        """`num` problems whose texts differ, none of them one of `exclude` in other words."""
+        ...
+
+    def check(self, prediction: str, reference: str) -> bool:
+        """Whether the content of a box answers a problem with that `answer`."""
+        ...
 
 
-def true_value(op: str, a: int, b: int) -> int:
-    """a + b or a * b modulo 10."""
-    return (a + b if op == "+" else a * b) % 10
+_NAMES = ("ABOUT", "SYMBOLS", "MODEL", "FIT", "SETTINGS", "CHECKS", "Teacher", "draw", "check")
 
 
-def make_tasks(
-    num: int, rng: np.random.Generator, exclude: Collection[str] = frozenset()
-) -> list[Task]:
-    """`num` random tasks whose problems differ from each other and are not in `exclude`."""
-    seen, tasks = set(exclude), []
-    while len(tasks) < num:
-        size = int(rng.integers(2, 5))
-        groups = tuple(
-            ("+*"[rng.integers(2)], int(rng.integers(10)), int(rng.integers(10)))
-            for _ in range(size)
+def find_task(name: str) -> Task:
+    """The task of one of TASKS, or of a Python file. Raises ValueError for what is none."""
+    if name not in TASKS and not name.endswith(".py"):
+        raise ValueError(
+            f"task is {name!r}, needed is one of {', '.join(TASKS)}, or a Python file (its path "
+            "ends in .py)"
         )
-        split = int(rng.integers(2, size)) if size > 2 and rng.random() < TWO_BLOCKS else 0
-        task = Task(groups, split)
-        if task.problem not in seen:
-            seen.add(task.problem)
-            tasks.append(task)
-    return tasks
+    module = load_module(f"npr_jax.demo.{name}" if name in TASKS else name)
+    if lacking := [one for one in _NAMES if not hasattr(module, one)]:
+        raise ValueError(f"the task {name} has no {', '.join(lacking)}: see docs/tasks.md")
+    return cast(Task, module)
 
 
-class Teacher:
-    """Answers tasks with misconceptions, which `seed` fixes, and format defects."""
-
-    def __init__(self, seed: int):
-        rng = np.random.default_rng((seed, 0))
-        facts = [(op, a, b) for op in "+*" for a in range(10) for b in range(10)]
-        chosen = rng.permutation(len(facts))[: int(MISCONCEIVED * len(facts))]
-        self.wrong = {
-            facts[i]: (true_value(*facts[i]) + int(rng.integers(1, 10))) % 10 for i in chosen
-        }
-
-    def value(self, fact: tuple[str, int, int], rng: np.random.Generator) -> int:
-        """What the teacher takes a fact to be, this time."""
-        if fact in self.wrong and rng.random() < BELIEVED:
-            return self.wrong[fact]
-        return true_value(*fact)
-
-    def answer(self, task: Task, rng: np.random.Generator) -> str:
-        """A response to the task, up to and without the end-of-text token."""
-        defect = DEFECTS[rng.integers(len(DEFECTS))] if rng.random() < DEFECTIVE else None
-        return write(task, lambda fact: self.value(fact, rng), defect, rng)
-
-
-def ideal(task: Task) -> str:
-    """The right response in the right format."""
-    return write(task, lambda fact: true_value(*fact), None, None)
-
-
-def write(task: Task, value, defect: str | None, rng: np.random.Generator | None) -> str:
-    """A response in which facts have the values `value(fact)`, with one defect in one block."""
-    size = len(task.groups)
-    cuts = [0, task.split, size] if task.split else [0, size]
-    blocks, total = [], None
-    for start, end in itertools.pairwise(cuts):
-        lines = []
-        chain = "S:" if total is None else f"S:{total}"
-        for i in range(start, end):
-            op, a, b = task.groups[i]
-            result = value((op, a, b))
-            lines.append((LETTERS[i], f"{a}{op}{b}={result}"))
-            if total is None:
-                total = result
-                chain += f"{total}"
-            else:
-                total = value(("+", total, result))
-                chain += f"+{result}={total}"
-        blocks.append((lines, chain))
-    broken = -1
-    if defect:
-        assert rng is not None  # it says where the defect is
-        broken = int(rng.integers(len(blocks)))
-    texts = [
-        _block(lines, chain, defect if i == broken else None, rng)
-        for i, (lines, chain) in enumerate(blocks)
-    ]
-    if defect == "untagged":
-        texts = [_untagged(lines, chain) for lines, chain in blocks]
-    return "\n".join(texts) + f"\n\\boxed{{{total}}}"
-
-
-def _untagged(lines, chain: str) -> str:
-    return "\n".join([*(f"{letter}:{line}" for letter, line in lines), chain])
-
-
-def _block(lines, chain: str, defect: str | None, rng) -> str:
-    numbers = list(range(1, len(lines) + 1))
-    hit = int(rng.integers(len(lines))) if defect else -1
-    plans = [f"<plan>{n}:{letter}</plan>" for n, (letter, _) in zip(numbers, lines, strict=True)]
-    steps = [
-        f"<step>\n{n}:{letter}:{line}\n</step>"
-        for n, (letter, line) in zip(numbers, lines, strict=True)
-    ]
-    close, takeaway = "</guideline>", f"<takeaway>\n{chain}\n</takeaway>"
-    match defect:
-        case "step_not_opened":
-            steps[hit] = steps[hit].removeprefix("<step>\n")
-        case "step_not_closed":
-            steps[hit] = steps[hit].removesuffix("\n</step>")
-        case "plan_dropped":
-            del plans[hit]
-        case "guideline_not_closed":
-            close = ""
-        case "stray_text":
-            steps[hit] += f"\n{lines[hit][0]};"
-        case "wrong_number":
-            steps[hit] = steps[hit].replace(f"\n{hit + 1}:", f"\n{(hit + 2) % 10}:", 1)
-        case "no_takeaway":
-            takeaway = chain
-    parts = ["<guideline>", *plans, close, *steps, takeaway]
-    return "\n".join(part for part in parts if part)
+def name_of(task: Task) -> str:
+    """A task's short name: that of its file, without what ends it."""
+    return Path(task.__name__.removesuffix(".py")).name.split(".")[-1]

@@ -1,6 +1,7 @@
 """Tokenizers through transformers: the eight tags, the rows they need, and the demo's alphabet."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -93,19 +94,19 @@ def add_tags(config: ModelConfig, params: dict, tokenizer) -> tuple[ModelConfig,
 DEMO_SYMBOLS = ("\\boxed{", "}", "\n", *"0123456789", *"+*=:;?", *"ABCDEFGH", "S")
 
 
-def demo_tokenizer():
-    """The tiny model's tokenizer: 64 ids or fewer, a token per symbol, no merges.
+def demo_tokenizer(symbols: Sequence[str] = DEMO_SYMBOLS):
+    """The tiny model's tokenizer: a token per symbol, no merges.
 
-    Text outside the alphabet is dropped by the encoder; `DEMO_SYMBOLS` is all that it knows.
+    Text outside the alphabet is dropped by the encoder; `symbols` are all that it knows.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     special = ["<pad>", "<bos>", "<eos>", *TAG_NAMES]
-    vocab = {token: i for i, token in enumerate([*special, *DEMO_SYMBOLS])}
+    vocab = {token: i for i, token in enumerate([*special, *symbols])}
     core = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token=None))
     core.add_special_tokens(special)
-    core.add_tokens(["\\boxed{"])
+    core.add_tokens([symbol for symbol in symbols if len(symbol) > 1])
     core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     core.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(

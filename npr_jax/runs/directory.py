@@ -78,6 +78,7 @@ LATER: tuple[str, ...] = (
     ),
     "start",
     "checker",
+    "task",  # of the demo
     "kl",
     "carry",
     "staleness",
