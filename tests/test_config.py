@@ -175,6 +175,13 @@ def test_dump_loads_back_equal(tmp_path_factory, config):
     assert load_config(Config, path) == config
 
 
+def test_without_a_file_there_are_overrides():
+    given = ["steps=3", "optimizer.rate=1"]
+    assert load_config(Config, None, given) == Config(3, Optimizer(1))
+    with pytest.raises(ValueError, match=r"^--set steps=x: steps: .*'x'$"):
+        load_config(Config, None, [*given, "steps=x"])
+
+
 def test_presets_are_found_by_name():
     root = Path(__file__).parents[1] / "configs"
     for preset in root.rglob("*.yaml"):

@@ -116,7 +116,7 @@ def config_path(name: str | Path) -> Path:
 
 def load_config(
     cls: type[T],
-    path_or_name: str | Path,
+    path_or_name: str | Path | None,
     overrides: Sequence[str] = (),
     options: Mapping[str, tuple[str, Any]] | None = None,
 ) -> T:
@@ -124,15 +124,17 @@ def load_config(
 
     Args:
       cls: a stdlib dataclass; its annotations are the schema, its defaults fill what is missing.
-      path_or_name: a YAML file or the name of a preset (`config_path`).
+      path_or_name: a YAML file or the name of a preset (`config_path`); None: no file at all.
       overrides: `a.b=value` strings, value in YAML, applied in order after the file.
       options: {key: (what was typed, value)} of options of the command line, applied last.
 
     Types are strict: an int is fine for a float, a string for an int is not, a list gives a tuple.
     Raises ValueError as the module says.
     """
-    path = config_path(path_or_name)
-    raw = _parse(read_text(path, "a config as YAML"), str(path))
+    path, raw = "", None
+    if path_or_name is not None:
+        path = config_path(path_or_name)
+        raw = _parse(read_text(path, "a config as YAML"), str(path))
     raw = {} if raw is None else raw
     if not isinstance(raw, dict):
         raise ValueError(f"{path}: needs a mapping of keys to values, got {raw!r}")
@@ -157,7 +159,7 @@ def load_config(
             if k[: len(keys)] == keys[: len(k)]
             and (message is None or re.search(rf"\b{re.escape(k[-1])}\b", message))
         ]
-        return f"{path}{''.join(related)}"
+        return f"{path}{''.join(related)}".strip()
 
     unknown = [
         f"{where(loc)}: {_dotted(loc)}: {message}" for loc, message in _unknown_keys(cls, raw, ())
