@@ -413,6 +413,61 @@ def report(
 
 
 @app.command()
+def scout(
+    pool: Annotated[
+        Path, typer.Argument(metavar="POOL", help="Recorded answers and probes (docs/scout.md).")
+    ],
+    policy: Annotated[
+        str | None, typer.Option(metavar="NAME", help="sc, asc, esc, sac or probe; by default all.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Such as k=7, trials=10; repeatable."),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="A line of JSON for each policy, no table.")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write DIR/index.html, with pictures.")
+    ] = None,
+    draw: Annotated[
+        list[int] | None,
+        typer.Option("--question", metavar="N", help="Draw it alone, from 1; repeatable."),
+    ] = None,
+) -> None:
+    """Try policies over many answers on recorded ones: what is right, and what it costs.
+
+    Nothing is decoded: the same answers stop earlier, or are dropped, as each policy says.
+    """
+    from rich.console import Console
+
+    from npr_jax.base.files import json_text
+    from npr_jax.base.progress import Progress
+    from npr_jax.evaluate.scout import read, settings, table
+    from npr_jax.evaluate.scout import scout as run
+
+    if draw and output is None:
+        raise ValueError("--question says what is drawn, needed is a place for it: --output DIR")
+    configs = settings(policy, overrides or ())
+    questions = read(pool, configs, functools.partial(typer.echo, err=True))
+    shown = sorted(set(draw or range(1, len(questions) + 1)))
+    if wrong := [number for number in shown if not 1 <= number <= len(questions)]:
+        raise ValueError(f"--question is {wrong[0]}, {pool} has 1 to {len(questions)}")
+    total, console = len(questions) * len(configs), Console(stderr=True, quiet=as_json)
+    with Progress("scout", total, "question", console=console) as progress:
+        results = run(questions, configs, progress.advance)
+    if as_json:
+        for result in results:
+            typer.echo(json_text(result.record()))
+    else:
+        Console().print(table(results))
+    if output is not None:
+        from npr_jax.report.scout import write
+
+        typer.echo(f"report: {write(output, pool.name, questions, results, shown)}", err=as_json)
+
+
+@app.command()
 def plan(
     model: Annotated[str, typer.Option(metavar="PRESET", help="Such as qwen3-4b.")],
     stage: Annotated[str, typer.Option(help="zero, beta or papo.")],

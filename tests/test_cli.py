@@ -13,7 +13,7 @@ from npr_jax.cli import app, main
 
 VERBS = (
     *("zero", "beta", "papo", "generate", "eval", "serve", "mine", "export", "view", "report"),
-    *("plan", "config", "data", "demo"),
+    *("plan", "config", "data", "demo", "scout"),
 )
 COMMANDS = (*VERBS, "data prepare")
 

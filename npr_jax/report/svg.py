@@ -101,9 +101,10 @@ def chart(
     lines: Mapping[str, Sequence[tuple]],
     bounds: tuple[float, float] | None = None,
     x_name: str = "step",
+    span_x: tuple[float, float] | None = None,
 ) -> str:
     """An SVG of lines: {label: [(x, y) or Point, ...]}; `bounds` of the y axis; `x_name` of the x
-    axis.
+    axis, and its bounds, by default those of the points.
 
     Few points are marked, so that a line of one is seen.
     """
@@ -111,7 +112,7 @@ def chart(
     if not points:
         return _frame(title, None, [])
     xs, ys = [point.x for point in points], [point.y for point in points]
-    span_x = (min(xs), max(xs))
+    span_x = span_x or (min(xs), max(xs))
     whole = all(float(x).is_integer() for x in xs)
     axes = _Axes(
         x_name, span_x, _inside(span_x, whole), nice_ticks(*(bounds or (min(ys), max(ys))))
