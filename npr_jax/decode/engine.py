@@ -152,8 +152,8 @@ class Engine:
         other log-probs than the other's; and as `submit` does.
         """
         other = self._requests.get(request)
-        if other is None or other.end is not None:
-            raise ValueError(f"request is {request}, needed is an unfinished answer")
+        if other is None:
+            raise ValueError(f"request is {request}, needed is an answer whose finish was not told")
         made = self._maker.forked(other, length, tokens, sampling)
         dealt: list[list[Request]] = [[] for _ in self.schedulers]
         dealt[other.replica].append(made)

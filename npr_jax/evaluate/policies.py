@@ -289,7 +289,7 @@ class ProbeConfig(PolicyConfig):
             running &= (stable < self.T) & ((seen < whole) & ~pruned).any(1)
             if not running.any():
                 break
-        stopped = np.any((seen < whole) & ~pruned, axis=1)
+        stopped = ~running & np.any((seen < whole) & ~pruned, axis=1)
         return _probed(table, order, before, seen, pruned, stopped)
 
 

@@ -88,9 +88,11 @@ def sum_up(
     runs: Sequence[Run],
     answers: Sequence[dict[tuple[str, int], Figures]],
     samples: int,
+    probes: dict | None = None,
 ) -> None:
     """Enters a benchmark into the results, and writes them. `runs` are the benchmark and, if there
-    is one, its sequential baseline; `answers` have the figures of theirs by (id, sample)."""
+    is one, its sequential baseline; `answers` have the figures of theirs by (id, sample); `probes`:
+    what was seen of them on the way, if they were probed."""
     timings = [_timing(output, run) for run in runs]
     baseline = timings[1] if len(runs) > 1 else None
     for run, done, timing in zip(runs, answers, timings, strict=True):
@@ -108,6 +110,8 @@ def sum_up(
                 for id, group in problems.items()
             ],
         }
+    if probes is not None:
+        results["benchmarks"][runs[0].name]["probes"] = probes
     write_atomically(output / "results.json", json_text(results, indent=1).encode())
 
 

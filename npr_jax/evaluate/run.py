@@ -14,17 +14,25 @@ from typing import ClassVar
 
 from npr_jax.base.compile_cache import DEFAULT_CACHE, use_cache
 from npr_jax.base.config import dump_config
-from npr_jax.base.fields import Checked, Count, Dtype
+from npr_jax.base.fields import Checked, Count, CountOrZero, Dtype
 from npr_jax.base.files import cut_half_line, json_text
 from npr_jax.base.progress import Progress
 from npr_jax.base.seeds import seed_of
 from npr_jax.data.benchmarks import Question, Source, read_benchmark, split
 from npr_jax.data.prompts import INSTRUCTION, prompt_ids
-from npr_jax.decode import Engine, EngineConfig, SamplingParams
+from npr_jax.decode import Engine, EngineConfig, SamplingParams, Trajectory
 from npr_jax.evaluate.generate import check_model, compile_all
 from npr_jax.evaluate.judge import Figures, judge
+from npr_jax.evaluate.probing import (
+    Probed,
+    Prober,
+    ProbingConfig,
+    append_probes,
+    read_probes,
+    write_pools,
+)
 from npr_jax.evaluate.results import TIMING, Run, begin, sum_up
-from npr_jax.evaluate.traces import make_trace, read_traces
+from npr_jax.evaluate.traces import make_trace, read_traces, write_traces
 from npr_jax.model.pretrained import load
 from npr_jax.runs.directory import alone_in, claim
 
@@ -47,6 +55,9 @@ class EvalConfig(Checked):
       dtype: of weights and cache.
       engine: what decodes the answers.
       sampling: how they are sampled.
+      probe (tokens): after how many, again and again, a sequential answer is asked what it would
+        say now; pools/NAME.json records it for `npr-jax scout`. 0 is never.
+      probing: how, and what is decided of it.
       compilation_cache: where compiled programs are kept for the next run; null keeps none.
     """
 
@@ -62,6 +73,8 @@ class EvalConfig(Checked):
     dtype: Dtype = "float32"
     engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
     sampling: SamplingParams = dataclasses.field(default_factory=SamplingParams)
+    probe: CountOrZero = 0
+    probing: ProbingConfig = dataclasses.field(default_factory=ProbingConfig)
     compilation_cache: str | None = str(DEFAULT_CACHE)
 
     def __post_init__(self):
@@ -78,6 +91,13 @@ class EvalConfig(Checked):
                 "baseline is true and sampling.parallel false: the baseline decodes sequentially, "
                 "so there would be nothing to compare it with"
             )
+        if self.probe and self.sampling.parallel:
+            raise ValueError(
+                f"probe is {self.probe} and sampling.parallel true: branches are parts of one "
+                "answer and cannot be probed; set sampling.parallel=false, or probe=0"
+            )
+        if self.probing.decide and not self.probe:
+            raise ValueError("probing.decide is true and probe 0: set probe to a number of tokens")
 
 
 def evaluate(config: EvalConfig, tell: Callable[[str], None] = lambda line: None) -> dict:
@@ -105,16 +125,33 @@ def _evaluate(config: EvalConfig, sources: list[Source], tell: Callable[[str], N
     groups = [_runs(engine, source, config) for source in sources]
     found = [[_resume(output, run) for run in runs] for runs in groups]
     ready = False
-    for runs, answers in zip(groups, found, strict=True):
+    for source, runs, answers in zip(sources, groups, found, strict=True):
         for run, done in zip(runs, answers, strict=True):
             todo = _missing(run, done, config.samples)
+            if config.probe:
+                whole = {record["id"] for record in read_probes(output, run.name)}
+                if any(id not in whole for id, _ in done):  # cut off within a question
+                    _forget(output, run, done, whole)
+                    todo = _missing(run, done, config.samples)
             if todo and not ready:
                 _get_ready(engine, run, config, tell)
                 ready = True
             if todo:
                 _decode(engine, run, todo, done, config, output)
-        sum_up(results, output, runs, answers, config.samples)
+        probes = None
+        if config.probe:
+            what = runs[0].name, source.questions, config.probe, config.probing
+            probes = write_pools(output, *what)
+        sum_up(results, output, runs, answers, config.samples, probes)
     return results
+
+
+def _forget(output: Path, run: Run, done: dict[tuple[str, int], Figures], whole: set[str]) -> None:
+    """Leaves the answers to `whole` questions alone: those to one are probed together."""
+    path = _path(output, run)
+    write_traces(path, [trace for trace in read_traces(path) if trace.id in whole])
+    for name in [name for name in done if name[0] not in whole]:
+        del done[name]
 
 
 def _get_ready(engine: Engine, run: Run, config: EvalConfig, tell: Callable[[str], None]) -> None:
@@ -184,8 +221,14 @@ def _decode(
     seeds = tuple(seed_of(seed, name, question.id, i) for question, i in todo)
     sampling = dataclasses.replace(config.sampling, parallel=run.parallel, seed=seeds)
     engine.drop_prefix_cache()  # or the second run of a benchmark would find prompts computed
-    requests = engine.submit([run.prompts[question.id] for question, _ in todo], sampling)
+    over: list[list[Probed]] = []  # questions whose answers have ended, and their probes
+    prober = Prober(engine, config.probing, config.probe, over.append) if config.probe else None
+    prompts = [run.prompts[question.id] for question, _ in todo]
+    requests = engine.submit(prompts, sampling, prober and prober.hear)
     of_request = dict(zip(requests, todo, strict=True))
+    if prober:
+        prober.follow(requests, [(question.id, i) for question, i in todo])
+    questions = {question.id: question for question, _ in todo}
     path, timing = _path(output, run), output / TIMING
     path.parent.mkdir(exist_ok=True)
     if timing.exists():
@@ -197,12 +240,10 @@ def _decode(
     ):
         since = begun = engine.stats()["seconds"]
         tokens, right = 0, sum(figures.right for figures in done.values())
-        for event in engine.stream(tokens=False):
-            if event.kind != "finish":
-                continue
-            assert event.trajectory is not None  # it has finished
-            question, i = of_request[event.request]
-            (answer,) = judge(engine, [event.trajectory], [question.answer])
+
+        def write(question: Question, i: int, trajectory: Trajectory) -> None:
+            nonlocal since, tokens, right
+            (answer,) = judge(engine, [trajectory], [question.answer])
             about = {"benchmark": name, "id": question.id, "sample": i}
             file.write(make_trace(answer, engine.tokenizer, question, **about).dumps() + "\n")
             file.flush()
@@ -213,3 +254,18 @@ def _decode(
             times.flush()
             since, tokens, right = now, tokens + figures.tokens, right + figures.right
             progress.advance(1, {"right": right / len(done), "tokens/s": tokens / (now - begun)})
+
+        def write_probed() -> None:
+            while over:
+                group = over.pop()
+                for answer in group:
+                    assert answer.trajectory is not None  # it has ended
+                    write(questions[answer.question], answer.sample, answer.trajectory)
+                append_probes(output, run.name, group, config.probe)
+
+        for event in engine.stream(tokens=False):
+            if event.kind == "finish" and not prober:
+                assert event.trajectory is not None  # it has finished
+                write(*of_request[event.request], event.trajectory)
+            write_probed()
+        write_probed()
