@@ -32,8 +32,8 @@ POOLS = Path(os.environ.get("NPR_POOLS", Path(__file__).parents[2] / "shared" / 
 NEVER = 10**6
 DELTA = 500
 
-# accuracy, sequential and total tokens: of 8B as the authors' results have them, of 0.6B those of a
-# second implementation, which agree with the paper's Table 1, and for W=0 with its Table 2.
+# accuracy, sequential and total tokens: of 8B as the authors' results have them; of 0.6B they agree
+# with the three digits of the paper's Table 1; W=0 and `probe` with a second implementation, too.
 GOLDEN = {
     "qwen3_8b_aime24": {
         "sc": (80.37, 30091, 910813),
@@ -57,6 +57,10 @@ GOLDEN = {
         "probe": (47.07, 22431, 897159),
     },
     "qwen3_0.6b_aime24": {
+        "sc": (21.43, 32666, 1008629),
+        "asc": (21.4, 805490, 805490),
+        "esc": (21.43, 192946, 986723),
+        "sac": (19.47, 26837, 820667),
         "probe": (21.83, 20837, 773781),
         "probe W=0": (18.3, 20557, 633495),
         f"probe T={NEVER}": (21.83, 22216, 785293),
