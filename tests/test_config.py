@@ -257,7 +257,7 @@ EVERY = sorted(BESIDE_NULL.union(*map(configs_of, CONFIGS.values())), key=lambda
 
 
 def test_every_number_of_every_config_has_a_range():
-    assert len(EVERY) == 16 and len(NUMBERS) > 150
+    assert len(EVERY) == 17 and len(NUMBERS) > 150
     for cls in EVERY:
         assert issubclass(cls, Checked), cls
         for name, hint in hints(cls).items():
@@ -405,7 +405,7 @@ def test_every_key_is_printed_as_yaml_that_can_be_used(command, tmp_path):
         needed["fit"]["train"].pop("row_len", None)
     given = [f"{key}={value}" for key, value in flat(needed)]
     assert load_config(cls, path, given) == load_config(cls, blank(tmp_path), given)
-    printed = {key.strip() for key in re.findall(r"^ *[a-z]\w*(?=:)", text, re.MULTILINE)}
+    printed = {key.strip() for key in re.findall(r"^ *[a-zA-Z]\w*(?=:)", text, re.MULTILINE)}
     assert printed == {name for part in configs_of(cls) for name in hints(part)}
     required = [key for key, _ in flat(filled(cls)) if not key.endswith("row_len")]
     assert text.count("REQUIRED:") == len([key for key in required if key != "fit.steps"])
