@@ -184,7 +184,7 @@ def test_seeds_of_lines_and_runs_do_not_meet(home, tmp_path, monkeypatch, seed):
     asked = []
     monkeypatch.setattr(module, "load", lambda *args, **kwargs: tiny())
     monkeypatch.setattr(module, "compile_all", lambda *args: None)
-    monkeypatch.setattr(Engine, "submit", lambda self, prompts, sampling: asked.append(sampling))
+    monkeypatch.setattr(Engine, "submit", lambda self, prompts, sampling, _: asked.append(sampling))
     with pytest.raises(TypeError):  # there are no ids
         generate("m", home / "input.jsonl", tmp_path / "out", config(seed=seed), lambda _: None)
     assert asked[0].seed == tuple(seed_of(seed, k) for k in (1, len(BAD) + 3, len(BAD) + 4))

@@ -12,6 +12,7 @@ from train_toy import tiny
 
 from npr_jax.base.config import load_config
 from npr_jax.decode import SamplingParams
+from npr_jax.evaluate.generate import GenerateConfig, generate
 from npr_jax.evaluate.policies import tabulate
 from npr_jax.evaluate.pools import read_pool
 from npr_jax.evaluate.probing import Prober, ProbingConfig, pool_question
@@ -196,3 +197,22 @@ def test_what_cannot_be_probed_is_refused(place):
         settings(place, "x", "sampling.parallel=true")
     with pytest.raises(ValueError, match="decide is true and probe 0"):
         settings(place, "x", "probe=0", "probing.decide=true")
+
+
+def test_lines_of_generate_say_what_the_probes_said(place, tmp_path):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(f'{{"problem": "A:{i}+4;B:6*{i}?"}}\n' for i in range(3)))
+    overrides = ["dtype=float32", "engine={lanes: 8, pages: 200}", "probe=6"]
+    overrides += ["sampling={max_tokens: 40, parallel: false, n: 3}", f"compilation_cache={place}"]
+    overrides += ["probing={T: 2, k: 2, W: 1, max_tokens: 4, decide: true}"]
+    config = load_config(GenerateConfig, "generate", overrides)
+    assert generate(str(place / "model"), source, target, config, print) == (9, 0)
+    lines = [json.loads(line) for line in target.read_text().splitlines()]
+    for line in lines:
+        whole = line["finish_reason"] != "aborted"
+        places = (line["tokens"] - whole) // 6  # an answer that was dropped ends at a probe
+        assert len(line["probes"]) == places and bool(line["probe_tokens"]) == bool(places)
+    kept = target.read_text().splitlines(keepends=True)
+    target.write_text("".join(kept[:4]))  # within the answers to a line
+    assert generate(str(place / "model"), source, target, config, print) == (5, 0)
+    assert sorted(target.read_text().splitlines(keepends=True)) == sorted(kept)

@@ -6,6 +6,7 @@ or "prompt" (text that is continued as it is). Answers are appended as they fini
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import time
@@ -16,13 +17,14 @@ from typing import Any, ClassVar, NamedTuple
 
 from npr_jax.answers import extract
 from npr_jax.base.compile_cache import DEFAULT_CACHE, use_cache
-from npr_jax.base.fields import Checked, Dtype
+from npr_jax.base.fields import Checked, CountOrZero, Dtype
 from npr_jax.base.files import alone, cut_half_line, reading, writing
 from npr_jax.base.progress import Progress
 from npr_jax.base.seeds import seed_of
 from npr_jax.data.prompts import INSTRUCTION, prompt_ids
 from npr_jax.data.sources import BadRow, parse_json, read_rows, short
 from npr_jax.decode import Engine, EngineConfig, SamplingParams, Trajectory
+from npr_jax.evaluate.probing import Probed, Prober, ProbingConfig
 from npr_jax.model.pretrained import Model, load
 
 _NEEDED = 'JSONL of "problem" or "prompt" (--input)'
@@ -41,6 +43,9 @@ class GenerateConfig(Checked):
       compilation_cache: where compiled programs are kept for the next run; null keeps none.
       stats: a file of its own, to which the engine's statistics are added every ten seconds, as
         JSONL.
+      probe (tokens): after how many, again and again, a sequential answer is asked what it would
+        say now; its line has the `probes`. 0 is never.
+      probing: how, and what is decided of it among the answers to a line.
     """
 
     command: ClassVar[str] = "generate"
@@ -51,9 +56,12 @@ class GenerateConfig(Checked):
     sampling: SamplingParams = dataclasses.field(default_factory=SamplingParams)
     compilation_cache: str | None = str(DEFAULT_CACHE)
     stats: str | None = None
+    probe: CountOrZero = 0
+    probing: ProbingConfig = dataclasses.field(default_factory=ProbingConfig)
 
     def __post_init__(self):
         super().__post_init__()
+        self.probing.check(self.probe, self.sampling)
         if not isinstance(self.sampling.seed, int):
             raise ValueError(f"sampling.seed is {self.sampling.seed}, needed is one integer")
 
@@ -77,7 +85,8 @@ def generate(
     """Answers every line of `source` into `target`: returns (answers written, bad lines).
 
     `target` gets an object per answer: line (from 1), sample, input (the line's object), text,
-    prediction (content of the last `\\boxed{}` or null), finish_reason, detail, and figures. Lines
+    prediction (content of the last `\\boxed{}` or null), finish_reason, detail, figures, and with
+    `config.probe` what its probes said (`probes`) and cost (`probe_tokens`). Lines
     that it already has answers to are skipped. A line that is no request, that the engine would
     refuse, or of which an answer ends with the reason `error`, is reported through `warn` by its
     number; such an answer is left out, and so asked for again by the next run. `tell` hears how
@@ -142,20 +151,24 @@ def _answer(
     )
     written, told, failed = 0, time.monotonic(), {}
     with Progress("generate", len(asked), "answer", before) as progress:
-        ids = engine.submit([request.prompt for request in todo], sampling)
+        over: list[list[Probed]] = []  # lines whose answers have ended, and their probes
+        prober = Prober(engine, config.probing, config.probe, over.append) if config.probe else None
+        prompts = [request.prompt for request in todo]
+        ids = engine.submit(prompts, sampling, prober and prober.hear)
         samples = [(request, i) for request in todo for i in range(config.sampling.n)]
         of_id = dict(zip(ids, samples, strict=True))
-        for event in engine.stream(tokens=False):
-            if event.kind != "finish":
-                continue
-            assert event.trajectory is not None  # it has finished
-            request, sample = of_id[event.request]
+        if prober:
+            prober.follow(ids, [(str(request.line), i) for request, i in samples])
+        of_line = {str(request.line): request for request in todo}
+
+        def write(request: Request, sample: int, answer: Trajectory, more: dict) -> None:
+            nonlocal written, told
             if (request.line, sample) in done:
-                continue
-            if event.trajectory.finish_reason == "error":
-                failed[request.line] = f"answer {sample} failed: {event.trajectory.detail}"
-                continue
-            line = json.dumps(_record(request, sample, event.trajectory), ensure_ascii=False)
+                return
+            if answer.finish_reason == "error":
+                failed[request.line] = f"answer {sample} failed: {answer.detail}"
+                return
+            line = json.dumps(_record(request, sample, answer) | more, ensure_ascii=False)
             with writing(target, "make room there, and run the same command again: it goes on"):
                 write_all(file, line.encode() + b"\n")
             written += 1
@@ -164,6 +177,20 @@ def _answer(
             if config.stats and time.monotonic() - told > 10:
                 engine.write_stats(config.stats)
                 told = time.monotonic()
+
+        def write_probed() -> None:
+            for answer in itertools.chain(*over):
+                assert answer.trajectory is not None  # it has ended
+                more = {"probes": answer.said, "probe_tokens": answer.tokens}
+                write(of_line[answer.question], answer.sample, answer.trajectory, more)
+            over.clear()
+
+        for event in engine.stream(tokens=False):
+            if event.kind == "finish" and not prober:
+                assert event.trajectory is not None  # it has finished
+                write(*of_id[event.request], event.trajectory, {})
+            write_probed()
+        write_probed()
     if config.stats:
         engine.write_stats(config.stats)
     return written, failed

@@ -44,6 +44,17 @@ class ProbingConfig(Checked):
     k: Count = 7
     W: CountOrZero = 15
 
+    def check(self, every: int, sampling: SamplingParams) -> None:
+        """Raises ValueError where answers that are sampled so cannot be probed every so many
+        tokens."""
+        if every and sampling.parallel:
+            raise ValueError(
+                f"probe is {every} and sampling.parallel true: branches are parts of one answer "
+                "and cannot be probed; set sampling.parallel=false, or probe=0"
+            )
+        if self.decide and not every:
+            raise ValueError("probing.decide is true and probe 0: set probe to a number of tokens")
+
     @property
     def policy(self) -> ProbeConfig:
         """What decides."""
@@ -53,13 +64,13 @@ class ProbingConfig(Checked):
 @dataclasses.dataclass
 class Probed:
     """An answer that is probed: its problem, its sample, what its probes have said (None: not yet
-    told; "": nothing), its length so far, and its end."""
+    told; "": nothing) and cost, its length so far, and its end."""
 
     question: str
     sample: int
     said: list[str | None] = dataclasses.field(default_factory=list)
+    costs: list[int] = dataclasses.field(default_factory=list)  # of its probes, in tokens
     length: int = 0
-    tokens: int = 0  # that its probes have cost
     trajectory: Trajectory | None = None
     dropped: bool = False
 
@@ -67,6 +78,11 @@ class Probed:
     def done(self) -> bool:
         """Whether it has ended, and its probes are told."""
         return self.trajectory is not None and None not in self.said
+
+    @property
+    def tokens(self) -> int:
+        """What the probes that count have cost."""
+        return sum(self.costs[: len(self.said)])
 
     @property
     def known(self) -> int:
@@ -118,12 +134,13 @@ class Prober:
     def _ask(self, request: int, answer: Probed) -> None:
         place = len(answer.said)
         answer.said.append(None)
+        answer.costs.append(0)
 
         def hear(event: Event) -> None:
             if event.kind == "finish" and not answer.dropped:
                 probe = event.trajectory
                 assert probe is not None
-                answer.tokens += len(self._suffix) + len(probe.response_ids)
+                answer.costs[place] = len(self._suffix) + len(probe.response_ids)
                 answer.said[place] = extract(self.config.suffix + (probe.text or "")) or ""
                 self._look(answer.question)
 

@@ -91,13 +91,7 @@ class EvalConfig(Checked):
                 "baseline is true and sampling.parallel false: the baseline decodes sequentially, "
                 "so there would be nothing to compare it with"
             )
-        if self.probe and self.sampling.parallel:
-            raise ValueError(
-                f"probe is {self.probe} and sampling.parallel true: branches are parts of one "
-                "answer and cannot be probed; set sampling.parallel=false, or probe=0"
-            )
-        if self.probing.decide and not self.probe:
-            raise ValueError("probing.decide is true and probe 0: set probe to a number of tokens")
+        self.probing.check(self.probe, self.sampling)
 
 
 def evaluate(config: EvalConfig, tell: Callable[[str], None] = lambda line: None) -> dict:
