@@ -10,7 +10,7 @@ from engine_checks import CONFIG, recount
 
 from npr_jax.decode import Engine, SamplingParams
 
-pytestmark = pytest.mark.usefixtures("plans_without_numbers")
+pytestmark = [pytest.mark.usefixtures("plans_without_numbers"), pytest.mark.slow]
 OPTIMISED = True  # as bits are compared
 PROMPT, SUFFIX = [12, 13, 20, 21, 22, 14, 15], [20, 13, 21]
 PLAIN = SamplingParams(parallel=False, ignore_eos=True, max_tokens=60, n=3, seed=5)

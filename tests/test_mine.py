@@ -232,6 +232,8 @@ def test_runs_are_the_longest_of_which_no_part_needs_another():
         trace = answer("1?", text)
         found = parts(trace, _LINES, CONFIG)[:num]
         found[-1] = found[-1]._replace(end=len(trace.token_ids))
+        if rng.random() < 0.5:  # as behind a list's marker
+            found = [part._replace(title=part.title + 1, body=part.body + 1) for part in found]
         chance = rng.choice([0.05, 0.2, 0.5])
         needs = {i: {k for k in range(i) if rng.random() < chance} for i in range(num)}
         config = dataclasses.replace(CONFIG, max_branches=100)
