@@ -117,7 +117,17 @@ def test_what_is_written(place, whole):
         found["settings"]
     )
     assert found["versions"]["jax"] and "cpu" in found["device"]
-    assert [table.row_count for table in tables(found)] == [2, 2]
+    assert [table.row_count for table in tables(found)] == [2, 2, 2]
+    latency = found["benchmarks"]["mine"]["metrics"]["speedup_token_latency"]
+    runs = [read_traces(whole / f"traces/mine{x}.jsonl") for x in ("", ".sequential")]
+    paths = [{(t.id, t.sample): t.figures.critical_path for t in run} for run in runs]
+    ratios = [
+        sum(paths[1][id, i] for i in (0, 1)) / sum(paths[0][id, i] for i in (0, 1))
+        for id in ("1", "2", "last")
+    ]
+    assert latency["value"] == pytest.approx(np.mean(ratios))
+    others = found["benchmarks"]["mine.sequential"]["metrics"]
+    assert not {"speedup_token_latency", "block_place", "path_overlap"} & others.keys()
 
 
 def test_a_figure_that_is_null_is_shown_as_none():
@@ -328,7 +338,7 @@ def test_an_interval_of_no_width_is_left_out_of_the_table():
     def shown(low, high):
         metrics = {"avg@1": {"value": 1.0, "low": low, "high": high}}
         entry = {"problems": 30, "samples": 1, "metrics": metrics}
-        (table, _) = tables({"benchmarks": {"b": entry}})
+        (table, *_) = tables({"benchmarks": {"b": entry}})
         (cell,) = [column for column in table.columns if column.header == "avg@k [95%]"]
         return list(cell.cells)
 

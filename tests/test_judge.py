@@ -1,17 +1,20 @@
 """What is said of a finished answer and what is counted of it, against cases worked out by hand."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from train_toy import encode, tiny
 
 from npr_jax.data.sources import Problem
 from npr_jax.decode import Engine, EngineConfig, SamplingParams
-from npr_jax.evaluate.judge import judge
+from npr_jax.evaluate.judge import NGRAM, count, judge, overlap
 from npr_jax.evaluate.traces import Trace, make_trace, read_trace
 from npr_jax.train.rollout import summary
-from npr_jax.tree import Block
+from npr_jax.tree import Block, layout
 
 
 def trace(num, prompt_len, *blocks, **fields):
@@ -77,6 +80,104 @@ INNER = Block(5, 7, (), ((8, 10), (10, 13)), 13, (13, 15), 15, 1)
 )
 def test_shapes(args, expected):
     assert figures(*args) == expected
+
+
+def test_the_critical_path_is_the_critical_steps_of_parl():
+    """Kimi K2.5 counts in every stage the steps of the main agent and those of its longest
+    sub-agent, here (1; 5 3 2), (1; none) and (1; 4 4): (1 + 5) + 1 + (1 + 4) of 21. A stage's main
+    step is the tag behind which its branches fork."""
+
+    def stages(first, last):
+        blocks, end = [], 0
+        for branches in (first, (), last):
+            ends = np.cumsum([end + 1, *branches]).tolist()
+            steps = tuple(itertools.pairwise(ends))
+            if steps:
+                blocks.append(Block(end, end, (), steps, ends[-1], (ends[-1], ends[-1]), end, 0))
+            end = ends[-1]
+        return figures(end, 0, *blocks)[:2]
+
+    assert stages((5, 3, 2), (4, 4)) == (21, 12)
+    assert stages((3, 2, 3, 2), (4, 4)) == (21, 10)  # the five are split
+    assert stages((5, 3, 2), (4, 4, 4)) == (25, 12)  # one more of four costs nothing
+
+
+def test_tags_of_a_branch_are_a_part_of_it_here_and_not_in_threadweaver():
+    """20 tokens, two of whose branches have 4 and 3 tokens between their tags."""
+    block = Block(3, 5, (), ((6, 12), (12, 17)), 17, (17, 18), 18, 0)
+    ours = trace(20, 0, block).figures
+    assert (ours.tokens, ours.critical_path, ours.parallel_tokens) == (20, 9 + 6, 6 + 5)
+    between = [end - start - 2 for start, end in block.steps]
+    outside = 20 - sum(between)
+    assert between == [4, 3] and outside + max(between) == 17  # of ThreadWeaver
+    assert (20 - 17) / 20 == 0.15 and (20 - ours.critical_path) / 20 == 0.25  # shares off the path
+
+
+@pytest.mark.parametrize(
+    "a, b, expected",
+    [
+        ([1, 2, 3], [1, 2, 3], 1),
+        ([1, 2, 3], [4, 5, 6], 0),
+        ([1, 2], [2, 1], 0),  # the same tokens in another order
+        ([1, 2, 3, 4], [2, 3, 4, 5], 2 * 2 / 6),
+        ([1, 1, 1], [1, 1], 2 * 1 / 3),  # as often as both have it
+        ([1], [1], 1),
+        ([1], [1, 2], 0),
+        ([], [], 1),
+    ],
+)
+def test_overlap(a, b, expected):
+    assert overlap(a, b) == overlap(b, a) == pytest.approx(expected)
+
+
+RUNS = st.lists(st.integers(0, 3), min_size=NGRAM, max_size=12)
+
+
+@given(RUNS, RUNS, st.integers(1, NGRAM))
+def test_overlap_is_what_is_found_by_crossing_off(a, b, n):
+    ours, left = ([run[i : i + n] for i in range(len(run) - n + 1)] for run in (a, b))
+    total, shared = len(ours) + len(left), 0
+    for gram in ours:
+        if gram in left:
+            left.remove(gram)
+            shared += 1
+    assert overlap(a, b, n) == pytest.approx(2 * shared / total)
+
+
+def test_siblings_are_compared_by_what_was_sampled_in_them():
+    """Three branches, each with a header of two tokens and a closing tag, then one that is alone,
+    and two that never join."""
+    header, close = [90, 91], [92]
+    texts = [[1, 2, 3, 4], [2, 3, 4, 5], [6, 7, 8]]
+    ids, steps = [50, 51, 52, 99], []
+    for text in [*texts, [1, 2, 3], [1, 2], [1, 2]]:
+        begin = len(ids)
+        ids += [*header, *text, *close]
+        steps.append((begin, len(ids)))
+        if len(steps) in (3, 4):
+            ids += [93, 94]  # takeaway, guideline
+    forced = [token in header for token in ids]
+    ends = [end for _, end in steps]
+    first = Block(3, 3, (), tuple(steps[:3]), ends[2], (ends[2], ends[2] + 1), ends[2] + 1, 0)
+    alone = Block(
+        ends[2] + 1, ends[2] + 1, (), (steps[3],), ends[3], (ends[3], ends[3] + 1), ends[3] + 1, 0
+    )
+    opened = Block(ends[3] + 1, ends[3] + 1, (), tuple(steps[4:]), ends[5], None, ends[5], 0)
+
+    def found(*blocks):
+        tree = layout(len(ids), blocks, prompt_len=1, forced=np.array(forced))
+        return count(ids, tree, "stop", True, None, None)
+
+    whole = found(first, alone, opened)
+    assert whole.path_overlap == pytest.approx((2 * 2 / 6 + 0 + 0) / 3)
+    assert whole.block_place == (3 - 1) / (len(ids) - 1)
+    assert found(alone).path_overlap is found(alone, opened).path_overlap is None
+    assert found(opened).block_place == (ends[3] + 1 - 1) / (len(ids) - 1)
+    assert found().block_place is None and found().path_overlap is None
+    unforked = Block(3, 3, (), (), len(ids), None, len(ids), 0)  # cut off before it could
+    assert found(unforked).block_place is None
+    forced[steps[0][0] + 2] = True  # of the first text the engine wrote one token
+    assert found(first).path_overlap == pytest.approx((2 * 2 / 5 + 0 + 0) / 3)
 
 
 @pytest.mark.parametrize("reason", ["length", "branch_length", "pages_exhausted", "stop"])

@@ -158,6 +158,7 @@ def test_a_run_that_is_not_over_shows_whole_lines(tmp_path):
     with MetricsWriter(tmp_path) as writer:
         for step in range(1, 6):
             values = {"reward": step / 5, "finish/stop": 0.5, "my_number": 7.0, "note": "text"}
+            values |= {"block_place": 0.2} if step > 2 else {}
             writer.write({"step": step, **values})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "rew')
@@ -165,7 +166,8 @@ def test_a_run_that_is_not_over_shows_whole_lines(tmp_path):
     with (tmp_path / "traces" / "step-000005.jsonl").open("a") as file:
         file.write('{"problem": "cut o')
     page = page_of(tmp_path)
-    for title in ("reward", "how answers finish", "my number", "step 1", ">5<"):
+    titles = ("reward", "how answers finish", "my number", "step 1", ">5<")
+    for title in (*titles, "first block and overlap of siblings"):
         assert title in page
     assert "step-000005" in page and "1 answers." in page
     assert "note" not in charts_of([{"step": 1, "note": "text"}])
@@ -178,7 +180,7 @@ def test_curves_leave_out_what_is_not_finite_and_thin_long_lines():
 
 
 def figures(tokens, correct):
-    return count(layout(tokens), "stop", True, None, correct)
+    return count([0] * tokens, layout(tokens), "stop", True, None, correct)
 
 
 def test_accuracy_is_that_of_answers_of_like_length():

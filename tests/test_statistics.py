@@ -16,6 +16,7 @@ from npr_jax.evaluate.statistics import (
     speeds,
     summarize,
 )
+from npr_jax.train.rewards import off_path
 
 
 def test_pass_at_k_is_the_mean_over_all_choices_of_k():
@@ -112,6 +113,84 @@ def test_a_summary_of_three_answers_has_pass_at_1_and_2():
     assert found["pass@2"] == {"value": pytest.approx(2 / 3)}  # one problem: no interval
     with pytest.raises(ValueError, match=r"\[1, 2\] answers"):
         summarize([[answer(True)], [answer(True)] * 2])
+
+
+def test_what_some_answers_have_is_the_mean_of_these():
+    """By hand; without any such answer there is no metric."""
+    problems = [
+        [answer(True, block_place=0.25, path_overlap=0.5), answer(False, block_place=0.5)],
+        [answer(True), answer(True, block_place=0.0)],
+        [answer(True), answer(False)],
+    ]
+    found = summarize(problems)
+    assert found["block_place"]["value"] == pytest.approx(0.75 / 3)
+    assert found["path_overlap"] == {"value": 0.5, "low": 0.5, "high": 0.5}
+    assert found["block_place"]["low"] == 0 and found["block_place"]["high"] == 0.375
+    assert not {"block_place", "path_overlap"} & summarize(problems[2:]).keys()
+    assert not any(name.startswith("speedup_token") for name in found)
+
+
+def random_answers(rng, problems, k):
+    """Figures of a parallel run: every second problem is mostly answered wrong."""
+    return [
+        [
+            answer(bool(rng.random() < (0.7, 0.2)[p % 2]), tokens=t, critical_path=c)
+            for t, c in zip(
+                rng.integers(40, 90, k).tolist(), rng.integers(5, 40, k).tolist(), strict=True
+            )
+        ]
+        for p in range(problems)
+    ]
+
+
+def test_token_latency_against_the_sequential_run_answer_by_answer():
+    rng, dropped = np.random.default_rng(0), 0
+    for k in (1, 2, 4):
+        own, sequential = (random_answers(rng, 40, k) for _ in range(2))
+        ratios, of_right = [], []
+        for ours, theirs in zip(own, sequential, strict=True):
+            sums = [0, 0, 0, 0]  # critical path of ours, of theirs; the same of right ones
+            right = [0, 0]
+            for side, group in enumerate((ours, theirs)):
+                for one in group:
+                    sums[side] += one.critical_path
+                    if one.correct:
+                        sums[2 + side] += one.critical_path
+                        right[side] += 1
+            ratios.append((sums[1] / k) / (sums[0] / k))
+            if right[0] and right[1]:
+                of_right.append((sums[3] / right[1]) / (sums[2] / right[0]))
+            else:
+                dropped += 1
+        found = summarize(own, sequential)
+        every, correct = (found[f"speedup_token_latency{x}"] for x in ("", "_correct"))
+        assert every["value"] == pytest.approx(np.mean(ratios))
+        assert correct["value"] == pytest.approx(np.mean(of_right))
+        for metric, values in ((every, ratios), (correct, of_right)):
+            error = 1.96 * np.std(values) / len(values) ** 0.5
+            assert metric["value"] - metric["low"] == pytest.approx(error, rel=0.35)
+            assert metric["high"] - metric["value"] == pytest.approx(error, rel=0.35)
+        # What needs no sequential run is what it was.
+        alone = summarize(own)
+        assert alone == {name: found[name] for name in alone}
+        for group in own:
+            for one in group:
+                off = off_path(one.tokens, one.critical_path)
+                assert 1 / (1 - off) == pytest.approx(one.tokens / one.critical_path)
+    assert dropped > 20
+
+
+def test_a_run_is_as_fast_as_itself():
+    own = random_answers(np.random.default_rng(1), 12, 4)
+    found = summarize(own, own)
+    for name in ("speedup_token_latency", "speedup_token_latency_correct"):
+        assert set(found[name].values()) == {1.0}
+    wrong = [[answer(False)], [answer(True)]]
+    found = summarize(wrong, wrong[::-1])  # no problem has a right one in both
+    assert found["speedup_token_latency"]["value"] == 1
+    assert "speedup_token_latency_correct" not in found
+    with pytest.raises(ValueError, match="shorter"):
+        summarize(own, own[:-1])
 
 
 def test_the_bootstrap_covers_what_it_should():

@@ -7,6 +7,8 @@ Figures are all that metrics and charts are made of, in training, evaluation and
 
 import dataclasses
 import functools
+import itertools
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -20,6 +22,8 @@ from npr_jax.decode.outputs import TRUNCATED
 from npr_jax.tree import TreeLayout
 from npr_jax.tree.format import Violation, check_format
 
+NGRAM = 2  # tokens of a run that siblings are compared by
+
 
 class Figures(NamedTuple):
     """What is counted of one answer. Tokens are those of the response, forced ones included.
@@ -32,6 +36,9 @@ class Figures(NamedTuple):
         branches of blocks of two or more, each counted once.
       blocks, branches: how many were forked; depth: levels of nested blocks; width: the most
         branches that can run at one time.
+      block_place: tokens before the first block that forked, by all tokens; None without one.
+      path_overlap: `overlap` of the steps of a block, mean over all pairs of siblings; None where
+        no siblings have joined.
     """
 
     prediction: str | None
@@ -45,6 +52,8 @@ class Figures(NamedTuple):
     branches: int
     depth: int
     width: int
+    block_place: float | None = None
+    path_overlap: float | None = None
 
     @property
     def parallel(self) -> bool:
@@ -79,7 +88,14 @@ class Answer:
         """What is counted of it."""
         answer = self.trajectory
         formed = not self.violations
-        return count(answer.layout, answer.finish_reason, formed, self.prediction, self.correct)
+        return count(
+            answer.token_ids,
+            answer.layout,
+            answer.finish_reason,
+            formed,
+            self.prediction,
+            self.correct,
+        )
 
 
 def judge(
@@ -106,17 +122,19 @@ def judge(
 
 
 def count(
+    token_ids: Sequence[int] | np.ndarray,
     tree: TreeLayout,
     finish_reason: str,
     formed: bool,
     prediction: str | None,
     correct: bool | None,
 ) -> Figures:
-    """The figures of an answer, from its layout and what was judged of it."""
+    """The figures of an answer, from its tokens, its layout and what was judged of it."""
     in_parallel = np.zeros(len(tree), bool)  # so that a token of nested branches counts once
     for block in tree.blocks:
         if len(block.steps) > 1:
             in_parallel[block.branches[0][0] : block.branches[-1][1]] = True
+    first = next((block.start for block in tree.blocks if block.steps), None)
     return Figures(
         prediction=prediction,
         correct=correct,
@@ -129,7 +147,37 @@ def count(
         branches=tree.num_branches,
         depth=tree.depth,
         width=tree.width,
+        block_place=None if first is None else (first - tree.prompt_len) / tree.total_len,
+        path_overlap=path_overlap(token_ids, tree),
     )
+
+
+def path_overlap(token_ids: Sequence[int] | np.ndarray, tree: TreeLayout) -> float | None:
+    """How alike siblings are: the mean `overlap` of all pairs of a block's steps, of what was
+    sampled in them; None where no block of two or more has joined."""
+    ids, found = np.asarray(token_ids), []
+    for block in tree.blocks:
+        if block.takeaway is None:
+            continue  # cut off, and a step of it perhaps, too
+        inside = [np.arange(start, end - 1) for start, end in block.steps]  # without </step>
+        steps = [ids[own[~tree.forced[own]]].tolist() for own in inside]
+        found += [overlap(a, b) for a, b in itertools.combinations(steps, 2)]
+    return float(np.mean(found)) if found else None
+
+
+def overlap(a: Sequence[int], b: Sequence[int], n: int = NGRAM) -> float:
+    """ROUGE-n F1 of two runs of tokens (Lin 2004): n-grams that they share, each as often as both
+    have it, by the mean of how many they have; 1 for equal runs, 0 without a common n-gram.
+
+    A run of fewer than n tokens is one n-gram.
+    """
+    ours, theirs = (
+        Counter(zip(*(run[i:] for i in range(n)), strict=False))
+        if len(run) >= n
+        else Counter([tuple(run)])
+        for run in (a, b)
+    )
+    return 2 * (ours & theirs).total() / (ours.total() + theirs.total())
 
 
 def violations(engine: Engine, answer: Trajectory) -> list[Violation]:

@@ -94,20 +94,24 @@ def sum_up(
     is one, its sequential baseline; `answers` have the figures of theirs by (id, sample); `probes`:
     what was seen of them on the way, if they were probed."""
     timings = [_timing(output, run) for run in runs]
-    baseline = timings[1] if len(runs) > 1 else None
-    for run, done, timing in zip(runs, answers, timings, strict=True):
-        problems = {id: [done[id, i] for i in range(samples)] for id in run.prompts}
-        compared = baseline if run is runs[0] else None
+    problems = [
+        [[done[id, i] for i in range(samples)] for id in run.prompts]
+        for run, done in zip(runs, answers, strict=True)
+    ]
+    for number, run in enumerate(runs):
+        # The benchmark itself is compared with its baseline.
+        baseline = (problems[1], timings[1]) if number == 0 and len(runs) > 1 else (None, None)
         results["benchmarks"][run.name] = {
-            "problems": len(problems),
+            "problems": len(run.prompts),
             "samples": samples,
             "origin": run.source.origin,
             "parallel": run.parallel,
-            "metrics": summarize(list(problems.values())) | speeds(timing, compared),
-            "timing": timing._asdict(),
+            "metrics": summarize(problems[number], baseline[0])
+            | speeds(timings[number], baseline[1]),
+            "timing": timings[number]._asdict(),
             "by_problem": [
                 {"id": id, "correct": sum(a.right for a in group), "samples": samples}
-                for id, group in problems.items()
+                for id, group in zip(run.prompts, problems[number], strict=True)
             ],
         }
     if probes is not None:
@@ -162,7 +166,21 @@ def tables(results: dict) -> list[Table]:
         1,
         2,
     )
-    return [good, fast]
+    branches = _table(
+        results,
+        "place of the first block; overlap of siblings; speed-ups in token latency",
+        {
+            "blocks": "blocks",
+            "branches": "branches",
+            "place": "block_place",
+            "overlap": "path_overlap",
+            "latency x": "speedup_token_latency",
+            "right x": "speedup_token_latency_correct",
+        },
+        1,
+        2,
+    )
+    return [good, fast, branches]
 
 
 def _table(results: dict, caption: str, columns: dict, scale: float, digits: int) -> Table:

@@ -7,7 +7,7 @@ serves all of them. Definitions: docs/metrics.md.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -71,7 +71,7 @@ def bootstrap(
     Args:
       top, bottom: f64[P, M]; ratio m is top[:, m].sum() / bottom[:, m].sum().
 
-    Returns the bounds low f64[M], high f64[M].
+    Returns the bounds low f64[M], high f64[M]; a resample whose bottom is 0 counts for nothing.
     """
     rng, num = np.random.default_rng(seed), len(top)
     # So few rows at a time that they stay in the cache, and BLAS on one thread.
@@ -81,16 +81,22 @@ def bootstrap(
         drawn = rng.integers(num, size=(rows, num)) + num * np.arange(rows)[:, None]
         counts = np.bincount(drawn.ravel(), minlength=rows * num).reshape(rows, num)
         counts = counts.astype(np.float64)
-        ratios.append((counts @ top) / (counts @ bottom))
+        with np.errstate(invalid="ignore"):  # 0 / 0
+            ratios.append((counts @ top) / (counts @ bottom))
     edge = (1 - LEVEL) / 2
-    low, high = np.quantile(np.concatenate(ratios), [edge, 1 - edge], axis=0)
+    low, high = np.nanquantile(np.concatenate(ratios), [edge, 1 - edge], axis=0)
     return low, high
 
 
-def summarize(problems: Sequence[Sequence[Figures]]) -> dict[str, dict[str, float]]:
+def summarize(
+    problems: Sequence[Sequence[Figures]], sequential: Sequence[Sequence[Figures]] | None = None
+) -> dict[str, dict[str, float]]:
     """Every metric that needs no clock, {"value", "low", "high"} each; no bounds for one problem.
+    One that no answer has is missing.
 
-    `problems` holds the figures of the answers to each problem, the same number k for all.
+    Args:
+      problems: the figures of the answers to each problem, the same number k for all.
+      sequential: the same of a sequential run, for the speed-ups against it.
     """
     k = len(problems[0])
     if any(len(answers) != k for answers in problems):
@@ -125,11 +131,45 @@ def summarize(problems: Sequence[Sequence[Figures]]) -> dict[str, dict[str, floa
         share(field)
     add("speedup_critical_path", total("tokens"), total("critical_path"))
 
+    # By themselves, for the last bits of an interval depend on what is resampled beside it.
+    partial = {
+        name: [_known(answers, name) for answers in problems]
+        for name in ("block_place", "path_overlap")
+    }
+    if sequential is not None:
+        pairs = list(zip(problems, sequential, strict=True))
+        right_pairs = [tuple([a for a in answers if a.right] for answers in pair) for pair in pairs]
+        partial["speedup_token_latency"] = [_token_latency(*pair) for pair in pairs]
+        partial["speedup_token_latency_correct"] = [_token_latency(*pair) for pair in right_pairs]
+    return _ratios(columns) | _ratios(partial)
+
+
+def _known(answers: Sequence[Figures], name: str) -> tuple[float, int]:
+    """Sum and number of a figure that some of the answers have."""
+    values = [value for answer in answers if (value := getattr(answer, name)) is not None]
+    return sum(values), len(values)
+
+
+def _token_latency(own: Sequence[Figures], sequential: Sequence[Figures]) -> tuple[float, int]:
+    """A problem's mean critical path in the sequential run by that in this one; nothing where one
+    of them has no answers."""
+    ours, theirs = ([answer.critical_path for answer in run] for run in (own, sequential))
+    if not (sum(ours) and sum(theirs)):
+        return 0.0, 0
+    return float(np.mean(theirs) / np.mean(ours)), 1
+
+
+def _ratios(columns: Mapping[str, Sequence[tuple[float, float]]]) -> dict[str, dict[str, float]]:
+    """Metrics from their pairs (top, bottom) for each problem: ratios of the sums, with bounds
+    where there are several problems, and without those whose bottom is 0."""
+    columns = {name: pairs for name, pairs in columns.items() if any(low for _, low in pairs)}
+    if not columns:
+        return {}
     pairs = np.array(list(columns.values()), float)  # [M, P, 2]
     top, bottom = pairs[..., 0].T, pairs[..., 1].T
     values = top.sum(0) / bottom.sum(0)
     found = {name: {"value": float(x)} for name, x in zip(columns, values, strict=True)}
-    if len(problems) > 1:
+    if len(top) > 1:
         for bounds, low, high in zip(found.values(), *bootstrap(top, bottom), strict=True):
             bounds |= {"low": float(low), "high": float(high)}
     return found

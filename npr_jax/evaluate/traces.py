@@ -69,7 +69,14 @@ class Trace:
     def figures(self) -> Figures:
         """What is counted of it."""
         formed = not self.violations
-        return count(self.layout, self.finish_reason, formed, self.prediction, self.correct)
+        return count(
+            self.token_ids,
+            self.layout,
+            self.finish_reason,
+            formed,
+            self.prediction,
+            self.correct,
+        )
 
     @property
     def text(self) -> str:

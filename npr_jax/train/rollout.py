@@ -50,6 +50,7 @@ _MEANS = {
     "width": lambda figures: figures.width,
     "depth": lambda figures: figures.depth,
 }
+_PARTIAL = ("block_place", "path_overlap")  # means over the answers that have them
 
 
 def encode_problems(
@@ -204,13 +205,18 @@ def sampled_example(
 
 def summary(answers: Sequence[Answer]) -> dict[str, float]:
     """Rates and means over the answers of all processes: format, accuracy, both, parallel,
-    truncated, lengths and shapes; reasons of finishing, and rules of the format that are broken."""
+    truncated, lengths and shapes, and where any answer has forked the place of the first block and
+    the overlap of siblings; reasons of finishing, and rules of the format that are broken."""
     everything = gather_all([(answer.figures, _causes(answer)) for answer in answers])
     counts = Counter(cause for _, causes in everything for cause in causes)
     means = {
         name: float(np.mean([value(figures) for figures, _ in everything]))
         for name, value in _MEANS.items()
     }
+    for name in _PARTIAL:
+        values = [x for figures, _ in everything if (x := getattr(figures, name)) is not None]
+        if values:
+            means[name] = float(np.mean(values))
     return means | {name: number / len(everything) for name, number in sorted(counts.items())}
 
 
