@@ -1,24 +1,27 @@
 """Whether PAPO's acceleration reward shortens the critical path, on the demo's task.
 
-    python bench/recipe.py run --runs runs/recipe --seeds 0 1 2 --arms base
-    python bench/acceleration.py run --runs runs/recipe --seeds 0 1 2     # minutes; resumable
-    python bench/acceleration.py table                                    # in docs/recipe.md
+    python bench/acceleration.py run --seeds 0 1 2       # minutes; resumable
+    python bench/acceleration.py run --study advantages --seeds 0 1 2 3 4
+    python bench/acceleration.py table                   # both tables, in docs/recipe.md
 
 The recipe's own model has nothing to shorten: after Zero hardly an answer has two blocks where one
-would do. So the recipe's Beta model is first trained on right answers, half of which (of those that
-can be) are in two blocks, and PAPO goes on from there: without the reward, and with it. All three
-models are measured on the same 2,048 fresh problems of their seed, one answer each at temperature
-1. Writes bench/results/acceleration.json.
+would do. So the recipe's Beta model, which is made where it is not there, is first trained on right
+answers, half of which (of those that can be) are in two blocks, and PAPO goes on from there. Study
+`acceleration`: without the reward, and with it. Study `advantages`: with ThreadWeaver's reward, and
+each of PAPO's advantages. All models of a seed are measured on the same 2,048 fresh problems, one
+answer each at temperature 1. Writes bench/results/STUDY.json.
 """
 
 import argparse
 import dataclasses
 import json
 import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
-from recipe import DOCS, ROOT, spread
+from recipe import DOCS, ROOT, RUN, begin, config_of, spread
 from table import markdown, replace_between
 
 from npr_jax.base.compile_cache import use_cache
@@ -33,9 +36,17 @@ from npr_jax.train.beta import make_examples
 from npr_jax.train.fit import fit
 
 RESULTS = ROOT / "bench" / "results" / "acceleration.json"
+ADVANTAGES = ROOT / "bench" / "results" / "advantages.json"
 BEGIN, END = "<!-- made by bench/acceleration.py -->", "<!-- end of acceleration -->"
+BEGIN_ADVANTAGES, END_ADVANTAGES = BEGIN.replace("made", "also made"), "<!-- end of advantages -->"
 PROBLEMS, STEPS, RATE = 2048, 120, 1e-3
-ARMS = {"off": 0.0, "on": 0.5}  # weight of the reward; its cap is half of the tokens
+THREADWEAVER = ("acceleration=1.0", "acceleration_cap=0.4")  # the paper's
+STUDIES = {  # settings of PAPO by arm
+    "acceleration": {"off": ("acceleration=0.0",), "on": ("acceleration=0.5",)},
+    "advantages": {
+        name: (f"advantage={name}", *THREADWEAVER) for name in ("batch_std", "mean", "group_std")
+    },
+}
 
 
 def two_blocks(tasks: list[Sum], rng: np.random.Generator) -> list[Sum]:
@@ -74,26 +85,31 @@ def make_start(home: Path, model_dir: Path, seed: int, held_out: list[Problem]) 
     save(trained, home / "start" / "final")
 
 
-def run_seed(seed: int, runs: Path) -> dict[str, dict[str, float]]:
-    """A row for the model that both arms start from, and for each arm."""
+def run_seed(
+    seed: int, runs: Path, arms: Mapping[str, Sequence[str]]
+) -> dict[str, dict[str, float]]:
+    """A row for the model that all arms start from, and for each arm."""
     home, source = runs / str(seed) / "acceleration_study", runs / str(seed)
+    if not (source / "base" / "beta" / "final").exists():
+        begin(seed, source)
+        for stage in ("zero", "beta"):
+            RUN[stage](config_of(seed, "base", source, stage))
     trained_on = read_problems(source / "problems.jsonl")
     tasks = draw(PROBLEMS, np.random.default_rng((seed, 4)), trained_on)
     problems = [Problem(task.problem, task.answer) for task in tasks]
     if not (home / "start" / "final" / "config.json").exists():
         make_start(home, source / "base" / "beta" / "final", seed, problems)
     rows = {}
-    for name, weight in {"start": None, **ARMS}.items():
+    for name, settings in {"start": (), **arms}.items():
         values = {
             "model": str(home / "start" / "final"),
             "problems": str(source / "problems.jsonl"),
             "output": str(home / name),
             "seed": seed,
-            "acceleration": weight or 0.0,
         }
         changes = [f"{key}={json.dumps(value)}" for key, value in values.items()]
-        config = load_config(papo.PapoConfig, "tiny_papo", changes)
-        if weight is not None:
+        config = load_config(papo.PapoConfig, "tiny_papo", [*changes, *settings])
+        if settings:
             papo.run(config)
         row, _ = measure(load(home / name / "final"), "parallel", problems, config, seed)
         rows[name] = {key: round(value, 4) for key, value in row.items()}
@@ -103,34 +119,40 @@ def run_seed(seed: int, runs: Path) -> dict[str, dict[str, float]]:
 
 def run(args) -> None:
     use_cache(args.runs / "compiled")
+    path = {"acceleration": RESULTS, "advantages": ADVANTAGES}[args.study]
     for seed in args.seeds:
-        if str(seed) not in results():
-            rows = run_seed(seed, args.runs)
-            record = results() | {str(seed): rows}
-            RESULTS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        if str(seed) not in results(path):
+            rows = run_seed(seed, args.runs, STUDIES[args.study])
+            jax.clear_caches()  # or the programs of many runs come to the system's limit of maps
+            record = results(path) | {str(seed): rows}
+            path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
-def results() -> dict:
-    """{seed: {start, off or on: {column: value}}} of what was measured so far."""
-    return json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+def results(path: Path) -> dict:
+    """{seed: {start or arm: {column: value}}} of what was measured so far."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def rows_of(found: list[dict], titles: Mapping[str, str]) -> list[list[str]]:
+    """The rows of a study's table, means over seeds."""
+    columns = (("both", 3), ("tokens", 1), ("critical_path", 1))
+    return [
+        [title, *(spread([seed[name][key] for seed in found], n) for key, n in columns)]
+        for name, title in titles.items()
+    ]
 
 
 def table(args) -> None:
     """Writes the table, and how the arms differ seed by seed, into docs/recipe.md."""
-    found = list(results().values())
+    found = list(results(RESULTS).values())
     titles = {"start": "before PAPO", "off": "PAPO", "on": "PAPO with the acceleration reward"}
-    rows = []
-    for name, title in titles.items():
-        seeds = [seed[name] for seed in found]
-        columns = (("both", 3), ("tokens", 1), ("critical_path", 1))
-        rows.append([title, *(spread([row[key] for row in seeds], n) for key, n in columns)])
     paths, right = (
         [(seed["on"][key], seed["off"][key]) for seed in found] for key in ("critical_path", "both")
     )
     shorter = statistics.mean(1 - on / off for on, off in paths)
     points = 100 * statistics.mean(on - off for on, off in right)
-    lines = markdown(["", "right", "tokens", "critical path"], rows)
-    lines += [
+    lines = [
+        *markdown(["", "right", "tokens", "critical path"], rows_of(found, titles)),
         "",
         f"With the reward the critical path is {shorter:.1%} shorter than without (mean of "
         f"{len(found)} seeds), and the share of right answers differs by {points:+.1f} points.",
@@ -138,16 +160,42 @@ def table(args) -> None:
     replace_between(DOCS, BEGIN, END, "\n".join(lines))
 
 
+def advantages_table(args) -> None:
+    """Writes the table of the other study, where it was made, with what its arms differ by from the
+    batch's std seed by seed."""
+    found = list(results(ADVANTAGES).values())
+    if not found:
+        return
+    titles = {
+        "start": "before PAPO",
+        "batch_std": "the batch's std, as PAPO",
+        "mean": "no std, as ThreadWeaver",
+        "group_std": "each group's std, as DAPO",
+    }
+    rows = rows_of(found, titles)
+    for name, row in zip(titles, rows, strict=True):
+        pairs = [(seed[name], seed["batch_std"]) for seed in found]
+        changes = (
+            spread([own[key] - base[key] for own, base in pairs], n, sign="+")
+            for key, n in (("both", 3), ("critical_path", 1))
+        )
+        row += changes if name in ("mean", "group_std") else ["", ""]
+    head = [f"{len(found)} seeds", "right", "tokens", "critical path"]
+    lines = markdown([*head, "right, against PAPO's", "critical path, against it"], rows)
+    replace_between(DOCS, BEGIN_ADVANTAGES, END_ADVANTAGES, "\n".join(lines))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     verbs = parser.add_subparsers(dest="verb", required=True)
     work = verbs.add_parser("run", help="train and measure what is missing")
     work.add_argument("--runs", type=Path, default=Path("runs/recipe"))
+    work.add_argument("--study", choices=STUDIES, default="acceleration")
     work.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    work.set_defaults(run=run)
-    verbs.add_parser("table", help="rewrite the table in docs/recipe.md").set_defaults(run=table)
+    verbs.add_parser("table", help="rewrite the tables in docs/recipe.md")
     args = parser.parse_args()
-    args.run(args)
+    for work in (run,) if args.verb == "run" else (table, advantages_table):
+        work(args)
 
 
 if __name__ == "__main__":

@@ -127,21 +127,37 @@ def directories(home: Path, arm: Arm, name: str) -> dict[str, Path]:
     return places
 
 
+def config_of(seed: int, name: str, home: Path, stage: str):
+    """What a stage of an arm is trained with."""
+    places = directories(home, ARMS[name], name)
+    before = {
+        "zero": {"model": home / "seed"},
+        "beta": {"model": home / "seed", "sampler_model": places["zero"]},
+        "papo": {"model": places["beta"]},
+    }[stage]
+    values = {key: f"{path}/final" for key, path in before.items()}
+    values |= {"problems": str(home / "problems.jsonl"), "output": str(places[stage])}
+    changes = [f"{key}={json.dumps(value)}" for key, value in values.items()]
+    changes = [f"seed={seed}", *changes, *getattr(ARMS[name], stage)]
+    return load_config(STAGES[stage], f"tiny_{stage}", changes)
+
+
+def begin(seed: int, home: Path) -> list:
+    """Makes the problems of a seed and its seed model, as far as they are not there; returns the
+    problems to measure on."""
+    home.mkdir(parents=True, exist_ok=True)
+    problems = make_problems(sums, seed, home)
+    if not (home / "seed" / "final" / "config.json").exists():
+        make_seed(sums, seed, home, problems)
+    return problems
+
+
 def run_arm(seed: int, name: str, home: Path, problems: list) -> dict:
     """Trains what is missing of an arm, and measures it: {"rows": {...}, "seconds": {...}}."""
-    arm = ARMS[name]
-    places, rows, seconds = directories(home, arm, name), {}, {}
+    places, rows, seconds = directories(home, ARMS[name], name), {}, {}
     settings = None
-    for stage, cls in STAGES.items():
-        before = {
-            "zero": {"model": home / "seed"},
-            "beta": {"model": home / "seed", "sampler_model": places["zero"]},
-            "papo": {"model": places["beta"]},
-        }[stage]
-        values = {key: f"{path}/final" for key, path in before.items()}
-        values |= {"problems": str(home / "problems.jsonl"), "output": str(places[stage])}
-        changes = [f"{key}={json.dumps(value)}" for key, value in values.items()]
-        config = load_config(cls, f"tiny_{stage}", [f"seed={seed}", *changes, *getattr(arm, stage)])
+    for stage in STAGES:
+        config = config_of(seed, name, home, stage)
         settings = settings or config  # the first stage's engine and lengths measure all
         begun = time.monotonic()
         done = (places[stage] / "final").exists()
@@ -170,11 +186,7 @@ def run(args) -> None:
             if arm in recorded(path)["arms"]:
                 continue
             home = args.runs / str(seed)
-            home.mkdir(parents=True, exist_ok=True)
-            problems = make_problems(sums, seed, home)
-            if not (home / "seed" / "final" / "config.json").exists():
-                make_seed(sums, seed, home, problems)
-            result = run_arm(seed, arm, home, problems)
+            result = run_arm(seed, arm, home, begin(seed, home))
             jax.clear_caches()  # or the programs of many runs come to the system's limit of maps
             record = recorded(path)  # anew: another process may have added an arm
             record["arms"][arm] = result

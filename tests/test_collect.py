@@ -37,8 +37,8 @@ class FakeFeed:
         return [[1]] * num, ["1"] * num
 
 
-def judged(model, correct, violations=(), seed=0, reason="stop", length=None):
-    prompt, response, _ = problem(random.Random(seed))
+def judged(model, correct, violations=(), seed=0, reason="stop", length=None, groups=2):
+    prompt, response, _ = problem(random.Random(seed), groups)
     ids, prompt_len = encode(model, prompt, response)
     ids = ids[:length]
     tree = parse(ids, prompt_len, model.tags, allow_open=True)
@@ -59,10 +59,10 @@ def judged(model, correct, violations=(), seed=0, reason="stop", length=None):
     return Answer(trajectory, list(violations), None, correct)
 
 
-def collect(stage, config, groups, monkeypatch, model):
+def collect(stage, config, groups, monkeypatch, model, step=1):
     answers = {(n, i): one for n, group in enumerate(groups) for i, one in enumerate(group)}
     monkeypatch.setattr(ask, "roll_out", lambda *_: answers)
-    return stage.collect_groups(FakeEngine(model), FakeFeed(), 1, config)
+    return stage.collect_groups(FakeEngine(model), FakeFeed(), step, config)
 
 
 def advantages(collected):
@@ -189,6 +189,54 @@ def test_papo_can_divide_by_the_std_of_each_group(model, monkeypatch):
         np.testing.assert_allclose(ours, expected, rtol=1e-4)
 
 
+def test_papo_pays_by_the_step(model, monkeypatch):
+    """A right tree, a right one of broken format, right plain text, and a wrong tree: their
+    advantages are those of these rewards."""
+    plain = [Violation("no_block", 9, "no block")]
+    group = [judged(model, True), judged(model, True, BAD), judged(model, True, plain)]
+    group.append(judged(model, False))
+    share = papo.shares_of(group[0])[1]
+    assert 0.2 < share < 0.5
+    alternating = ["schedule=alternating", "schedule_until=19"]
+    for changes, step, rewards in (
+        (alternating, 8, [1, 1, 1, -1]),
+        (alternating, 9, [1.2, -1, 1, -1]),
+        (alternating, 10, [1.2, -1, 1, -1]),
+        (alternating, 11, [1, 1, 1, -1]),
+        (alternating, 19, [1.2, -1, 1, -1]),
+        (alternating, 20, [1, 1, 1, -1]),
+        (["acceleration=0.5", "acceleration_until=4"], 1, [1 + share / 2] * 3 + [-1]),
+        (["acceleration=0.5", "acceleration_until=4"], 3, [1 + share / 4] * 3 + [-1]),
+        (["acceleration=0.5", "acceleration_until=4"], 5, [1, 1, 1, -1]),
+    ):
+        config = load_config(papo.PapoConfig, "tiny_papo", ["advantage=mean", *changes])
+        collected = collect(papo, config, [group], monkeypatch, model, step)
+        assert collected.metrics["reward"] == pytest.approx(np.mean(rewards))
+        assert advantages(collected) == [pytest.approx(np.array(rewards) - np.mean(rewards))]
+
+
+def test_papo_pays_structure_within_the_group(model, monkeypatch):
+    """Beside the acceleration reward, as in Parason; what is left out is not of the group."""
+    config = load_config(
+        papo.PapoConfig,
+        "tiny_papo",
+        [
+            *("malformed=filter", "advantage=mean", "acceleration=1", "acceleration_cap=0.2"),
+            *("parallel_bonus=0.1", "acceleration_bonus=0.05"),
+        ],
+    )
+    group = [judged(model, right, groups=n) for right, n in ((True, 1), (True, 2), (False, 3))]
+    cut = judged(model, True, reason="length")
+    collected = collect(papo, config, [[*group, cut]], monkeypatch, model)
+    shares = np.array([papo.shares_of(answer) for answer in group])
+    assert (np.diff(shares, axis=0) > 0.04).all() and (shares[0] == 0).all()
+    z = (shares - shares.mean(0)) / shares.std(0)
+    bonus = np.where([True, True, False], z @ [0.1, 0.05], 0)
+    rewards = np.array([1, 1 + min(0.2, shares[1, 1]), -1]) + bonus
+    assert collected.metrics["reward"] == pytest.approx(rewards.mean())
+    assert advantages(collected) == [pytest.approx(rewards - rewards.mean(), abs=1e-6)]
+
+
 def test_papo_can_train_under_the_released_layout(model, monkeypatch):
     config = load_config(papo.PapoConfig, "tiny_papo", ["layout=reference"])
     cut = judged(model, False, reason="length", length=-9)
@@ -250,6 +298,22 @@ def test_the_summary_tells_what_was_truncated_and_which_rules_were_broken(model)
     assert found["truncated"] == 0.25 and found["finish/length"] == 0.25
     assert found[f"broken/{BAD[0].kind}"] == 0.5
     assert found["width"] == 2 and found["depth"] == 1
+    assert found["block_place"] == 0
+
+
+def test_the_summary_tells_how_branches_are_used_where_they_are(model):
+    """A mean over the answers that have branches, of which one was cut off before they joined."""
+    answers = [judged(model, True, seed=seed, groups=3) for seed in range(6)]
+    cut = judged(model, False, BAD, reason="length", length=-30)
+    alone = judged(model, True, groups=1)
+    overlaps = [answer.figures.path_overlap for answer in answers]
+    assert min(overlaps) == 0 < max(overlaps) < 1
+    assert cut.figures.path_overlap is alone.figures.path_overlap is None
+    found = summary([*answers, cut, alone])
+    assert found["path_overlap"] == pytest.approx(np.mean(overlaps))
+    assert "path_overlap" not in summary([cut]) and "block_place" in summary([cut])
+    before = judged(model, True, length=20)  # ends in its guideline
+    assert not {"path_overlap", "block_place"} & summary([before]).keys()
 
 
 def test_a_gap_between_sampler_and_trainer_warns_and_then_stops(caplog):

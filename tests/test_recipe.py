@@ -1,5 +1,6 @@
 """The recipe study: which runs its arms share, and that every arm is a valid recipe."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 
 from npr_jax.base.config import load_config
 from npr_jax.demo.sums import draw, ideal
+from npr_jax.train.papo import ADVANTAGES, PapoConfig
 
 ROOT = Path(__file__).parents[1]
 
@@ -133,3 +135,81 @@ def test_the_acceleration_table_compares_seed_by_seed(acceleration, tmp_path, mo
     assert "15.0% shorter" in text and "(mean of 2 seeds)" in text and "-0.5 points" in text
     assert "| PAPO with the acceleration reward | 0.845 ± 0.092 | 80.0 ± 0.0 | 47.0 ± 9.9 |" in text
     assert text.startswith("before\n") and text.endswith("after\n")
+
+
+def test_the_advantages_are_compared_seed_by_seed(acceleration, tmp_path, monkeypatch):
+    def row(right, path):
+        return {"both": right, "tokens": 80.0, "critical_path": path}
+
+    found = {
+        str(seed): {
+            "start": row(0.9, 60),
+            "batch_std": row(0.9 + seed / 10, 50.0 + seed),
+            "mean": row(0.9 + seed / 10, 51.0 + seed),
+            "group_std": row(0.85 + seed / 10, 52.0 + 3 * seed),
+        }
+        for seed in (0, 1)
+    }
+    docs, results = tmp_path / "recipe.md", tmp_path / "advantages.json"
+    begin, end = acceleration.BEGIN_ADVANTAGES, acceleration.END_ADVANTAGES
+    docs.write_text(f"before\n{begin}\n{end}\nafter\n")
+    monkeypatch.setattr(acceleration, "DOCS", docs)
+    monkeypatch.setattr(acceleration, "ADVANTAGES", results)
+    acceleration.advantages_table(None)
+    assert docs.read_text() == f"before\n{begin}\n{end}\nafter\n"  # it was not made yet
+    results.write_text(json.dumps(found))
+    acceleration.advantages_table(None)
+    text = docs.read_text()
+    assert "| before PAPO | 0.900 ± 0.000 | 80.0 ± 0.0 | 60.0 ± 0.0 |  |  |" in text
+    assert "| 0.950 ± 0.071 | 80.0 ± 0.0 | 51.5 ± 0.7 | +0.000 ± 0.000 | +1.0 ± 0.0 |" in text
+    assert "| 0.900 ± 0.071 | 80.0 ± 0.0 | 53.5 ± 2.1 | -0.050 ± 0.000 | +3.0 ± 1.4 |" in text
+
+
+def test_all_arms_of_a_seed_go_on_from_one_model(acceleration, tmp_path, monkeypatch):
+    """The recipe's stages up to Beta are made once, and the model with two blocks on top of it."""
+    done, made = [], []
+
+    def stage(config):
+        done.append(Path(config.output).name)
+        (Path(config.output) / "final").mkdir(parents=True)
+
+    def begin(seed, home):
+        home.mkdir(parents=True)
+        (home / "problems.jsonl").write_text('{"problem": "A:1+2;B:3+4?", "answer": "0"}\n')
+
+    def make_start(home, beta, seed, held_out):
+        assert beta == tmp_path / "7/base/beta/final" and beta.exists()
+        made.append((seed, len(held_out)))
+        (home / "start" / "final").mkdir(parents=True)
+        (home / "start" / "final" / "config.json").touch()
+
+    def train(config):
+        assert Path(config.model) == tmp_path / "7/acceleration_study/start/final"
+        done.append((Path(config.output).name, config.advantage, config.acceleration))
+
+    for name, fake in (
+        ("RUN", {"zero": stage, "beta": stage}),
+        ("begin", begin),
+        ("make_start", make_start),
+        ("load", lambda path: path),
+        ("measure", lambda model, *_: ({"both": 0.12345, "at": len(done)}, [])),
+    ):
+        monkeypatch.setattr(acceleration, name, fake)
+    monkeypatch.setattr(acceleration.papo, "run", train)
+    monkeypatch.setattr(acceleration, "PROBLEMS", 3)
+    rows = acceleration.run_seed(7, tmp_path, acceleration.STUDIES["advantages"])
+    arms = [(name, name, 1.0) for name in ("batch_std", "mean", "group_std")]
+    assert done == ["zero", "beta", *arms] and made == [(7, 3)]
+    assert rows["start"] == {"both": 0.1235, "at": 2} and rows["group_std"]["at"] == 5
+    acceleration.run_seed(7, tmp_path, acceleration.STUDIES["acceleration"])
+    assert done[5:] == [("off", "batch_std", 0.0), ("on", "batch_std", 0.5)] and len(made) == 1
+
+
+def test_the_arms_of_each_study_differ_in_one_thing(acceleration):
+    for arms in acceleration.STUDIES.values():
+        made = [load_config(PapoConfig, "tiny_papo", settings) for settings in arms.values()]
+        dumps = [dataclasses.asdict(config) for config in made]
+        differ = {key for key in dumps[0] if len({str(dump[key]) for dump in dumps}) > 1}
+        assert len(differ) == 1
+    assert all(config.acceleration == 1 and config.acceleration_cap == 0.4 for config in made)
+    assert {config.advantage for config in made} == {*ADVANTAGES}

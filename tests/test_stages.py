@@ -238,12 +238,13 @@ def test_papo_can_penalise_what_is_no_tree(home, tmp_path):
     for malformed, rewards in (("filter", [None, None]), ("penalty", [-2.0, None])):
         settings = config(home, "papo", tmp_path, f"malformed={malformed}")
         found = [
-            papo.reward_of(Answer(trajectory, [], None, True), model.tags, settings)
+            papo.reward_of(Answer(trajectory, [], None, True), model.tags, settings, 1)
             for trajectory in (cut, aborted)
         ]
         assert found == rewards
         for correct, reward in ((True, 1.0), (False, -1.0)):
-            assert papo.reward_of(Answer(whole, [], None, correct), model.tags, settings) == reward
+            judged = Answer(whole, [], None, correct)
+            assert papo.reward_of(judged, model.tags, settings, 1) == reward
     with pytest.raises(ValueError, match="malformed is 'drop'"):
         config(home, "papo", tmp_path, "malformed=drop")
 
@@ -274,6 +275,35 @@ def test_papo_trains_on_whole_trees_only_and_once(home, tmp_path):
         assert whole == (trajectory.finish_reason == "stop" and tree)
     assert any(papo.is_whole(t, model.tags, 1) for t in found)
     assert not any(papo.is_whole(t, model.tags, 1) for t in cut)
+
+
+@pytest.mark.parametrize(
+    "case",
+    spread(
+        [
+            (["schedule=alternating"], [], 8),
+            (["acceleration=1", "acceleration_until=9"], ["acceleration=1"], 1),
+        ],
+        test=1,
+    ),
+    ids=["alternating", "annealed"],
+)
+def test_the_step_is_the_only_clock_of_a_reward(home, tmp_path, case):
+    """A run that was cut off in the ninth step pays in it what it would have paid."""
+    clock, without, equal_steps = case
+
+    def run(name, changes, end=None):
+        changes = (*changes, "steps=10", "prompts=2", "train.checkpoint_every=4")
+        papo.run(config(home, "papo", tmp_path / name, *changes), end)
+        return without_times(tmp_path / name)
+
+    whole, other = run("whole", clock), run("other", without)
+    assert whole[:equal_steps] == other[:equal_steps]
+    assert whole[equal_steps]["score"] != other[equal_steps]["score"]
+    with pytest.raises(Cut):
+        run("cut", clock, cut_after(9))
+    assert run("cut", clock) == whole
+    assert weights(tmp_path / "cut/final") == weights(tmp_path / "whole/final")
 
 
 def test_beta_accepts_what_is_right_and_trains_it_as_trees(home, tmp_path, monkeypatch):

@@ -85,6 +85,7 @@ LATER: tuple[str, ...] = (
     "importance_bound",
     "oversample",
     "refill",
+    *("acceleration_until", "parallel_bonus", "acceleration_bonus", "schedule", "schedule_until"),
     "train.lora",
     "fit.train.lora",
     *(f"evaluate.{name}" for name in ("every", "problems", "samples")),
@@ -107,7 +108,7 @@ _WHY = (
     ),
     (r"^staleness$", "which weights sample a batch depends on it"),
     (
-        r"^(checker|malformed|acceleration|advantage|reward|overlong)",
+        r"^(checker|malformed|acceleration|parallel_bonus|schedule|advantage|reward|overlong)",
         "what an answer is worth depends on it",
     ),
     (r"^(kl$|importance|clip_|dual_clip|objective|layout|train_forced)", "the loss depends on it"),

@@ -7,12 +7,13 @@ per batch is on-policy.
 """
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import ClassVar, Literal
 
 import numpy as np
 
-from npr_jax.base.fields import Share
+from npr_jax.base.fields import CountOrZero, Share
 from npr_jax.decode import Engine, SamplingParams, Trajectory
 from npr_jax.evaluate.judge import Answer
 from npr_jax.runs.log import Report
@@ -21,7 +22,15 @@ from npr_jax.train.advantages import batch_std, group_std, mean
 from npr_jax.train.ask import ask
 from npr_jax.train.objective import Objective
 from npr_jax.train.packing import Example
-from npr_jax.train.rewards import papo_reward
+from npr_jax.train.rewards import (
+    RIGHT,
+    WRONG,
+    add_structure,
+    alternating_reward,
+    annealed,
+    off_path,
+    papo_reward,
+)
 from npr_jax.train.rollout import (
     NOTHING_ENDED,
     PAPO,
@@ -48,6 +57,13 @@ class PapoConfig(rl.RLConfig):
       acceleration: weight of the reward of a right answer for its share of tokens off the critical
         path (`rewards.papo_reward`); 0 is the paper's.
       acceleration_cap: up to which this share counts.
+      acceleration_until (steps): in which that weight falls linearly to 0, as in PARL; 0 keeps it.
+      parallel_bonus: weight of a right answer's share of tokens in parallel branches, as a z-score
+        within its group (`rewards.add_structure`, as in Parason); 0 is off.
+      acceleration_bonus: the same for its share of tokens off the critical path.
+      schedule: "accuracy" pays the same at every step; "alternating" pays in the last two of every
+        ten more for blocks that keep the format (`rewards.alternating_reward`, as in Parallel-R1).
+      schedule_until (steps): after which "alternating" pays accuracy alone; 0: never.
       advantage: "batch_std" is the paper's, "group_std" DAPO's; "mean" divides by no std, as
         ThreadWeaver, whose reward is `acceleration` 1 with an `acceleration_cap` of 0.4.
       objective: "papo" is the paper's; "dapo" weighs by importance and clips, which does something
@@ -64,6 +80,11 @@ class PapoConfig(rl.RLConfig):
     malformed: Literal["filter", "penalty"] = "filter"
     acceleration: Share = 0.0
     acceleration_cap: Share = 0.5
+    acceleration_until: CountOrZero = 0
+    parallel_bonus: Share = 0.0
+    acceleration_bonus: Share = 0.0
+    schedule: Literal["accuracy", "alternating"] = "accuracy"
+    schedule_until: CountOrZero = 0
     advantage: Literal["batch_std", "group_std", "mean"] = "batch_std"
     objective: Literal["papo", "dapo"] = "papo"
     train_forced: bool = False
@@ -80,6 +101,41 @@ class PapoConfig(rl.RLConfig):
             raise ValueError(
                 "train.exact is true and layout 'reference', which is not what the engine decodes: "
                 "set layout to 'strict', or train.exact to false"
+            )
+        self._check_rewards()
+
+    def _check_rewards(self) -> None:
+        alternating = self.schedule == "alternating"
+        for name in ("acceleration", "parallel_bonus", "acceleration_bonus"):
+            if alternating and getattr(self, name):
+                raise ValueError(
+                    f"schedule is 'alternating' and {name} {getattr(self, name)}, needed is "
+                    f"{name}=0: what its steps pay is fixed"
+                )
+        for name, on, needed in (
+            ("schedule_until", alternating, "schedule to 'alternating'"),
+            ("acceleration_until", self.acceleration, "acceleration above 0"),
+        ):
+            if getattr(self, name) and not on:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}, and there is nothing that it would end: set "
+                    f"{needed}, or {name} to 0"
+                )
+        # No z-score among n numbers is larger in size than the root of n - 1.
+        most = (self.parallel_bonus + self.acceleration_bonus) * math.sqrt(self.samples - 1)
+        if most >= RIGHT - WRONG:
+            raise ValueError(
+                f"parallel_bonus is {self.parallel_bonus} and acceleration_bonus "
+                f"{self.acceleration_bonus}, needed is a sum below "
+                f"{(RIGHT - WRONG) / math.sqrt(self.samples - 1):.3g} for samples={self.samples}: "
+                "a right answer could be worth less than a wrong one"
+            )
+        changing = alternating or self.acceleration_until
+        if changing and self.train.keep_best and not self.evaluate:
+            raise ValueError(
+                "train.keep_best is 1 and the reward changes with the step (schedule, "
+                "acceleration_until), so that scores of different steps say nothing of the "
+                "weights: set evaluate, or train.keep_best to 0"
             )
 
     @property
@@ -116,15 +172,21 @@ def collect_groups(engine: Engine, feed: rl.Feed, step: int, config: PapoConfig)
     answers, places, late, carried = ask(
         engine, feed, config, sampling, seeds, step, config.prompts
     )
-    own = {key: reward_of(answer, engine.tags, config) for key, answer in answers.items()}
-    # Advantages are about the rewards of all processes.
+    own = {
+        key: (reward_of(answer, engine.tags, config, step), shares_of(answer))
+        for key, answer in answers.items()
+    }
+    # Bonuses and advantages are about the answers of all processes.
     everyones = of_all(own)
     if not everyones:
         return rl.Collected([], [], carried | {"skipped_because": NOTHING_ENDED})
     shown = first_of(answers, everyones, places, first)
     groups_given = len({number for number, _ in everyones})
-    batch = {key: reward for key, reward in everyones.items() if reward is not None}
+    batch = {key: reward for key, (reward, _) in everyones.items() if reward is not None}
     rewards, labels = list(batch.values()), [number for number, _ in batch]
+    weights = (config.parallel_bonus, config.acceleration_bonus)
+    if any(weights) and batch:
+        rewards = add_structure(rewards, labels, [everyones[key][1] for key in batch], weights)
     filtered = len(everyones) - len(batch)
     metrics = (
         carried
@@ -173,15 +235,29 @@ def example_of(
     return example
 
 
-def reward_of(answer: Answer, tags: TagIds, config: PapoConfig) -> float | None:
-    """The reward of one answer; None leaves it out."""
+def shares_of(answer: Answer) -> tuple[float, float]:
+    """Shares of its tokens that are in parallel branches, and off its critical path, which the
+    structure bonuses compare within a group."""
+    found = answer.figures
+    share = found.parallel_tokens / found.tokens if found.tokens else 0.0
+    return share, off_path(found.tokens, found.critical_path)
+
+
+def reward_of(answer: Answer, tags: TagIds, config: PapoConfig, step: int) -> float | None:
+    """The reward of one answer at a step, from 1, by itself; None leaves it out."""
     trajectory = answer.trajectory
     if is_whole(trajectory, tags, config.engine.max_depth):
+        if config.schedule == "alternating":
+            has_block = all(violation.kind != "no_block" for violation in answer.violations)
+            formed = not answer.violations
+            return alternating_reward(
+                step, answer.correct, formed, has_block, config.schedule_until
+            )
         return papo_reward(
             answer.correct,
             answer.figures.tokens,
             answer.figures.critical_path,
-            config.acceleration,
+            annealed(config.acceleration, step, config.acceleration_until),
             config.acceleration_cap,
         )
     # What the engine had no room for says nothing about the policy.

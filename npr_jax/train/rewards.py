@@ -4,8 +4,10 @@ Zero keeps one order whatever else changes: malformed < wrong < right. Where a m
 than a well-formed wrong answer, a policy learns to break the format instead of to reason.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Literal, get_args
+
+import numpy as np
 
 from npr_jax.tree.format import Violation
 
@@ -17,6 +19,9 @@ MOST_MILD = 0.4
 TREE_LATE, TREE_EARLY = 0.45, 0.95  # no tree: depends on where that shows
 NO_BLOCK = 1.0
 _MARGIN = MILD / 2  # overlong shaping stays this far from the rewards of the class below
+WINDOW, TIERED = 10, 2  # steps of a period of `alternating_reward`; the last of these are tiered
+BLOCK_BONUS = 0.2
+LEAST_STD = 1e-8  # of a share within a group, which says nothing where it is less spread
 
 
 def severity(violations: Sequence[Violation], prompt_len: int, num_tokens: int) -> float:
@@ -103,5 +108,64 @@ def papo_reward(
     """
     if not correct:
         return WRONG
-    share = 1.0 - critical_path / tokens if tokens else 0.0
-    return RIGHT + acceleration * min(share, acceleration_cap)
+    return RIGHT + acceleration * min(off_path(tokens, critical_path), acceleration_cap)
+
+
+def off_path(tokens: int, critical_path: int) -> float:
+    """The share of a response's tokens that are off its critical path."""
+    return 1.0 - critical_path / tokens if tokens else 0.0
+
+
+def annealed(weight: float, step: int, until: int) -> float:
+    """A weight at a step, from 1: it falls linearly, and is 0 after `until` steps; 0 keeps it.
+
+    The auxiliary rewards of PARL (Kimi K2.5) end so; along which curve is not published.
+    """
+    return weight * max(0.0, 1.0 - (step - 1) / until) if until else weight
+
+
+def alternating_reward(
+    step: int, correct: bool, formed: bool, has_block: bool, until: int = 0
+) -> float:
+    """Reward of a whole tree under Parallel-R1's schedule (arXiv 2509.07980, S2).
+
+    Of every ten steps eight pay accuracy, ±1. The last two are tiered: a right answer earns 1.2
+    where it has blocks and keeps the format, 1 where it has no block, and any other answer -1.
+
+    Args:
+      step: of the run, from 1, and the only clock.
+      formed: whether it keeps the format, which needs a block; has_block: whether it has written
+        one, well-formed or not.
+      until: after so many steps accuracy is all that counts (the scaffold); 0: never.
+    """
+    if not correct:
+        return WRONG
+    if (until and step > until) or (step - 1) % WINDOW < WINDOW - TIERED or not has_block:
+        return RIGHT
+    return RIGHT + BLOCK_BONUS if formed else WRONG
+
+
+def add_structure(
+    rewards: Sequence[float],
+    groups: Sequence[Hashable],
+    shares: Sequence[Sequence[float]],
+    weights: Sequence[float],
+) -> list[float]:
+    """Rewards of whole trees with PA-GRPO's structure bonuses (Parason, arXiv 2608.24658).
+
+    A right answer, which is one whose reward is above that of a wrong one, gets each of its shares
+    as a z-score times a weight: less the mean of its group, by the group's std (ddof 0). The group
+    is all of its answers in `rewards`, wrong ones too. Where the std is at most 1e-8, z is 0.
+
+    Args:
+      rewards: [B]; groups: [B] labels.
+      shares: [B, K]; weights: [K].
+    """
+    found, labels, table = np.array(rewards, float), np.asarray(groups), np.array(shares, float)
+    for label in np.unique(labels):
+        own = labels == label
+        std = table[own].std(axis=0)
+        spread = std > LEAST_STD
+        z = np.where(spread, (table[own] - table[own].mean(axis=0)) / np.where(spread, std, 1), 0)
+        found[own] += np.where(found[own] > WRONG, z @ np.array(weights), 0.0)
+    return found.tolist()
