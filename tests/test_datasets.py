@@ -40,7 +40,7 @@ def jsonl(rows):
 
 PUBLISHED = {
     "gsm8k": (jsonl(GSM8K), [("How many?", "1200"), ("How few?", "-3")]),
-    "math": (jsonl(MATH), [("a", "\\frac{1}{2}"), ("b", "7"), ("c", "8")]),
+    "math": (jsonl(MATH), [("a", "\\frac{1}{2}", 1), ("b", "7"), ("c", "8")]),
     "jsonl": (jsonl(JSONL), [("1+1?", "2"), ("x", "\\pi")]),
     "orz57k": (
         json.dumps(ORZ, indent=2).encode(),
@@ -74,7 +74,7 @@ def test_every_benchmark_goes_through(tmp_path):
     for path in sorted(shared_path("benchmarks").glob("*.jsonl*")):
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             rows = [json.loads(line) for line in file]
-        expected = [Problem(row["problem"], row["answer"]) for row in rows]
+        expected = [Problem(row["problem"], row["answer"], row.get("level", 0)) for row in rows]
         made = read_prepared(build("jsonl", path, tmp_path / path.stem))
         assert made == expected == read_problems(path), path.name
 
@@ -104,6 +104,15 @@ def test_published_gsm8k_gives_the_answers_of_the_benchmark(tmp_path):
         ("jsonl", b'{"problem": "x", "answer": true}', "wrong type"),
         ("jsonl", b'{"problem": 1, "answer": 1}', "wrong type"),
         ("jsonl", b'"problem"', "wrong type"),
+        ("jsonl", b'{"problem": "x", "answer": 1, "level": "hard"}', "wrong type"),
+        ("jsonl", b'{"problem": "x", "answer": 1, "level": -1}', "wrong type"),
+        ("jsonl", b'{"problem": "x", "answer": 1, "level": 1.0}', "wrong type"),
+        ("jsonl", b'{"problem": "x", "answer": 1, "level": true}', "wrong type"),
+        (
+            "math",
+            b'{"problem": "x", "solution": "\\\\boxed{1}", "level": 9999999999}',
+            "wrong type",
+        ),
         ("jsonl", b'{"problem": " ", "answer": 1}', "empty problem"),
         ("jsonl", b'{"answer": 1}', "empty problem"),
         ("jsonl", b'{"problem": "x", "answer": null}', "no answer"),
@@ -160,7 +169,7 @@ def test_an_answer_that_is_a_number_stays_as_it_is_written(written, answer):
     }
     for name, row in rows.items():
         if answer is not None:
-            assert parse_row(row, FORMS[name]) == ("x", answer)
+            assert parse_row(row, FORMS[name]) == Problem("x", answer)
             continue
         with pytest.raises(BadRow) as info:
             parse_row(row, FORMS[name])

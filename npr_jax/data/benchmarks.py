@@ -286,8 +286,8 @@ def _plain(value: Any) -> Any:
 
 def _question(row: Any, name: str, number: int, own: Callable[[dict], dict]) -> Question:
     if isinstance(row, dict):  # if it is none, the next check says so
-        row = own(row)
-    problem, answer = FORMS["jsonl"].parse(row)
+        row = own(row) | {"level": 0}  # theirs may be anything, and nobody asks for it
+    problem, answer, _ = FORMS["jsonl"].parse(row)
     id = row.get("id", number)
     if isinstance(id, bool) or not isinstance(id, int | str) or id == "":
         raise BadRow("wrong type", f'"id" is {short(id)}, needed is a text or an integer')

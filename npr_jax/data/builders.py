@@ -1,5 +1,5 @@
-"""The data sets as tfds builders: ArrayRecord files of problem, answer and line, in the source's
-order. No TensorFlow is needed to make or to read them.
+"""The data sets as tfds builders: ArrayRecord files of problem, answer, level and line, in the
+source's order. No TensorFlow is needed to make or to read them.
 """
 
 import json
@@ -23,7 +23,7 @@ class ProblemsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       kwargs: of tfds; `data_dir` among them.
     """
 
-    VERSION = tfds.core.Version("1.0.1")
+    VERSION = tfds.core.Version("1.1.0")
     # Where tfds looks for checksums of downloads, of which there are none; to find the place itself
     # tfds 4.9.10 imports importlib_resources, which it does not install.
     code_path = None
@@ -42,6 +42,7 @@ class ProblemsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         features = {
             "problem": tfds.features.Text(),
             "answer": tfds.features.Text(),
+            "level": tfds.features.Scalar(np.int64),
             "line": tfds.features.Scalar(np.int64),
         }
         return tfds.core.DatasetInfo(
@@ -115,7 +116,10 @@ def read_prepared(directory: str | Path) -> list[Problem]:
                 raise ValueError(f"its rows have no text {name!r}")
         rows = builder.as_data_source(split="train")
         rows = [rows[i] for i in range(len(rows))]
-        return [Problem(row["problem"].decode(), row["answer"].decode()) for row in rows]
+        return [  # one from before there were levels has none
+            Problem(row["problem"].decode(), row["answer"].decode(), int(row.get("level", 0)))
+            for row in rows
+        ]
     except Exception as error:  # of a damaged directory tfds raises errors of any class
         raise ValueError(
             f"{directory} is no whole data set of problems: {describe(error)}; remove it and make "

@@ -23,10 +23,12 @@ REASONS = ("not UTF-8", "not JSON", "wrong type", "empty problem", "no answer", 
 
 
 class Problem(NamedTuple):
-    """A problem and its reference answer (LaTeX or plain, without `\\boxed`)."""
+    """A problem and its reference answer (LaTeX or plain, without `\\boxed`), and how hard it is
+    among others: a larger `level` is harder."""
 
     problem: str
     answer: str
+    level: int = 0
 
 
 class Written(float):
@@ -196,7 +198,7 @@ def _deeper(value: Any, depth: int) -> bool:
 
 def _own(row: Any) -> Problem:
     row = _object(row, "problem", "answer")
-    return Problem(_text(row, "problem", "empty problem"), _answer(row))
+    return Problem(_text(row, "problem", "empty problem"), _answer(row), _level(row))
 
 
 def _gsm8k(row: Any) -> Problem:
@@ -218,7 +220,7 @@ def _math(row: Any) -> Problem:
     boxes = find_boxed(text)
     if not boxes or not boxes[-1]:
         raise BadRow("no answer", f'"solution" has no \\boxed answer: {short(solution)}')
-    return Problem(problem, boxes[-1])
+    return Problem(problem, boxes[-1], _level(row))
 
 
 def _orz(row: Any) -> Problem:
@@ -270,6 +272,16 @@ def _answer(row: dict, key: str = "answer") -> str:
         raise BadRow("no answer", reason)
     if not isinstance(value, str):
         raise BadRow("wrong type", f'"{key}" is {short(value)}, needed is a text or a number')
+    return value
+
+
+def _level(row: dict) -> int:
+    """The "level" of a row, 0 without one. MATH writes it "Level 5", and "Level ?"."""
+    value = row.get("level", 0)
+    if isinstance(value, str) and (match := re.fullmatch(r"Level (\d{1,9}|\?)", value)):
+        return 0 if match[1] == "?" else int(match[1])
+    if type(value) is not int or not 0 <= value < 10**9:
+        raise BadRow("wrong type", f'"level" is {short(value)}, needed is an integer from 0')
     return value
 
 

@@ -78,6 +78,7 @@ LATER: tuple[str, ...] = (
     ),
     "start",
     "checker",
+    *("curriculum", "curriculum.problems", "curriculum.mixed"),
     "task",  # of the demo
     "kl",
     "carry",
@@ -103,7 +104,7 @@ _WHY = (
     (r"compute_dtype$|cache_dtype$", "numbers of another dtype are others"),
     (r"^engine\.|(^|\.)(max_tokens|temperature|top_p)$", "what is sampled depends on it"),
     (
-        r"prompt|samples$|problems$|batch|refill|carry|oversample|tries$|keep$|row_len$",
+        r"prompt|samples$|problems$|curriculum|batch|refill|carry|oversample|tries$|keep$|row_len$",
         "which problems and answers a step has depends on it",
     ),
     (r"^staleness$", "which weights sample a batch depends on it"),

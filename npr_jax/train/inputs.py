@@ -19,9 +19,12 @@ def model_content(source: str, model: Model) -> str:
     return f"{content} {json.dumps(yarn.to_hf())}" if yarn else content
 
 
-def problems_content(problems: Sequence[Problem], prompts: Sequence[Sequence[int]]) -> str:
-    """Problems as they are asked, and their answers."""
+def problems_content(
+    problems: Sequence[Problem], prompts: Sequence[Sequence[int]], levels: bool = False
+) -> str:
+    """Problems as they are asked, and their answers; on request their levels too."""
     digest = hashlib.sha256()
     for problem, prompt in zip(problems, prompts, strict=True):
-        digest.update(json.dumps([list(map(int, prompt)), problem.answer]).encode())
+        level = [problem.level] if levels else []
+        digest.update(json.dumps([list(map(int, prompt)), problem.answer, *level]).encode())
     return f"problems {digest.hexdigest()[:16]}"

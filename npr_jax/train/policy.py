@@ -100,7 +100,7 @@ class Policy(Body[TrainState, Path], Generic[C]):
                 self.reference = jax.jit(to_dtype, out_shardings=laid_out)(model.params)
             contents = {
                 "model": model_content(config.model, model),
-                "problems": problems_content(problems, prompts),
+                "problems": problems_content(problems, prompts, bool(config.curriculum)),
                 **held_out,
             }
         place = config.checkpoints or self.directory / "checkpoints"
@@ -112,7 +112,8 @@ class Policy(Body[TrainState, Path], Generic[C]):
         # The state has the parameters from here on, and the engine gets its own in the first step.
         self.engine = None
         # Each stage has an order of its own: what the stage before has learnt teaches nothing.
-        self.feed = Feed(problems, prompts, config.seed, STAGES.index(config.command))
+        path = config.seed, STAGES.index(config.command)
+        self.feed = Feed(problems, prompts, *path, curriculum=config.curriculum)
         self.pending = Pending(f"{place}/rollouts", text)
         if self.link:
             arch, known = self.model.config, contents["problems"]
@@ -195,6 +196,8 @@ class Policy(Body[TrainState, Path], Generic[C]):
             counts = sampled.counts if is_main() or not self.link else {}
             more = figures(flops, trained - packed, self.mesh, train.compute_dtype, counts)
             self.source.queue.drop(number)
+        if config.curriculum:
+            more |= self.feed.level(sampled.first, sampled.last)
         if self.evaluation and self.evaluation.due(number, self.total):
             more |= self.evaluation.measure(self._set_params(state), number)
         return state, {

@@ -19,7 +19,8 @@ from npr_jax.base.distributed import gather_all, group_rank
 from npr_jax.base.fields import Checked, Count, CountOrZero, Positive, PositiveOrZero, Seed
 from npr_jax.base.mesh import MeshConfig, batch_shards
 from npr_jax.base.progress import Scalar, numeric
-from npr_jax.data.problems import Problem, shuffled
+from npr_jax.data.curriculum import CurriculumConfig, order_of
+from npr_jax.data.problems import Problem
 from npr_jax.decode import EngineConfig
 from npr_jax.runs.profile import ProfileConfig
 from npr_jax.train.batch import Batch, facts, make_batch
@@ -44,6 +45,7 @@ class RLConfig(Checked, abc.ABC):
       problems: JSONL file of problems and answers, or a directory of `npr-jax data prepare`.
       checker: says which answers are right: a Python file (its path ends in .py) or a module, with
         a function check(prediction, reference); null: equality of values (docs/answers.md).
+      curriculum: a schedule over the levels of the problems, or null: all of them alike.
       output: run directory; the trained model goes to its `final`.
       checkpoints: where they go, a directory or URL; null: `checkpoints` in the run directory.
       start: RUN@STEP, a checkpoint of another run of the stage, with whose state and place among
@@ -86,6 +88,7 @@ class RLConfig(Checked, abc.ABC):
     model: str
     problems: str
     checker: str | None = None
+    curriculum: CurriculumConfig | None = None
     output: str
     checkpoints: str | None = None
     start: str | None = None
@@ -177,12 +180,18 @@ class RLConfig(Checked, abc.ABC):
 
 
 class Feed:
-    """Prompts and reference answers in a shuffled, endless order; its state is `position`, and what
-    the last batch has `carried` over."""
+    """Prompts and reference answers in an endless order, shuffled or by a curriculum; its state is
+    `position`, and what the last batch has `carried` over."""
 
-    def __init__(self, problems: list[Problem], prompts: list[list[int]], *path: int):
+    def __init__(
+        self,
+        problems: list[Problem],
+        prompts: list[list[int]],
+        *path: int,
+        curriculum: CurriculumConfig | None = None,
+    ):
         self._problems, self._prompts = problems, prompts
-        self._order = shuffled(len(problems), *path)
+        self._order = order_of(problems, curriculum, *path)
         self.position, self.carried = 0, Carried()
 
     def prompt(self, position: int) -> list[int]:
@@ -197,6 +206,11 @@ class Feed:
         """How the problems from the position `first` to `last` begin, by their prompts."""
         numbers = {int(self._order[place]) for place in range(first, last)}
         return {prompt_key(self._prompts[i]): repr(self._problems[i].problem[:40]) for i in numbers}
+
+    def level(self, first: int, last: int) -> dict[str, float]:
+        """The metric `level`, the mean over the positions from `first` to `last`; none of none."""
+        found = [self.problem(place).level for place in range(first, last)]
+        return {"level": sum(found) / len(found)} if found else {}
 
     def take(self, num: int) -> tuple[list[list[int]], list[str]]:
         """The next `num` prompts and their answers."""

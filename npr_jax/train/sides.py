@@ -201,9 +201,10 @@ def roll_out_side(config: C, collect: Collect[C], link: Link) -> Path:
         )
         link.meet("start")
         start: Start = link.swap(None)
-        if problems_content(problems, prompts) != start.problems:
+        if problems_content(problems, prompts, bool(config.curriculum)) != start.problems:
             raise ValueError(f"{config.problems} is another file here than where the run trains")
-        feed = Feed(problems, prompts, config.seed, STAGES.index(config.command))
+        path = config.seed, STAGES.index(config.command)
+        feed = Feed(problems, prompts, *path, curriculum=config.curriculum)
         place = config.checkpoints or directory / "checkpoints"
         pending = Pending(f"{place}/rollouts", start.config_text)
         sampler = Sampler(config, collect, feed, pending, directory, link.give_up)
