@@ -17,8 +17,9 @@ from npr_jax.answers import equal, extract
 from npr_jax.base.config import load_config
 from npr_jax.data.prompts import prompt_ids
 from npr_jax.demo import sums
+from npr_jax.demo.blocks import DEFECTS
 from npr_jax.demo.page import write_page
-from npr_jax.demo.sums import CHECKS, DEFECTS, FIT, Teacher, draw, ideal, true_value, write
+from npr_jax.demo.sums import CHECKS, FIT, Teacher, draw, ideal, true_value, write
 from npr_jax.demo.table import RATES, shortfalls
 from npr_jax.demo.task import find_task, name_of
 from npr_jax.model.tokenizer import demo_tokenizer
@@ -198,7 +199,11 @@ def test_a_task_of_ones_own_is_a_file(tmp_path):
     [
         ("products", None, "task is 'products', needed is one of sums"),
         ("none.py", None, "cannot be imported"),
-        ("some.py", "ABOUT = ''", "has no SYMBOLS, MODEL, FIT, SETTINGS, CHECKS, Teacher, draw"),
+        (
+            "some.py",
+            "ABOUT = ''",
+            "has no SYMBOLS, MODEL, FIT, SETTINGS, CHECKS, COLUMNS, Teacher, draw",
+        ),
     ],
 )
 def test_what_is_no_task_is_named(tmp_path, name, text, wanted):

@@ -9,7 +9,7 @@ table and report. A run that was interrupted goes on where it stopped.
 import dataclasses
 import json
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -23,7 +23,7 @@ from npr_jax.data.problems import Problem
 from npr_jax.data.prompts import prompt_ids
 from npr_jax.decode import Engine
 from npr_jax.demo.page import write_page
-from npr_jax.demo.table import MODES, evaluate, shortfalls, table
+from npr_jax.demo.table import MODES, NO_MORE, evaluate, shortfalls, table
 from npr_jax.demo.task import Posed, Task, find_task, name_of
 from npr_jax.evaluate.judge import Answer
 from npr_jax.evaluate.traces import Trace, make_trace, read_traces, write_traces
@@ -83,7 +83,7 @@ def _run(task: Task, seed: int, output: Path, check: bool) -> int:
             traces = output / f"traces/{stage}.{mode}.jsonl"
             if name not in results.rows or not traces.exists():
                 model = load(output / stage / "final")
-                row, shown = measure(model, mode, problems, of_zero, seed)
+                row, shown = measure(model, mode, problems, of_zero, seed, task.COLUMNS)
                 write_traces(traces, shown)
                 results.add(name, row)
             row = results.rows[name]
@@ -120,14 +120,19 @@ def make_problems(task: Task, seed: int, output: Path) -> list[Problem]:
 
 
 def measure(
-    model: Model, mode: str, problems: Sequence[Problem], config: zero.ZeroConfig, seed: int
+    model: Model,
+    mode: str,
+    problems: Sequence[Problem],
+    config: zero.ZeroConfig,
+    seed: int,
+    columns: Mapping[str, str] = NO_MORE,
 ) -> tuple[dict[str, float], list[Trace]]:
     """A row of the table, and answers to look at, the one that is worth showing most first."""
     prompts = [prompt_ids(model.tokenizer, problem.problem) for problem in problems]
     engine = Engine(model, config.engine)
     parallel = mode == "parallel"
     row, answers = evaluate(
-        engine, problems, prompts, parallel, config.max_tokens, seed, config.check
+        engine, problems, prompts, parallel, config.max_tokens, seed, config.check, columns
     )
     best = max(range(len(answers)), key=lambda i: _worth_showing(answers[i]))
     chosen = [best, *(i for i in range(min(SHOWN, len(answers))) if i != best)]
@@ -141,7 +146,7 @@ def make_seed(task: Task, seed: int, output: Path, held_out: Collection[Posed]) 
     model = seed_model(task, seed)
     rng, teacher = np.random.default_rng((seed, 3)), task.Teacher(seed)
     examples = []
-    for one in task.draw(task.FIT.steps * task.FIT.batch, rng, held_out):
+    for one in task.lessons(task.FIT.steps * task.FIT.batch, rng, held_out):
         prompt = prompt_ids(model.tokenizer, one.problem)
         text = teacher.answer(one, rng)
         ids = [*prompt, *model.tokenizer.encode(text), model.tokenizer.eos_token_id]

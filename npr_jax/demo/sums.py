@@ -14,15 +14,14 @@ from collections.abc import Collection
 
 import numpy as np
 
-from npr_jax.answers import equal as check
+from npr_jax.answers import equal
+from npr_jax.demo.blocks import DEFECTS, write_block
 from npr_jax.demo.task import Posed
 from npr_jax.model import PRESETS
 from npr_jax.model.tokenizer import DEMO_SYMBOLS
 from npr_jax.train.fit import FitConfig
 from npr_jax.train.optimizer import OptimizerConfig
 from npr_jax.train.step import TrainConfig
-
-__all__ = ["ABOUT", "CHECKS", "FIT", "MODEL", "SETTINGS", "SYMBOLS", "Teacher", "check", "draw"]
 
 ABOUT = """A problem has two to four groups, each a sum or a product modulo ten, and its answer is
 the sum of their values modulo ten. A step works out one group."""
@@ -41,6 +40,8 @@ FIT = FitConfig(
     steps=700,
 )
 SETTINGS: dict[str, tuple[str, ...]] = {}
+COLUMNS: dict[str, str] = {}
+check = equal
 
 # (what it shows, measured from the rows by name, at least)
 CHECKS = (
@@ -83,16 +84,6 @@ LETTERS = "ABCD"
 TWO_BLOCKS = 0.15  # share of the problems of three or more groups that are answered in two blocks
 MISCONCEIVED, BELIEVED = 0.25, 0.75  # share of facts with a wrong value; how often it is used
 DEFECTIVE = 0.65  # share of the teacher's answers that break the format
-DEFECTS = (
-    "untagged",
-    "step_not_opened",
-    "step_not_closed",
-    "plan_dropped",
-    "guideline_not_closed",
-    "stray_text",
-    "wrong_number",
-    "no_takeaway",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +126,9 @@ def draw(num: int, rng: np.random.Generator, exclude: Collection[Posed] = ()) ->
             seen.add(task.problem)
             tasks.append(task)
     return tasks
+
+
+lessons = draw
 
 
 class Teacher:
@@ -202,28 +196,7 @@ def _untagged(lines, chain: str) -> str:
 
 
 def _block(lines, chain: str, defect: str | None, rng) -> str:
-    numbers = list(range(1, len(lines) + 1))
-    hit = int(rng.integers(len(lines))) if defect else -1
-    plans = [f"<plan>{n}:{letter}</plan>" for n, (letter, _) in zip(numbers, lines, strict=True)]
-    steps = [
-        f"<step>\n{n}:{letter}:{line}\n</step>"
-        for n, (letter, line) in zip(numbers, lines, strict=True)
-    ]
-    close, takeaway = "</guideline>", f"<takeaway>\n{chain}\n</takeaway>"
-    match defect:
-        case "step_not_opened":
-            steps[hit] = steps[hit].removeprefix("<step>\n")
-        case "step_not_closed":
-            steps[hit] = steps[hit].removesuffix("\n</step>")
-        case "plan_dropped":
-            del plans[hit]
-        case "guideline_not_closed":
-            close = ""
-        case "stray_text":
-            steps[hit] += f"\n{lines[hit][0]};"
-        case "wrong_number":
-            steps[hit] = steps[hit].replace(f"\n{hit + 1}:", f"\n{(hit + 2) % 10}:", 1)
-        case "no_takeaway":
-            takeaway = chain
-    parts = ["<guideline>", *plans, close, *steps, takeaway]
-    return "\n".join(part for part in parts if part)
+    hit = int(rng.integers(len(lines))) if defect else 0
+    letters = [letter for letter, _ in lines]
+    steps = [f"{letter}:{line}" for letter, line in lines]
+    return write_block(letters, steps, chain, defect, hit, stray=f"{letters[hit]};")

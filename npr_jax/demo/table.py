@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 from rich.table import Table
 
@@ -21,6 +22,7 @@ RATES = {
     "parallel": "parallel_rate",
 }
 MEANS = {"tokens": "response_tokens", "critical_path": "critical_path"}
+NO_MORE: Mapping[str, str] = MappingProxyType({})
 EVALUATION = 99  # the seed path of these samples, apart from those of the stages
 
 
@@ -32,8 +34,10 @@ def evaluate(
     max_tokens: int,
     seed: int,
     check: Check = equal,
+    columns: Mapping[str, str] = NO_MORE,
 ) -> tuple[dict[str, float], list[Answer]]:
-    """One answer to every problem at temperature 1: rates and means, and the answers."""
+    """One answer to every problem at temperature 1: rates and means, of further `columns` as well,
+    and the answers."""
     sampling = SamplingParams(max_tokens=max_tokens, parallel=parallel)
     references, seeds = [p.answer for p in problems], (seed, EVALUATION)
     engine.warmup()
@@ -42,7 +46,7 @@ def evaluate(
     seconds = time.perf_counter() - begun
     steps = engine.stats()["decode_steps"] - steps
     means = summary(list(answers.values()))
-    row = {column: means[metric] for column, metric in (RATES | MEANS).items()}
+    row = {column: means[metric] for column, metric in {**RATES, **MEANS, **columns}.items()}
     return row | {"decode_steps": steps, "seconds": seconds}, list(answers.values())
 
 

@@ -44,6 +44,7 @@ class Task(Protocol):
         "key=value".
       CHECKS: what the demo must show: a sentence, what is measured of the rows, and at least how
         much.
+      COLUMNS: further columns of the table, {column: metric of a rollout batch}.
       Teacher: makes the teacher from a seed.
     """
 
@@ -62,6 +63,8 @@ class Task(Protocol):
     @property
     def CHECKS(self) -> Sequence[tuple[str, Callable[[Rows], float], float]]: ...
     @property
+    def COLUMNS(self) -> Mapping[str, str]: ...
+    @property
     def Teacher(self) -> Callable[[int], Teacher]: ...
 
     def draw(
@@ -70,12 +73,22 @@ class Task(Protocol):
         """`num` problems whose texts differ, none of them one of `exclude` in other words."""
         ...
 
+    def lessons(
+        self, num: int, rng: np.random.Generator, exclude: Collection[Posed] = ()
+    ) -> Sequence[Posed]:
+        """`num` problems for the teacher, none of `exclude`: as those of `draw`, or with more said
+        in them. One may come again."""
+        ...
+
     def check(self, prediction: str, reference: str) -> bool:
         """Whether the content of a box answers a problem with that `answer`."""
         ...
 
 
-_NAMES = ("ABOUT", "SYMBOLS", "MODEL", "FIT", "SETTINGS", "CHECKS", "Teacher", "draw", "check")
+_NAMES = (
+    *("ABOUT", "SYMBOLS", "MODEL", "FIT", "SETTINGS", "CHECKS", "COLUMNS"),
+    *("Teacher", "draw", "lessons", "check"),
+)
 
 
 def find_task(name: str) -> Task:

@@ -1,0 +1,339 @@
+"""Countdown: its check, its generator, and the two searches, whose texts are executed anew here by
+an interpreter that shares nothing with them."""
+
+import itertools
+import random
+import re
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+from npr_jax import demo
+from npr_jax.answers import extract
+from npr_jax.demo import countdown
+from npr_jax.demo.blocks import DEFECTS
+from npr_jax.demo.countdown import (
+    LAPTOP,
+    LARGE,
+    Game,
+    Puzzle,
+    Teacher,
+    check,
+    draw,
+    expression,
+    lessons,
+    moves,
+    reachable,
+    search_line,
+    search_tree,
+)
+from npr_jax.tree import TagIds
+from npr_jax.tree.format import check_format
+
+OPERATION = re.compile(r"(\d+)([-+*/])(\d+)=(\d+)")
+SMALL = Game(numbers=4, highest=12, targets=(5, 40), largest=99, width=3)
+
+
+# ---- the interpreter
+
+
+def compute(text, numbers):
+    """The numbers after an operation, which has to be true and use two of them."""
+    a, sign, b, c = OPERATION.fullmatch(text).groups()
+    a, b, c = int(a), int(b), int(c)
+    assert {"+": a + b, "-": a - b, "*": a * b, "/": b and Fraction(a, b)}[sign] == c >= 0, text
+    left = list(numbers)
+    left.remove(a)
+    left.remove(b)
+    return sorted([*left, c])
+
+
+def node(text, numbers):
+    """The numbers of a child, "12-3=9|7": its parent's, two replaced by one that they make."""
+    operation, _, others = text.partition("|")
+    result = int(operation.rpartition("=")[2])
+    stated = sorted([result, *(int(n) for n in others.split(",") if n)])
+    assert stated == compute(operation, numbers), text
+    return operation, stated
+
+
+def execute_line(text, numbers, chain, target):
+    """The operations that a search in one line finds from numbers, or None."""
+    stack, found = {len(numbers): (numbers, chain)}, None
+    for line in text.split("\n"):
+        assert found is None, "the search goes on behind what it found"
+        head, colon, leaves = line.rpartition(":")
+        size = len(numbers)
+        if colon:
+            size = 2 + head.count(",") if "|" in head else 1
+            above, known = stack[size + 1]
+            operation, stated = node(head, above)
+            stack[size] = stated, (*known, operation)
+        if leaves and size == 2:
+            own, known = stack[2]
+            for leaf in leaves.split(";"):
+                assert found is None
+                if compute(leaf, own) == [target]:
+                    found = (*known, leaf)
+        elif leaves:
+            assert stack[1][0] == [int(leaves)] if size == 1 and colon else numbers == [int(leaves)]
+            found = (stack[1][1] if colon else chain) if int(leaves) == target else None
+        else:
+            assert size > 2
+    return found
+
+
+def execute_block(text, numbers, chain, target):
+    """What the first step of a block that finds something finds, or None; and the children."""
+    guideline, rest = re.fullmatch(
+        r"<guideline>\n(.*?)\n</guideline>\n(.*)", text, re.DOTALL
+    ).groups()
+    plans = re.findall(r"<plan>(\d+):(.*?)</plan>\n?", guideline)
+    assert [int(n) for n, _ in plans] == [*range(1, len(plans) + 1)]
+    assert len({plan for _, plan in plans}) == len(plans)
+    first, here = None, rest
+    for number, plan in plans:
+        operation, stated = node(plan, numbers)
+        body, here = step_of(here, number)
+        work, _, told = body.rpartition("|")
+        longer = (*chain, operation)
+        if work.startswith("\n"):
+            found, _ = execute_block(work.strip("\n"), stated, longer, target)
+        else:
+            found = execute_line(work, stated, longer, target)
+        assert told == (";".join(found) if found else "none")
+        if found:  # all of it, from the numbers of the problem
+            first = first or found
+    takeaway = re.fullmatch(r"<takeaway>\n(.*)\n</takeaway>", here).group(1)
+    assert takeaway == (";".join(first) if first else "none")
+    return first, len(plans)
+
+
+def step_of(text, number):
+    """The body of the step that a text begins with, and what follows it."""
+    head = f"<step>\n{number}:"
+    assert text.startswith(head)
+    depth = 0
+    for match in re.finditer(r"</?step>", text):
+        depth += 1 if match.group() == "<step>" else -1
+        if not depth:
+            body = text[len(head) : match.start()].removesuffix("\n")
+            return body, text[match.end() :].removeprefix("\n")
+    raise AssertionError("a step has no end")
+
+
+def execute(puzzle, text):
+    """Whether an answer finds the target, and how many children it has at the top (0: a line)."""
+    body, _, box = text.rpartition("\n")
+    numbers, children = list(puzzle.numbers), 0
+    if body.startswith("<"):
+        found, children = execute_block(body, numbers, (), puzzle.target)
+    else:
+        work, _, told = body.rpartition("|")
+        found = execute_line(work, numbers, (), puzzle.target)
+        assert told == (";".join(found) if found else "none")
+    boxed = extract(box)
+    assert box == f"\\boxed{{{boxed}}}"
+    if found:
+        assert check(boxed, puzzle.answer)
+        left = numbers
+        for operation in found:
+            left = compute(operation, left)
+        assert left == [puzzle.target]
+    else:
+        assert boxed == "none"
+    return found is not None, children
+
+
+# ---- the searches
+
+
+@pytest.mark.parametrize("game", [LAPTOP, SMALL, LARGE], ids=["laptop", "small", "large"])
+@pytest.mark.parametrize("depth", [0, 1, 2], ids=["line", "block", "nested"])
+def test_what_a_search_writes_is_true(game, depth):
+    right = []
+    many = {LAPTOP: 200, SMALL: 40, LARGE: 10}[game]
+    for puzzle in draw(many, np.random.default_rng(depth), game=game):
+        most = 1 + puzzle.target % 10
+        if depth:
+            text = search_tree(puzzle, most, depth, game)
+            assert text.count("<guideline>") > 1 or depth == 1
+        else:
+            text = search_line(puzzle, most, game)
+        found, children = execute(puzzle, text)
+        assert children == (min(most, len(moves(puzzle.numbers, game.largest))) if depth else 0)
+        right.append(found)
+    assert np.mean(right) > 0.2 and (game is LARGE or not all(right))
+
+
+def test_line_and_block_search_the_same():
+    """With all children both find what there is; with some, both find it or both do not."""
+    for puzzle in draw(60, np.random.default_rng(3)):
+        assert execute(puzzle, search_line(puzzle))[0]
+        for most in (1, 3, 12):
+            line, tree = search_line(puzzle, most), search_tree(puzzle, most)
+            nested = search_tree(puzzle, most, depth=2)
+            assert len({execute(puzzle, text)[0] for text in (line, tree, nested)}) == 1
+            assert extract(line) == extract(tree) == extract(nested)
+
+
+def test_the_interpreter_finds_faults():
+    puzzle = Puzzle((3, 7, 12), 29)
+    text = search_tree(puzzle, 3)
+    assert execute(puzzle, text) == (True, 3)
+    digits = [i for i, c in enumerate(text) if c.isdigit()]
+    for i in digits:
+        broken = f"{text[:i]}{(int(text[i]) + 1) % 10}{text[i + 1 :]}"
+        with pytest.raises((AssertionError, ValueError, AttributeError)):
+            execute(puzzle, broken)
+
+
+# ---- the game
+
+
+def brute_force(numbers):
+    """Every value of every expression of all numbers, by all orders, shapes and signs."""
+    if len(numbers) == 1:
+        return {numbers[0]}
+    found = set()
+    for cut in range(1, len(numbers)):
+        for left in itertools.combinations(range(len(numbers)), cut):
+            others = [i for i in range(len(numbers)) if i not in left]
+            for a, b in itertools.product(
+                brute_force([numbers[i] for i in left]), brute_force([numbers[i] for i in others])
+            ):
+                found |= {a + b, a * b}
+                if a >= b:
+                    found.add(a - b)
+                if b and Fraction(a, b).denominator == 1:
+                    found.add(a // b)
+    return found
+
+
+def test_what_is_solvable_is_what_some_expression_makes():
+    rng = np.random.default_rng(0)
+    for size, highest in [(2, 20)] * 50 + [(3, 20)] * 420 + [(4, 99)] * 30:
+        numbers = tuple(sorted(rng.integers(1, highest + 1, size).tolist()))
+        assert reachable(numbers, 10**9) == brute_force(numbers)
+        bounded = reachable(numbers, 99)
+        assert bounded <= brute_force(numbers) and max(bounded, default=0) <= 99
+    assert 27 in reachable((22, 26, 31, 53), 100) and 10 in reachable((1, 4, 6, 8), 100)
+
+
+@pytest.mark.parametrize(
+    "game, share, num", [(LAPTOP, 0.17, 1500), (LARGE, 0.13, 300)], ids=["laptop", "large"]
+)
+def test_how_many_draws_are_solvable(game, share, num):
+    rng = np.random.default_rng(1)
+    low, high = game.targets
+    solvable = sum(
+        int(rng.integers(low, high + 1))
+        in reachable(tuple(sorted(rng.integers(1, game.highest + 1, game.numbers).tolist())), 10**9)
+        for _ in range(num)
+    )
+    assert abs(solvable / num - share) < (0.03 if num > 1000 else 0.05)
+
+
+RIGHT = ["(12*3)-7", "12*3-7", "3*12-7", "((12*3)-7)", "(12)*3-(7)"]
+WRONG = [
+    *("12*3-7+0", "29", "", "none", "12*3", "12+3+7", "7-12*3", "-7+12*3", "12*3-07"),
+    *("12*3-7 ", "12**3-7", "12//3-7", "1_2*3-7", "0b11*12-7", "12*3-7.0", "(12*3-7", "12(3)-7"),
+    *("١٢*3-7", "(" * 99, "12*3-7" + "+0" * 60, "3*12-7-7+7", "12,3", "12*3\n-7", "1" * 99),
+]
+
+
+def test_an_answer_is_right_if_it_makes_the_target_of_the_numbers():
+    reference = Puzzle((3, 7, 12), 29).answer
+    assert [text for text in RIGHT if not check(text, reference)] == []
+    assert [text for text in WRONG if check(text, reference)] == []
+    cases = [("(8/4)*5", "4,5,8=10", True), ("(4/8)*20", "4,8,20=10", False)]
+    cases += [("5/(3-3)", "3,3,5=0", False), ("(3-5)+12", "3,5,12=10", False)]
+    cases += [("(5*0)+7", "0,5,7=7", True), ("5-5+7", "5,5,7=7", True), ("5+7", "5,5,7=12", False)]
+    assert [check(text, of) for text, of, _ in cases] == [right for *_, right in cases]
+
+
+def test_the_check_agrees_with_fractions_on_random_expressions():
+    rng = random.Random(0)
+
+    def grow(numbers):
+        """An expression as text and its value, None where a rule of the game is broken."""
+        if len(numbers) == 1:
+            return str(numbers[0]), Fraction(numbers[0])
+        cut = rng.randrange(1, len(numbers))
+        (left, a), (right, b) = grow(numbers[:cut]), grow(numbers[cut:])
+        sign, value = rng.choice("+-*/"), None
+        if a is not None and b is not None and not (sign == "/" and b == 0):
+            value = {"+": a + b, "-": a - b, "*": a * b, "/": b and a / b}[sign]
+            value = value if value >= 0 and value.denominator == 1 else None
+        return f"({left}{sign}{right})", value
+
+    right = 0
+    for _ in range(3000):
+        numbers = [rng.randrange(1, 13) for _ in range(3)]
+        text, value = grow(numbers)
+        target = value if value is not None and rng.random() < 0.7 else rng.randrange(30)
+        of = f"{','.join(map(str, sorted(numbers)))}={int(target)}"
+        assert check(text, of) == (value == target), (text, of)
+        right += value == target
+    assert 300 < right < 2700
+
+
+def test_a_chain_is_one_expression():
+    chain = ("53-31=22", "22/22=1", "26+1=27")
+    assert expression((22, 26, 31, 53), chain) == "26+((53-31)/22)"
+    assert check(expression((22, 26, 31, 53), chain), "22,26,31,53=27")
+
+
+# ---- the task
+
+
+def test_problems_to_evaluate_on_are_none_that_are_taught():
+    held_out = draw(200, np.random.default_rng((0, 2)))
+    names = {one.answer for one in held_out}
+    assert len(names) == 200 and all(one.budget is None for one in held_out)
+    for more in (
+        draw(3000, np.random.default_rng((0, 1)), held_out),
+        lessons(3000, np.random.default_rng((0, 3)), held_out),
+    ):
+        assert not names & {one.answer for one in more}
+        assert all(one.target in brute_force(one.numbers) for one in more[:200])
+        assert all(one.numbers == tuple(sorted(one.numbers)) for one in more)
+    budgets = [one.budget for one in more]
+    assert 0.45 < np.mean([budget is None for budget in budgets]) < 0.55
+    assert {*budgets} == {None, *range(11)}
+    again = draw(200, np.random.default_rng((0, 2)))
+    assert [one.problem for one in again] == [one.problem for one in held_out]
+    assert Puzzle((3, 7, 12), 29).problem == "3,7,12=29?"
+    assert Puzzle((3, 7, 12), 29, 4).problem == "3,7,12=29:4?"
+
+
+def test_the_teacher_keeps_its_budget_and_breaks_the_format_as_it_says():
+    tokenizer = demo.seed_model(countdown, 0).tokenizer
+    tags, rng, teacher = TagIds.from_tokenizer(tokenizer), np.random.default_rng(0), Teacher(0)
+    formed, longest = [], 0
+    for puzzle in lessons(300, rng):
+        text = teacher.answer(puzzle, rng)
+        prompt = tokenizer.encode(puzzle.problem)
+        ids = [*prompt, *tokenizer.encode(text), tokenizer.eos_token_id]
+        assert tokenizer.decode(ids[:-1]) == puzzle.problem + text  # the words cover it
+        good = not check_format(ids, len(prompt), tags, countdown.MOST_CHILDREN)
+        if good:
+            _, children = execute(puzzle, text)
+            assert children == min(puzzle.budget or children, len(moves(puzzle.numbers, 99)))
+        formed += [good] if puzzle.budget != 0 else []
+        longest = max(longest, len(ids) - len(prompt))
+    assert abs(np.mean(formed) - 0.35) < 0.08
+    assert longest <= 576 and len(prompt) <= 32  # the limits in SETTINGS
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_every_defect_of_a_block_breaks_the_format(defect):
+    tokenizer = demo.seed_model(countdown, 0).tokenizer
+    tags = TagIds.from_tokenizer(tokenizer)
+    for i, puzzle in enumerate(draw(40, np.random.default_rng(1))):
+        text = search_tree(puzzle, 5, defect=defect, hit=i % 10)
+        if defect == "untagged":
+            text = search_line(puzzle, 5)
+        ids = [*tokenizer.encode(text), tokenizer.eos_token_id]
+        assert check_format(ids, 0, tags, countdown.MOST_CHILDREN)
