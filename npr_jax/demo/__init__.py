@@ -9,14 +9,15 @@ table and report. A run that was interrupted goes on where it stopped.
 import dataclasses
 import json
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from rich.console import Console
 
-from npr_jax.answers import equal
+from npr_jax.answers import equal, extract
 from npr_jax.base.config import dump_config, load_config
 from npr_jax.base.files import json_text, read_text, write_atomically
 from npr_jax.data.problems import Problem
@@ -37,6 +38,7 @@ from npr_jax.train import beta, fit, papo, zero
 from npr_jax.train.packing import Example, loss_mask
 from npr_jax.train.rollout import STAGES
 from npr_jax.tree import TagIds, layout
+from npr_jax.tree.format import check_format
 
 TRAIN_PROBLEMS, EVAL_PROBLEMS = 4096, 512
 SHOWN = 48  # answers of each row of the table that the report's viewer has
@@ -54,6 +56,7 @@ def _run(task: Task, seed: int, output: Path, check: bool) -> int:
     console, begun = Console(), time.monotonic()
     output = claim(output, f"task: {name_of(task)}\nseed: {seed}\n{dump_config(task.FIT)}")
     problems = make_problems(task, seed, output)
+    make_script(task, seed, output, problems)
     overrides = {
         stage: [f"seed={seed}", *_paths(task, stage, output), *task.SETTINGS.get(stage, ())]
         for stage in STAGES
@@ -111,12 +114,34 @@ def _run(task: Task, seed: int, output: Path, check: bool) -> int:
 def make_problems(task: Task, seed: int, output: Path) -> list[Problem]:
     """The problems to evaluate on; those to train on, which differ, go to problems.jsonl."""
     held_out = task.draw(EVAL_PROBLEMS, np.random.default_rng((seed, 2)))
-    lines = [
-        json.dumps({"problem": one.problem, "answer": one.answer})
-        for one in task.draw(TRAIN_PROBLEMS, np.random.default_rng((seed, 1)), held_out)
-    ]
-    write_atomically(output / "problems.jsonl", ("\n".join(lines) + "\n").encode())
-    return [Problem(one.problem, one.answer) for one in held_out]
+    drawn = task.draw(TRAIN_PROBLEMS, np.random.default_rng((seed, 1)), held_out)
+    _write_lines(output / "problems.jsonl", map(_line, drawn))
+    return [Problem(one.problem, one.answer, one.level) for one in held_out]
+
+
+def make_script(task: Task, seed: int, output: Path, held_out: Collection[Posed]) -> None:
+    """Writes scripted.jsonl: right and well-formed answers of the teacher to problems of the lowest
+    level, for a cold start (configs/tiny_cold.yaml)."""
+    tokenizer: Any = demo_tokenizer(task.SYMBOLS)
+    tags, end = TagIds.from_tokenizer(tokenizer), tokenizer.eos_token_id
+    rng, teacher = np.random.default_rng((seed, 6)), task.Teacher(seed)
+    drawn = task.draw(TRAIN_PROBLEMS, rng, held_out)
+    lowest = min(one.level for one in drawn)
+    lines = []
+    for one in (one for one in drawn if one.level == lowest):
+        text = teacher.answer(one, rng)
+        formed = not check_format([*tokenizer.encode(text), end], 0, tags)
+        if formed and task.check(extract(text) or "", one.answer):
+            lines.append(_line(one) | {"response": text})
+    _write_lines(output / "scripted.jsonl", lines)
+
+
+def _line(one: Posed) -> dict[str, Any]:
+    return {"problem": one.problem, "answer": one.answer, "level": one.level}
+
+
+def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def measure(

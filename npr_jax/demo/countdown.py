@@ -80,6 +80,11 @@ class Puzzle(NamedTuple):
         """The prompt."""
         return f"{self.answer}?" if self.budget is None else f"{self.answer}:{self.budget}?"
 
+    @property
+    def level(self) -> int:
+        """How many numbers there are."""
+        return len(self.numbers)
+
 
 # ---- the game
 

@@ -105,6 +105,11 @@ class Sum:
         """The right answer, a digit."""
         return str(sum(true_value(*group) for group in self.groups) % 10)
 
+    @property
+    def level(self) -> int:
+        """How many groups there are."""
+        return len(self.groups)
+
 
 def true_value(op: str, a: int, b: int) -> int:
     """a + b or a * b modulo 10."""

@@ -15,12 +15,15 @@ Rows = Mapping[str, Mapping[str, float]]  # of the demo's table: {name: {column:
 
 
 class Posed(Protocol):
-    """A problem: `problem` is its text, the prompt; `answer` is what `check` is given of it."""
+    """A problem: `problem` is its text, the prompt; `answer` is what `check` is given of it; a
+    larger `level` is harder."""
 
     @property
     def problem(self) -> str: ...
     @property
     def answer(self) -> str: ...
+    @property
+    def level(self) -> int: ...
 
 
 class Teacher(Protocol):

@@ -3,6 +3,8 @@
 arXiv 2512.07461 eq. 3 and 4, algorithms 1 and 2. An answer of the Zero model is accepted if it
 keeps the format and is correct. Accepted answers get canonical framing, are laid out as trees, and
 the seed model learns them: from here on it thinks in parallel.
+
+Cold start: without a Zero model the answers are those of the file of problems, a script's say.
 """
 
 import bisect
@@ -23,10 +25,13 @@ from npr_jax.base.fields import Checked, Count, CountOrZero, PositiveOrZero, Ran
 from npr_jax.base.files import json_text, whole_lines, write_atomically, writing
 from npr_jax.base.mesh import MeshConfig, local_decode_mesh, make_mesh
 from npr_jax.base.progress import Scalar
-from npr_jax.data.problems import read_problems, shuffled
+from npr_jax.data.problems import read_problems, read_responses, shuffled
+from npr_jax.data.prompts import prompt_ids
+from npr_jax.data.sources import Problem
 from npr_jax.decode import Engine, EngineConfig, SamplingParams
 from npr_jax.evaluate.judge import Answer
 from npr_jax.model.pretrained import Model, load, load_tokenizer, publish_model
+from npr_jax.model.tokenizer import encode
 from npr_jax.runs import loop, sigterm
 from npr_jax.runs.checkpoint import checkpoint_steps
 from npr_jax.runs.directory import SIZES, claim, claim_inputs, read_config
@@ -42,6 +47,7 @@ from npr_jax.train.start import Start, find_start, parse_start
 from npr_jax.train.step import TrainConfig
 from npr_jax.tree import TagIds, TraceError, layout, parse
 from npr_jax.tree.canonical import canonical
+from npr_jax.tree.format import check_format
 from npr_jax.tree.parse import reference_depth
 
 ACCEPTED = "accepted.jsonl"  # in a run directory, its records
@@ -62,7 +68,7 @@ class Record(TypedDict):
 
 @dataclasses.dataclass(frozen=True)
 class SampleConfig(Checked):
-    """Rejection sampling.
+    """Rejection sampling. Of answers that are given, `num_problems` and the two limits say which.
 
     Attributes:
       max_tokens (tokens): the most that an answer may have.
@@ -91,7 +97,9 @@ class BetaConfig(Checked):
 
     Attributes:
       model: the seed model, which is trained: directory, hub id or preset.
-      sampler_model: the model of stage 1, which is sampled from.
+      sampler_model: the model of stage 1, which is sampled from; null: nothing is sampled, and each
+        line of `problems`, a JSONL file, has the text of a `response`, which has to keep the format
+        (cold start).
       problems: JSONL file of problems and answers, or a directory of `npr-jax data prepare`.
       checker: says which answers are right: a Python file (its path ends in .py) or a module, with
         a function check(prediction, reference); null: equality of values (docs/answers.md).
@@ -111,7 +119,7 @@ class BetaConfig(Checked):
     command: ClassVar[str] = "beta"
 
     model: str
-    sampler_model: str
+    sampler_model: str | None
     problems: str
     checker: str | None = None
     output: str
@@ -129,6 +137,11 @@ class BetaConfig(Checked):
         if self.start is not None:
             parse_start(self.start)
         find_check(self.checker)
+        if self.start is not None and self.sampler_model is None:
+            raise ValueError(
+                f"start is {self.start} and sampler_model null, needed is no start: it brings the "
+                "answers that its run has sampled"
+            )
         if self.mesh.rollout:
             raise ValueError(
                 f"mesh.rollout is {self.mesh.rollout}, needed is 0: Beta samples before it trains"
@@ -183,8 +196,15 @@ def _train(config: BetaConfig, output: Path, report: Report | None) -> Model:
     if config.start is not None and not checkpoint_steps(checkpoints_of(output)):
         start = find_start(config.start, vars(config).keys(), config.fit.train)
         _take_answers(start, config, output / ACCEPTED)
-    records = loop.run(Sampling(config, output / ACCEPTED, mesh, start), report)
-    tags = TagIds.from_tokenizer(load_tokenizer(config.model))
+    tokenizer = load_tokenizer(config.model)
+    tags = TagIds.from_tokenizer(tokenizer)
+    if config.sampler_model is None:
+        records = given_records(config, tokenizer, tags)
+        known = [Problem(record["problem"], record["answer"]) for record in records]
+        answers = [record["accepted"][0] for record in records]
+        claim_inputs(output, {"problems": problems_content(known, answers)})
+    else:
+        records = loop.run(Sampling(config, output / ACCEPTED, mesh, start), report)
     examples = make_examples(records, tags, config.layout, config.train_forced)
     if not examples:
         raise ValueError(
@@ -203,6 +223,39 @@ def _train(config: BetaConfig, output: Path, report: Report | None) -> Model:
     sizes = config.seed, "beta", mesh, config.depth
     body = Fit(seed_model, examples, config.fit, output / "fit", *sizes, start)
     return loop.run(body, report)
+
+
+def given_records(config: BetaConfig, tokenizer, tags: TagIds) -> list[Record]:
+    """Records of the answers that the file of problems has, right or wrong, in the order in which
+    they would be sampled. Raises ValueError with file and line for one that does not keep the
+    format or is longer than `sample.max_tokens`."""
+    path, sizes, most = config.problems, config.sample, config.engine.max_branches
+    rows, end = read_responses(path), tokenizer.eos_token_id
+    if end is None:
+        raise ValueError(f"the tokenizer of {config.model} has no end-of-text token for answers")
+    order, records = shuffled(len(rows), config.seed, BETA), []
+    for problem, response, line in (rows[int(order[i])] for i in range(len(rows))):
+        prompt = prompt_ids(tokenizer, problem.problem)
+        if len(prompt) > sizes.max_prompt_tokens:
+            continue
+        ids = [*prompt, *encode(tokenizer, response), end]
+        if broken := check_format(ids, len(prompt), tags, most, MAX_DEPTH):
+            raise ValueError(f"{path}:{line}: the response breaks the format: {broken[0].reason}")
+        if (length := len(ids) - len(prompt)) > sizes.max_tokens:
+            raise ValueError(
+                f"{path}:{line}: the response has {length} tokens, sample.max_tokens is "
+                f"{sizes.max_tokens}"
+            )
+        about = {"problem": problem.problem, "answer": problem.answer, "prompt_len": len(prompt)}
+        records.append(Record(**about, tries=0, accepted=[ids], texts=[response]))
+        if len(records) == sizes.num_problems:
+            break
+    if not records:
+        raise ValueError(
+            f"all prompts of {path} are longer than sample.max_prompt_tokens="
+            f"{sizes.max_prompt_tokens}"
+        )
+    return records
 
 
 def _take_answers(start: Start, config: BetaConfig, path: Path) -> None:
@@ -245,6 +298,7 @@ class Sampling(Body[list[Record], list[Record]]):
 
     def begin(self) -> tuple[list[Record], "Records"]:
         config, sizes = self.config, self.config.sample
+        assert config.sampler_model is not None  # or nothing is sampled
         with sigterm.interruptible():
             model = load(config.sampler_model, seed=config.seed, tags=True, mesh=self.mesh)
             problems, prompts = encode_problems(
