@@ -5,17 +5,20 @@ been given away too early, listed twice, or read at a wrong fill, another token 
 
 import dataclasses
 import functools
+import itertools
 from collections import Counter
 
 import bigram
 import jax
 import numpy as np
 from engine_checks import recount
+from hypothesis import strategies as st
 
 from npr_jax.decode import Engine, EngineConfig, SamplingParams
 from npr_jax.decode.attention import TOGETHER
 from npr_jax.decode.sequence import Fork
 from npr_jax.decode.steps import LaneState, Rows, SamplerOutput, Steps
+from npr_jax.tree import Rules
 
 _TABLE = np.cumsum(bigram.table(eos=0.01, nested=0.12), axis=1)
 PROMPTS = [[12, 13, 20], [22], list(range(9, 23)), [*range(9, 23), 20, 21, 22], [12] * 9]
@@ -38,6 +41,7 @@ class Device:
         self.cells = np.full((config.pages, config.page_size, 3), -1, np.int64)
         self.weights = 0  # the number of those that the call at hand was given
         self.steps = config.steps
+        self.copied = 0  # entries
 
     def _seen(self, rows, r: int, rank: int):
         """(tokens, positions) of the entries that row r sees up to `rank`."""
@@ -105,6 +109,15 @@ class Device:
         seen[row, token] = number
         return seen
 
+    def copy(self, pool, cells):
+        for page, entry, to_page, to_entry in cells:
+            if to_page < len(self.cells):
+                found = self.cells[page, entry]
+                assert (found[:2] >= 0).all(), "an entry that was never written is copied"
+                self.cells[to_page, to_entry] = found
+                self.copied += 1
+        return pool
+
     def decode(
         self,
         params,
@@ -153,7 +166,8 @@ class Device:
                     expected = np.bincount(own, minlength=seen.shape[1])
                     expected[np.unique(tokens_seen)] += 1
                     np.testing.assert_array_equal(seen[pick[number[r]]], expected)
-                token = draw(tokens_seen, positions_seen)
+                token = given[pick[number[r]], step]
+                token = draw(tokens_seen, positions_seen) if token < 0 else token
                 seen[pick[number[r]], token] = max(1, seen[pick[number[r]], token]) + 1
                 drawn[r, step] = tokens[r] = token
                 stopped[r] = frozen[r] = token in lanes.stops[r]
@@ -194,7 +208,7 @@ def engine_on_fake_device(config: EngineConfig, **changes) -> Engine:
         return pool, state, seen, dataclasses.replace(drawn, count=drawn.count.view(Landed))
 
     runner._steps = runner._prompt_steps = Steps(
-        device.prefill, device.score, decode, device.write, device.mark
+        device.prefill, device.score, decode, device.write, device.mark, device.copy
     )
     runner._put = lambda tree, spec=None: tree
     runner.reset()
@@ -246,6 +260,17 @@ CONFIGS = [
         (3, 90, 1, 4, 2, 8),
     )
 ]
+
+
+# All rules of fork, join and positions, first the defaults.
+RULES = [
+    Rules(join, fork, positions, 13 if join == "last" else None)
+    for join, fork, positions in itertools.product(
+        ("all", "last"), ("trunk", "fresh"), ("max", "sum")
+    )
+]
+
+SOME_RULES = st.one_of(st.just(RULES[0]), st.sampled_from(RULES))
 
 
 def run_program(config: EngineConfig, program: list[tuple[str, int]]) -> dict[str, int]:
@@ -345,4 +370,6 @@ def run_program(config: EngineConfig, program: list[tuple[str, int]]) -> dict[st
     assert scheduler.pages.num_held == 0
     engine._pending = None
     reasons = {f"ends_{a.finish_reason}": 1 for a in answers.values()}
-    return engine.stats() | reasons | forked | {"aborts_by_callbacks": sum(aborted)}
+    counts = {"aborts_by_callbacks": sum(aborted)}
+    counts["copied"] = engine.runner._steps.copy.__self__.copied
+    return engine.stats() | reasons | forked | counts

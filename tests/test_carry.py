@@ -22,6 +22,7 @@ from npr_jax.train.rl import Collected, Feed
 from npr_jax.train.rollout import roll_out
 from npr_jax.train.rollout_cache import Pending
 from npr_jax.train.sampler import Queue, Sampled, Sampler
+from npr_jax.tree import Rules
 
 SAMPLING = SamplingParams(n=3, max_tokens=60)
 
@@ -91,8 +92,9 @@ def test_lanes_change_nothing(model, feed):
             np.testing.assert_array_equal(answer.trajectory.token_ids, tokens)
 
 
-def test_what_is_carried_is_kept_as_it_is(model, feed):
-    *_, (_, _, carried) = batches(engine_of(model), feed, 12, 3)
+@pytest.mark.parametrize("rules", [Rules(), Rules("last", "fresh", "sum", 13)])
+def test_what_is_carried_is_kept_as_it_is(model, feed, rules):
+    *_, (_, _, carried) = batches(engine_of(model, rules=rules), feed, 12, 3)
     facts, arrays = to_arrays(carried)
     found = from_arrays(json.loads(json.dumps(facts)), arrays)
     assert found.keys() == carried.answers.keys() and len(found) > 3
@@ -101,7 +103,7 @@ def test_what_is_carried_is_kept_as_it_is(model, feed):
         for field in dataclasses.fields(answer):
             ours, theirs = getattr(found[key], field.name), getattr(answer, field.name)
             if field.name == "layout":
-                assert ours.blocks == theirs.blocks
+                assert (ours.blocks, ours.rules) == (theirs.blocks, theirs.rules)
                 names = ("positions", "hidden", "pred", "forced")
                 pairs = [(getattr(ours, n), getattr(theirs, n)) for n in names]
             else:

@@ -13,7 +13,7 @@ from npr_jax.evaluate.judge import Answer
 from npr_jax.runs.guards import check_gap
 from npr_jax.train import ask, beta, papo, zero
 from npr_jax.train.rollout import summary
-from npr_jax.tree import parse
+from npr_jax.tree import Rules, parse
 from npr_jax.tree.format import Violation
 
 BAD = [Violation("no_boxed", 9, "no box")]
@@ -264,6 +264,42 @@ def test_beta_learns_under_the_layout_that_it_is_told(model):
     assert not causal.layout.hidden.any() and strict.layout.hidden.any()
     assert (reference.layout.positions != strict.layout.positions).any()
     assert reference.loss_mask.sum() == len(reference.token_ids) - answer.prompt_len
+
+
+def test_a_run_states_its_rules_once(model):
+    """Beta learns, and PAPO trains on, what the engine decodes; their rows have room for it."""
+    answer = judged(model, True).trajectory
+    record = {"accepted": [answer.token_ids.tolist()], "prompt_len": answer.prompt_len}
+    rules = model.tags.resolved(Rules("last", "fresh", "sum", "="))
+    (strict,), (made,) = (
+        beta.make_examples([record], model.tags, rules=x) for x in (Rules(), rules)
+    )
+    assert made.layout.rules == rules and np.array_equal(made.loss_mask, strict.loss_mask)
+    assert made.layout.hidden.shape[1] <= rules.intervals(beta.MAX_DEPTH, 3)
+    assert made.layout.visible().sum() < strict.layout.visible().sum()
+    assert made.layout.positions[-1] == len(made.token_ids) - 1 > strict.layout.positions[-1]
+    fresh = ["engine.rules.fork=fresh", "engine.max_blocks=3", "engine.max_depth=2"]
+    papo_config = load_config(papo.PapoConfig, "tiny_papo", fresh)
+    assert papo_config.depth == 2 * 3 + 1 + 2
+    assert load_config(beta.BetaConfig, "tiny_beta", fresh).depth == 3 + 1 + 1
+    plain = ["engine.rules={join: last, marker: '=', positions: sum}", "engine.max_depth=2"]
+    assert load_config(papo.PapoConfig, "tiny_papo", plain).depth == 2 + 2
+    good, size = judged(model, True), len(answer.token_ids)
+    assert beta.accepts(good, model.tags, size, max_blocks=1)
+    twice = np.concatenate([answer.token_ids, answer.token_ids[answer.prompt_len :]])
+    twice = dataclasses.replace(answer, token_ids=twice)
+    many = dataclasses.replace(good, trajectory=twice)
+    assert beta.accepts(many, model.tags, 2 * size)
+    assert not beta.accepts(many, model.tags, 2 * size, max_blocks=1)
+    for cls, preset in ((papo.PapoConfig, "tiny_papo"), (beta.BetaConfig, "tiny_beta")):
+        with pytest.raises(
+            ValueError, match=r"engine.max_blocks is 0 and engine.rules.fork 'fresh'"
+        ):
+            load_config(cls, preset, fresh[:1])
+        with pytest.raises(ValueError, match=r"engine.rules are .*'sum'.* needed are the defaults"):
+            load_config(cls, preset, ["layout=reference", "engine.rules.positions=sum"])
+        with pytest.raises(ValueError, match=r"marker is None and join 'last', needed is a text"):
+            load_config(cls, preset, ["engine.rules.join=last"])
 
 
 def test_beta_accepts_only_what_is_finished_well_formed_right_and_short_enough(model):

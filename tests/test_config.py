@@ -257,7 +257,7 @@ EVERY = sorted(BESIDE_NULL.union(*map(configs_of, CONFIGS.values())), key=lambda
 
 
 def test_every_number_of_every_config_has_a_range():
-    assert len(EVERY) == 17 and len(NUMBERS) > 150
+    assert len(EVERY) == 18 and len(NUMBERS) > 150
     for cls in EVERY:
         assert issubclass(cls, Checked), cls
         for name, hint in hints(cls).items():

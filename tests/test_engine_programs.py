@@ -1,4 +1,5 @@
-"""Random programs of submit, visit, abort, preempt and forget on a device in plain Python."""
+"""Random programs of submit, visit, abort, preempt and forget on a device in plain Python, under
+all rules of fork, join and positions."""
 
 import dataclasses
 from collections import Counter
@@ -11,6 +12,7 @@ from fake_device import (
     CONFIGS,
     OPERATIONS,
     PROMPTS,
+    SOME_RULES,
     Device,
     engine_on_fake_device,
     run_program,
@@ -35,16 +37,18 @@ def test_random_programs_keep_every_page_right(report):
     @settings(
         max_examples=PROGRAMS, deadline=None, database=None, suppress_health_check=list(HealthCheck)
     )
-    @given(st.sampled_from(CONFIGS), st.lists(operation, min_size=8, max_size=30))
-    def programs(config, program):
+    @given(st.sampled_from(CONFIGS), SOME_RULES, st.lists(operation, min_size=8, max_size=30))
+    def programs(config, rules, program):
+        config = dataclasses.replace(config, rules=rules)
         stats = run_program(config, [("submit", 77), *program])
         seen.update({"programs": 1} | {k: int(v) for k, v in stats.items() if v == int(v)})
 
     programs()
     counted = "programs", "visits", "forks", "joins", "preemptions", "evictions"
-    counted += ("from_the_middle",)
+    counted += "from_the_middle", "copied"
     report(", ".join(f"{seen[name]} {name}" for name in counted))
     assert seen["programs"] >= PROGRAMS and seen["from_the_middle"] > PROGRAMS / 20
+    assert seen["copied"] > PROGRAMS
     if PROGRAMS >= 2000:  # a few programs have most evictions, so fewer say nothing
         names = "forks", "joins", "preemptions", "evictions", "cached_tokens", "ends_aborted"
         for name in (*names, "aborts_by_callbacks"):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import examples, spread
+from fake_device import RULES
 
 from npr_jax.base.config import load_config
 from npr_jax.decode import Engine, SamplingParams
@@ -40,7 +41,7 @@ VARIANTS = {
     "preempted": dict(pages=60),
 }
 PROMPTS = [[12, 13, 20], [22], list(range(10, 21)) * 6]
-ROW_LEN, DEPTH = 512, 6
+ROW_LEN, DEPTH, DEEPEST = 512, 6, 16
 
 
 pytestmark = pytest.mark.usefixtures("plans_without_numbers")
@@ -69,7 +70,7 @@ def score(config, params, rows, exact):
     return token_logp(config, params, *layout, exact=exact)
 
 
-def rows_of(groups, together=True):
+def rows_of(groups, together=True, depth=DEPTH):
     """Rows [N, T, ...] of answers, of a group behind one prompt where they are `together`."""
     found = [
         [Example(a.token_ids, a.layout, loss_mask(a.layout), 1.0, a.logp) for a in g]
@@ -77,7 +78,7 @@ def rows_of(groups, together=True):
     ]
     if not together:
         found = [[example] for group in found for example in group]
-    rows = make_rows(found, ROW_LEN, DEPTH)
+    rows = make_rows(found, ROW_LEN, depth)
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
@@ -145,6 +146,21 @@ def test_answers_that_go_on_have_the_same_bits():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("rules", spread(RULES[1:], test=2), ids=str)
+def test_the_trainer_has_the_bits_under_any_rules(rules):
+    """Whether kept keys are where they were computed, or copies; and also after a preemption."""
+    changes = ("rules", rules), ("max_blocks", 4)
+    groups, _ = sampled("float32", changes)
+    assert unlike(groups, depth=DEEPEST)[0] == 0
+    others, preempted = sampled("float32", (*changes, ("pages", 60)))
+    assert preempted or len(groups[0]) < 10
+    for group, other in zip(groups, others, strict=True):
+        for answer, twin in zip(group, other, strict=True):
+            np.testing.assert_array_equal(answer.token_ids, twin.token_ids)
+            np.testing.assert_array_equal(answer.logp, twin.logp)
+
+
+@pytest.mark.slow
 def test_cached_prompts_have_the_same_bits():
     engine = Engine(model(), CONFIG)
     params = SamplingParams(n=3, max_tokens=60, seed=(1, 2, 3))
@@ -178,20 +194,24 @@ SMALL += ["max_tokens=64", "prompts=4", "samples=4", "steps=2", "minibatches=2"]
 @pytest.mark.slow
 def test_the_gap_is_zero_before_the_first_update_of_every_batch(home, tmp_path):
     gaps = {}
-    for on in ("true", "false"):
+    rules = "engine.rules={join: last, marker: '=', positions: sum}"
+    variants = {"true": [], "false": [], "rules": [rules]}
+    for name, more in variants.items():
+        on = json.dumps(name != "false")
         paths = {
             "model": home / "tree",
             "problems": home / "problems.jsonl",
-            "output": tmp_path / on,
+            "output": tmp_path / name,
         }
         changes = [f"{key}={json.dumps(str(value))}" for key, value in paths.items()]
-        changes += [f"engine.exact={on}", f"train.exact={on}"]
+        changes += [f"engine.exact={on}", f"train.exact={on}", *more]
         papo.run(
             load_config(papo.PapoConfig, "tiny_papo", [*SMALL, *changes]), lambda metrics: None
         )
-        lines = [line for line in read_metrics(tmp_path / on) if not line["skipped"]]
-        gaps[on] = [line["logp_gap"] for line in lines]
+        lines = [line for line in read_metrics(tmp_path / name) if not line["skipped"]]
+        gaps[name] = [line["logp_gap"] for line in lines]
     assert gaps["true"] and not any(gaps["true"])
+    assert gaps["rules"] and not any(gaps["rules"])
     assert any(gaps["false"])
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import examples
 from engine_checks import CONFIG, recount, same
-from fake_device import CONFIGS, PROMPTS, engine_on_fake_device
+from fake_device import CONFIGS, PROMPTS, RULES, engine_on_fake_device
 
 from npr_jax.decode import Engine, SamplingParams
 from npr_jax.decode.regrow import Begun
@@ -68,7 +68,16 @@ def equal(ours, theirs):
 @pytest.mark.parametrize("kind", range(len(KINDS)))
 @pytest.mark.parametrize("number", range(len(CONFIGS)))
 def test_answers_that_were_left_end_as_others(number, kind):
-    config = dataclasses.replace(CONFIGS[number], pages=max(200, CONFIGS[number].pages))
+    left_and_whole(CONFIGS[number], number, kind)
+
+
+@pytest.mark.parametrize("number", range(1, len(RULES)))
+def test_under_any_rules_too(number):
+    left_and_whole(dataclasses.replace(CONFIGS[0], rules=RULES[number]), number, 0)
+
+
+def left_and_whole(config, number, kind):
+    config = dataclasses.replace(config, pages=max(200, config.pages))
     sampling = dataclasses.replace(KINDS[kind], n=2)
     rng, left = np.random.default_rng(number), 0
     for first in range(0, max(4, examples(32)), 4):
@@ -142,9 +151,10 @@ def test_blocks_that_were_refused_are_refused_again():
     assert rounds > 3 and sum(len(one.stats["refused_blocks"]) for one in ours) > 3
 
 
-def test_a_pause_is_the_same_whatever_the_schedule():
+@pytest.mark.parametrize("rules", [RULES[0], RULES[-1]], ids=lambda rules: rules.join)
+def test_a_pause_is_the_same_whatever_the_schedule(rules):
     """Answers that grow by nine tokens a call, on engines with other lanes, visits and pages."""
-    roomy = dataclasses.replace(CONFIGS[0], pages=600, max_depth=3)
+    roomy = dataclasses.replace(CONFIGS[0], pages=600, max_depth=3, rules=rules)
     narrow = dataclasses.replace(roomy, lanes=2, steps=1, page_size=3)
     wide = dataclasses.replace(roomy, lanes=16, steps=7)
     prompts = [[*PROMPTS[n % len(PROMPTS)], 9 + n % 14] for n in range(24)]
@@ -161,7 +171,7 @@ def test_a_pause_is_the_same_whatever_the_schedule():
                 pause=[limit] * len(begun),
             )
             for i, answer in zip([*begun], found, strict=True):
-                counts = answer.layout.positions < answer.prompt_len + limit
+                counts = answer.layout.path_positions < answer.prompt_len + limit
                 told.append((limit, i, answer.token_ids[counts & ~answer.forced].tolist()))
                 if not open_(answer) and answer.stats["critical_path"] <= limit:
                     answers[i] = answer
@@ -191,6 +201,9 @@ def test_what_was_begun_elsewhere_is_refused():
     first, second, answer = prompts[number], prompts[number - 1], left[number]
     with pytest.raises(ValueError, match="begun: answer 0 goes on from an answer to another"):
         engine.generate([second], SamplingParams(max_tokens=60), begun=[Begun(answer)])
+    other = engine_on_fake_device(dataclasses.replace(CONFIGS[0], rules=RULES[-1]))
+    with pytest.raises(ValueError, match=r"from an answer with the rules Rules.*'all'"):
+        other.generate([first], SamplingParams(max_tokens=60), begun=[Begun(answer)])
     with pytest.raises(ValueError, match="does not grow so here"):
         engine.generate([first], SamplingParams(max_tokens=2), begun=[Begun(answer)])
     assert engine.stats()["unfinished"] == 0

@@ -14,17 +14,20 @@ from npr_jax.decode import Engine, EngineConfig, SamplingParams
 from npr_jax.evaluate.judge import Answer
 from npr_jax.evaluate.traces import make_trace, read_trace, read_traces
 from npr_jax.report.terminal import view
+from npr_jax.tree import Rules
+
+RULES = {"default": Rules(), "others": Rules("last", "fresh", "sum", ":")}
 
 
-@pytest.fixture(scope="module")
-def answers():
+@pytest.fixture(scope="module", params=RULES)
+def answers(request):
     model = tiny()
     text = (
         "<guideline>\n<plan>1:A</plan>\n<plan>2:B</plan>\n</guideline>\n<step>\n1:A:1+2=3\n</step>"
         "\n<step>\n2:B:3+4=7\n</step>\n<takeaway>\nS:3+7=0\n</takeaway>\n\\boxed{0}"
     )
     prompt = prompt_ids(model.tokenizer, "A:1+2;B:3+4?")
-    engine = Engine(model, EngineConfig(lanes=4, pages=64))
+    engine = Engine(model, EngineConfig(lanes=4, pages=64, rules=RULES[request.param]))
     replayed = engine.replay([([*prompt, *model.tokenizer.encode(text)], len(prompt))])
     sampled = engine.generate([prompt], SamplingParams(max_tokens=20, seed=3))
     return model, replayed + sampled
@@ -40,8 +43,10 @@ def test_what_is_written_is_read(answers, tmp_path):
     path = tmp_path / "traces.jsonl"
     path.write_text("".join(trace.dumps() + "\n" for trace in traces), encoding="utf-8")
     assert list(read_traces(path)) == traces
+    assert all(("rules" in json.loads(t.dumps())) == (t.rules != Rules()) for t in traces)
     for trace, answer in zip(traces, answers, strict=True):
         tree = trace.layout
+        assert tree.rules == answer.layout.rules == trace.rules
         for name in ("positions", "hidden", "pred", "forced"):
             assert np.array_equal(getattr(tree, name), getattr(answer.layout, name)), name
         assert trace.text.startswith(answer.text)  # and the end-of-text token
@@ -86,6 +91,9 @@ ANSWER = {"line": 1, "sample": 0, "input": {"problem": "1+1"}, "text": "2", "pre
         (json.dumps(WHOLE | {"logp": [0, 0, 10**400]}), "logp holds what is no float"),
         (json.dumps(WHOLE | {"logp": [0, 0, "1"]}), "logp holds what is no float"),
         (json.dumps(WHOLE | {"logp": 3}), "'int' object is not iterable"),
+        (json.dumps(WHOLE | {"rules": {"join": "some"}}), "join is 'some', needed is 'all' or"),
+        (json.dumps(WHOLE | {"rules": {"joins": "all"}}), "unexpected keyword argument 'joins'"),
+        (json.dumps(WHOLE | {"rules": [1]}), "must be a mapping"),
         (json.dumps(WHOLE | {"blocks": [[0, 1]]}), "missing 6 required"),
         (json.dumps(WHOLE | {"blocks": [["0", 1, [], [], 3, None, 3, 0]]}), "blocks holds \\['0'"),
         (

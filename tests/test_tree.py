@@ -1,5 +1,7 @@
 """The layout of a trace: against brute force, against the golden cases, packed and grouped."""
 
+import dataclasses
+import itertools
 import json
 
 import hypothesis.strategies as st
@@ -9,10 +11,12 @@ from conftest import examples, read_golden, shared_path
 from hypothesis import given, settings
 from toy_tokenizers import SPACE, sentencepiece_like
 
+from npr_jax.train.batch import visible_pairs
 from npr_jax.tree import (
     TAG_NAMES,
     Automaton,
     Block,
+    Rules,
     TagIds,
     TraceError,
     group,
@@ -34,36 +38,62 @@ texts = st.lists(st.sampled_from([7, 8, 9, NL]), max_size=4)
 white = st.sampled_from([[], [NL], [NL, NL]])
 
 
-@st.composite
-def traces(draw, max_depth=3):
-    """(tokens, paths): a random tree; paths[t] = the (block, branch) pairs that hold token t."""
-    tokens, paths, blocks = draw(texts), [], 0
-    prompt_len = len(tokens)
-    paths = [()] * prompt_len
+MARKER = 8  # of the texts' tokens
 
-    def put(ids, path):
-        tokens.extend(ids)
-        paths.extend([path] * len(ids))
+
+@dataclasses.dataclass
+class Told:
+    """A random tree, of each token: `paths`, the (block, branch) pairs that hold it; `plans`, the
+    pair whose plan holds it, or None; `kinds`, "head" of a step's header, "own" text of a line
+    outside its blocks, or ""."""
+
+    tokens: list = dataclasses.field(default_factory=list)
+    paths: list = dataclasses.field(default_factory=list)
+    plans: list = dataclasses.field(default_factory=list)
+    kinds: list = dataclasses.field(default_factory=list)
+    prompt_len: int = 0
+
+    def put(self, ids, path, kind="", plan=None):
+        self.tokens.extend(ids)
+        self.paths.extend([path] * len(ids))
+        self.plans.extend([plan] * len(ids))
+        self.kinds.extend([kind] * len(ids))
+
+
+@st.composite
+def told(draw, max_depth=3):
+    found, blocks = Told(), 0
+    found.put(draw(texts), ())
+    found.prompt_len = len(found.tokens)
+    put = found.put
 
     def line(path, depth):
         nonlocal blocks
-        put(draw(texts), path)
+        put(draw(texts), path, "own")
         for _ in range(draw(st.integers(0, 2 if depth < max_depth else 0))):
             block, blocks = blocks, blocks + 1
             count = draw(st.integers(1, 4))
             put([GO, *draw(white)], path)
-            for _ in range(count):
-                put([PO, *draw(texts), PC, *draw(white)], path)
+            for branch in range(count):
+                put([PO, *draw(texts), PC], path, plan=(block, branch))
+                put(draw(white), path)
             put([GC], path)
             for branch in range(count):
                 inside = (*path, (block, branch))
-                put([*draw(white), SO], inside)
+                canonical = draw(st.booleans())
+                put(TAGS.step_headers[branch] if canonical else [*draw(white), SO], inside, "head")
                 line(inside, depth + 1)
                 put([SC], inside)
-            put([*draw(white), TO, *draw(texts), TC, *draw(texts)], path)
+            put([*draw(white), TO, *draw(texts), TC], path)
+            put(draw(texts), path, "own")
 
     line((), 0)
-    return tokens, prompt_len, paths
+    return found
+
+
+def traces(max_depth=3):
+    """(tokens, prompt_len, paths) of a random tree."""
+    return told(max_depth).map(lambda found: (found.tokens, found.prompt_len, found.paths))
 
 
 def brute_force(paths):
@@ -98,6 +128,139 @@ def test_layout_equals_brute_force(trace):
     assert tree.critical_path_len == max(positions[prompt_len:], default=-1 + prompt_len) + 1 - (
         prompt_len
     )
+
+
+RULES = [
+    Rules(join, fork, positions, MARKER if join == "last" else None)
+    for join, fork, positions in itertools.product(
+        ("all", "last"), ("trunk", "fresh"), ("max", "sum")
+    )
+]
+
+
+def brute_force_under(rules, trace):
+    """Visibility from what is told of each token, and positions from visibility."""
+    num, paths = len(trace.tokens), trace.paths
+    at, seen = np.arange(num), np.tri(num, dtype=bool)
+    plain = np.tri(num, dtype=bool)
+    for block in {block for path in paths for block, _ in path}:
+        branch = np.array([dict(path).get(block, -1) for path in paths])
+        plan = np.array([p[1] if p and p[0] == block else -1 for p in trace.plans])
+        dropped = np.zeros(num, bool)  # what the trunk around the branch does not see
+        for number in range(branch.max() + 1):
+            own = [t for t in at if paths[t][-1:] == ((block, number),)]
+            heads = [t for t in own if trace.kinds[t] == "head"]
+            marks = [t for t in own if trace.kinds[t] == "own" and trace.tokens[t] == MARKER]
+            if marks:
+                dropped[heads[-1] + 1 : marks[-1] + 1] = True
+        query, key = np.ix_(branch, branch)
+        plain &= (query < 0) | (key < 0) | (query == key)
+        if rules.join == "last":
+            seen &= ~dropped | (query == key)
+        if rules.fork == "fresh":
+            given = (at < trace.prompt_len) | (plan == query)
+            seen &= (query < 0) | (key >= 0) | given
+    seen &= plain
+    if rules.positions == "sum":  # as many as are seen before, if nothing else is hidden
+        return seen, plain.sum(axis=1) - 1
+    positions = np.zeros(num, int)
+    for q in at:
+        positions[q] = 1 + positions[:q][plain[q, :q]].max(initial=-1)
+    return seen, positions
+
+
+@pytest.mark.parametrize("rules", RULES, ids=lambda r: f"{r.join} {r.fork} {r.positions}")
+@given(data=st.data())
+@settings(max_examples=examples(25), deadline=None)
+def test_layout_equals_brute_force_under_any_rules(rules, data):
+    trace = data.draw(told())
+    tree = parse(trace.tokens, trace.prompt_len, TAGS, rules=rules)
+    seen, positions = brute_force_under(rules, trace)
+    np.testing.assert_array_equal(tree.visible(), seen)
+    np.testing.assert_array_equal(tree.positions, positions)
+    for t, row in enumerate(seen):
+        before = np.flatnonzero(row[:t])
+        assert tree.pred[t] == (before[-1] if len(before) else -1)
+    plain = parse(trace.tokens, trace.prompt_len, TAGS)
+    np.testing.assert_array_equal(tree.path_positions, plain.positions)
+    assert tree.critical_path_len == plain.critical_path_len
+    outside = [t for t, path in enumerate(trace.paths) if not path]
+    if rules.positions == "sum":  # the trunk stands where it does in a flat text
+        np.testing.assert_array_equal(tree.positions[outside], outside)
+    # No pair is hidden twice, and there are no more intervals than are said.
+    assert tree.hidden.shape[1] <= max(1, rules.intervals(3, 2))
+    assert visible_pairs(tree) == seen.sum()
+    if rules == Rules():
+        np.testing.assert_array_equal(tree.hidden, plain.hidden)
+    again = layout(
+        len(tree), tree.blocks, trace.prompt_len, tree.forced, rules, np.array(trace.tokens)
+    )
+    np.testing.assert_array_equal(again.hidden, tree.hidden)
+    # Whole blocks only: what is cut off has no join.
+    rows = group([tree, tree])
+    total = len(tree) - trace.prompt_len
+    np.testing.assert_array_equal(rows.visible()[: len(tree), : len(tree)], seen)
+    alone = np.r_[: trace.prompt_len, len(tree) : len(tree) + total]
+    np.testing.assert_array_equal(rows.visible()[np.ix_(alone, alone)], seen)
+    np.testing.assert_array_equal(pack([rows, tree]).visible()[len(rows) :, len(rows) :], seen)
+
+
+def test_positions_after_a_join_of_five_and_four():
+    """Nine tokens before, branches of five and of four, four of the trunk behind (ASPD, NPR)."""
+    block = Block(0, 8, ((1, 2), (2, 3)), ((9, 14), (14, 18)), 18, (18, 22), 22, 0)
+    branches = [*range(9), *range(9, 14), *range(9, 13)]
+    for rule, trunk in (("max", [14, 15, 16, 17]), ("sum", [18, 19, 20, 21])):
+        tree = layout(22, [block], rules=Rules(positions=rule))
+        assert tree.positions.tolist() == [*branches, *trunk]
+        assert tree.critical_path_len == 18
+
+
+def test_what_a_join_keeps_is_a_step_that_reads_well():
+    """Header, last part and tag, as if the step had held no more; without a marker all of it."""
+    head1, head2 = TAGS.step_headers[:2]
+    tokens = [7, GO, PO, 51, MARKER, PC, PO, 52, PC, GC, *head1, 7, MARKER, 9, MARKER, 7, 7, SC]
+    tokens += [*head2, 9, 9, SC, *TAGS.takeaway_header, 7, TC]
+    tree = parse(tokens, 1, TAGS, rules=Rules("last", marker=MARKER))
+    kept = [token for token, seen in zip(tokens, tree.visible()[-1], strict=True) if seen]
+    assert kept == [*tokens[:10], *head1, 7, 7, SC, *tokens[tokens.index(SC) + 1 :]]
+    fresh = parse(tokens, 1, TAGS, rules=Rules(fork="fresh"))
+    own = len(tokens) - 1 - tokens[::-1].index(SC)  # the end of the second step
+    kept = [token for token, seen in zip(tokens, fresh.visible()[own], strict=True) if seen]
+    assert kept == [7, PO, 52, PC, *head2, 9, 9, SC]
+    step = tokens.index(SC) + 1
+    assert tokens[step] == NL and tokens[fresh.pred[step]] == PC
+
+
+def test_rules_are_checked():
+    with pytest.raises(ValueError, match="marker is None and join 'last', needed is a text of one"):
+        Rules("last")
+    with pytest.raises(ValueError, match="marker is 8 and join 'all', which has none"):
+        Rules(marker=8)
+    with pytest.raises(ValueError, match="rule='reference' has rules of its own"):
+        parse([1, 2], 0, TAGS, rule="reference", rules=Rules(positions="sum"))
+    block = Block(0, 3, ((1, 2),), ((4, 6),), 6, (6, 8), 8, 0)
+    with pytest.raises(ValueError, match="marker is 8 and join 'last': no tokens to find it in"):
+        layout(8, [block], rules=Rules("last", marker=8))
+    with pytest.raises(ValueError, match=r"marker is '\|' and join 'last': needed is an id"):
+        layout(8, [block], rules=Rules("last", marker="|"), token_ids=range(8))
+    with pytest.raises(ValueError, match=r"marker is '\|', but there is no tokenizer"):
+        TAGS.resolved(Rules("last", marker="|"))
+    with pytest.raises(ValueError, match=r"marker is 105, the tag </step>"):
+        TAGS.resolved(Rules("last", marker=SC))
+
+
+@pytest.mark.parametrize("scheme", ["always", "first"])
+def test_a_marker_is_one_token_inside_a_text(scheme):
+    tokenizer = sentencepiece_like(scheme)
+    tokenizer.add_tokens(list(TAG_NAMES), special_tokens=True)
+    tags = TagIds.from_tokenizer(tokenizer)
+    found = tags.resolved(Rules("last", marker="\n")).marker
+    assert found == tokenizer.convert_tokens_to_ids("<0x0A>")
+    assert tags.resolved(Rules("last", marker=found)).marker == found
+    with pytest.raises(ValueError, match=r"splits into 2 tokens, needed is a text of 1"):
+        tags.resolved(Rules("last", marker="\n\n"))
+    with pytest.raises(ValueError, match=r"the tag </step>"):
+        tags.resolved(Rules("last", marker="</step>"))
 
 
 @given(traces(), st.data())

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from npr_jax.base.fields import Checked, Count, CountOrZero, Range
 from npr_jax.decode.attention import Implementation
 from npr_jax.decode.sampling import MOST_BIASES, MOST_LOGPROBS
+from npr_jax.tree.rules import PAPER, Rules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +25,8 @@ class EngineConfig(Checked):
       prefill_chunk (tokens): of each of them at a time; decoding waits for one call at most.
       max_branches (branches): of a block; one with more is refused.
       max_depth (levels): of blocks inside blocks; deeper ones are refused.
+      max_blocks (blocks): of a line, the trunk or a branch; further ones are refused. 0 is off.
+      rules: of fork, join and positions, by which answers are decoded, laid out and trained on.
       on_invalid_block: "end" the answer at a block that is refused, or go on "sequential"ly.
       max_stops (token ids): end-of-text ids and tags at which a lane can freeze.
       cache_dtype: of the pool; null is the parameters' dtype, "int8" has a scale for each head of
@@ -51,6 +54,8 @@ class EngineConfig(Checked):
     prefill_chunk: Count = 128
     max_branches: Count = 5
     max_depth: Count = 4
+    max_blocks: CountOrZero = 0
+    rules: Rules = PAPER
     on_invalid_block: Literal["end", "sequential"] = "end"
     max_stops: Count = 8
     cache_dtype: Literal["float32", "bfloat16", "int8"] | None = None
@@ -65,6 +70,15 @@ class EngineConfig(Checked):
             raise ValueError(
                 f"attention is {self.attention!r} and exact true, which has its own: set attention "
                 "to null, or exact to false"
+            )
+
+    def check_rows(self) -> None:
+        """Raises ValueError where the rows of training can have no bound on hidden intervals."""
+        if self.rules.fork == "fresh" and not self.max_blocks:
+            raise ValueError(
+                "engine.max_blocks is 0 and engine.rules.fork 'fresh', which hides a token once "
+                "more for each later block: to train set max_blocks to 1 or more, or fork to "
+                "'trunk'"
             )
 
     def smaller(self) -> str:

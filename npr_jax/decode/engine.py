@@ -21,6 +21,7 @@ docs/architecture.md says who writes which field.
 """
 
 import contextlib
+import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -49,12 +50,13 @@ class Engine:
 
     On a mesh (data, tensor) every replica of `data` has lanes and pages of its own, heads are split
     over `tensor`, and every process must make the same calls in the same order. Raises ValueError
-    where heads do not divide so, or the tags have fewer headers than `max_branches`.
+    where heads do not divide so, the tags have fewer headers than `max_branches`, or the marker of
+    `rules` is no token.
     """
 
     def __init__(self, model, config: EngineConfig | None = None, mesh: Mesh | None = None):
-        self.config = config = config or EngineConfig()
         self.model_config, self.tokenizer, self.tags = model.config, model.tokenizer, model.tags
+        self.config = config = _with_marker(config or EngineConfig(), model)
         known = len(self.tags.step_headers) if self.tags is not None else 0
         if known and config.max_branches > known:
             raise ValueError(f"max_branches is {config.max_branches}, at most {known} have headers")
@@ -63,7 +65,7 @@ class Engine:
         self._maker = RequestMaker(model, config)
         self._counts = {"sampled_tokens": 0, "forks": 0, "joins": 0}
         self._requests: dict[int, Request] = {}  # whose finish was not told yet
-        self._outputs = Outputs(self.tokenizer, self._end, self._requests)
+        self._outputs = Outputs(self.tokenizer, config.rules, self._end, self._requests)
         parts = (config, self.tags, self.schedulers, self._end, self._outputs.note, self._counts)
         self._fork_join, self._replay = ForkJoin(*parts), Replay(*parts)
         self._pending: PendingStep | None = None
@@ -428,3 +430,15 @@ class Engine:
             scheduler.stop(request)
             self._outputs.note(request.trunk, "finish")
         request.end = reason, detail
+
+
+def _with_marker(config: EngineConfig, model) -> EngineConfig:
+    """The config, in which a marker is the id of a token."""
+    if model.tags is None:  # nothing forks
+        return config
+    rules, vocab = model.tags.resolved(config.rules), model.config.vocab_size
+    if isinstance(rules.marker, int) and rules.marker >= vocab:
+        raise ValueError(
+            f"engine.rules.marker is {rules.marker}, needed is the id of a token, below {vocab}"
+        )
+    return config if rules == config.rules else dataclasses.replace(config, rules=rules)

@@ -11,7 +11,7 @@ import numpy as np
 from npr_jax.decode.config import EngineConfig
 from npr_jax.decode.keys import branch_keys
 from npr_jax.decode.scheduler import Scheduler
-from npr_jax.decode.sequence import Fork, Request, Segment, Sequence
+from npr_jax.decode.sequence import Fork, Piece, Request, Segment, Sequence, table_of
 from npr_jax.tree import STEPS, Automaton, TagIds, TraceError
 from npr_jax.tree.format import check_block
 
@@ -139,7 +139,8 @@ class ForkJoin:
             branch.automaton = Automaton(
                 tags, NO_DEPTH_LIMIT, index=len(head), depth=branch.depth, in_step=True
             )
-            self._start_segment(branch, list(head), sequence.position + 1, sequence.table)
+            before = self._before_branch(sequence, block, number)
+            self._start_segment(branch, list(head), sequence.position + 1, before)
             branches.append(branch)
         self._wait(sequence, Fork(block, branches, [head.index(tags.step_open) for head in heads]))
 
@@ -155,6 +156,9 @@ class ForkJoin:
         broken = check_block(sequence.own_tokens(), block.close(automaton.index), tags, most)
         if broken:
             return broken.reason
+        forks = sum(isinstance(item, Fork) for item in sequence.items)
+        if config.max_blocks and forks >= config.max_blocks:
+            return f"block {forks + 1} of a line, at most {config.max_blocks}"
         if sequence.depth >= deepest:
             return f"nested {sequence.depth + 1} deep, at most {deepest}"
         num = len(block.plans)
@@ -165,6 +169,21 @@ class ForkJoin:
         if sequence.position + max(map(len, heads)) + 1 >= limit:
             return f"max_position={limit} leaves no room for a step"
         return None
+
+    def _before_branch(self, sequence: Sequence, block, number: int) -> tuple[Segment, ...]:
+        """What the branch of that number sees beside itself, of a block that closes its guideline
+        with the sequence's last token."""
+        if self.config.rules.fork == "trunk":
+            return sequence.table
+        request, tail = sequence.request, sequence.tail
+        pieces: list[Piece] = []
+        for item in request.trunk.items:
+            if isinstance(item, Segment) and item.start < request.prompt_len and item.tokens:
+                pieces.append((item, 0, min(len(item.tokens), request.prompt_len - item.start)))
+        begin, end = block.plans[number]
+        # It is in the last segment, as a new one begins behind a block only.
+        behind = len(tail.tokens) - 1 - block.guideline_close
+        return table_of((), [*pieces, (tail, begin + behind, end + behind)])
 
     def _start_segment(self, sequence: Sequence, head: list[int], start: int, before) -> None:
         segment = Segment(start, before, before[-1].dtype)
@@ -181,7 +200,7 @@ class ForkJoin:
         sequence.items.append(fork)
         sequence.waiting = True
         for branch in fork.branches:
-            scheduler.hold(branch.table)
+            scheduler.take(branch)
         self._stats["forks"] += 1
 
     def _branch_ended(self, branch: Sequence) -> None:
@@ -204,7 +223,7 @@ class ForkJoin:
         automaton, tags = self._grammar(sequence)
         head, limit = list(tags.takeaway_header), sequence.request.max_position
         sequence.budget += sum(branch.budget for branch in fork.branches)
-        if _after(fork) + len(head) >= limit:
+        if self._after(sequence, fork) + len(head) >= limit:
             self._end(sequence, "length", f"max_position={limit} leaves no room for a takeaway")
             return
         sequence.budget -= len(head)
@@ -214,20 +233,46 @@ class ForkJoin:
         self._check_limits(sequence)
 
     def _join(self, sequence: Sequence, fork: Fork, head: list[int]) -> None:
-        """The sequence goes on after its branches, with a header, and sees them all."""
-        before = sequence.table
-        old = [before, *(branch.table for branch in fork.branches)]
-        for branch in fork.branches:
-            before += branch.table[len(old[0]) :]
+        """The sequence goes on after its branches, with a header, and sees them all, or what the
+        rules leave of them."""
+        old = [sequence.table, *(branch.table for branch in fork.branches)]
+        pieces = [piece for branch in fork.branches for piece in self._kept(branch)]
+        before, after = table_of(sequence.table, pieces), self._after(sequence, fork)
         fork.joined = True
         sequence.waiting = False
+        path = 1 + max(branch.position - branch.late for branch in fork.branches)
+        sequence.late = after - path
         self._note(sequence, "join")
-        self._start_segment(sequence, head, _after(fork), before)
+        self._start_segment(sequence, head, after, before)
         scheduler = self.schedulers[sequence.request.replica]
-        scheduler.hold(sequence.table)
+        scheduler.take(sequence)
         for table in old:
             scheduler.drop(table)
         self._stats["joins"] += 1
+
+    def _kept(self, branch: Sequence) -> list[Piece]:
+        """What the sequence above sees of a branch after the join."""
+        rules, segments = self.config.rules, branch.segments
+        own = branch.table[len(segments[0].before) :]
+        whole = [segment.whole for segment in own]
+        if rules.join == "all":
+            return whole
+        body, cut = _hidden_body(branch, rules.marker)
+        if body == cut:
+            return whole
+        for segment in segments:
+            if cut < len(segment.tokens):
+                break
+            cut -= len(segment.tokens)
+        last = segment, cut, len(segment.tokens)
+        return [(segments[0], 0, body), last, *whole[own.index(segment) + 1 :]]
+
+    def _after(self, sequence: Sequence, fork: Fork) -> int:
+        """The position at which a sequence goes on after its branches."""
+        ends = [branch.position for branch in fork.branches]
+        if self.config.rules.positions == "max":
+            return 1 + max(ends)
+        return 1 + sequence.position + sum(end - sequence.position for end in ends)
 
     def _end(self, sequence: Sequence, reason: str, detail: str) -> None:
         """A sequence ends without reaching its own end: a branch lets its siblings run on."""
@@ -240,6 +285,16 @@ class ForkJoin:
         self._branch_ended(sequence)
 
 
-def _after(fork: Fork) -> int:
-    """The position after the longest branch."""
-    return 1 + max(branch.position for branch in fork.branches)
+def _hidden_body(branch: Sequence, marker: str | int | None) -> tuple[int, int]:
+    """The run [begin, end) of a joined branch's own tokens from behind its header to its last
+    marker outside its blocks; empty where there is none."""
+    first, marked = branch.segments[0], np.array(branch.own_tokens()) == marker
+    forced = np.frombuffer(first.figures, first.dtype)["forced"].tolist()
+    begin = [*forced, False].index(False)
+    marked[:begin] = False
+    for item in branch.items:
+        if isinstance(item, Fork):
+            assert item.block.takeaway is not None  # it is joined
+            marked[item.block.start : item.block.takeaway[1]] = False
+    found = np.flatnonzero(marked)
+    return begin, int(found[-1]) + 1 if len(found) else begin

@@ -10,7 +10,7 @@ import numpy as np
 
 from npr_jax.decode.sequence import Fork, PromptScores, Request, Segment, Sequence
 from npr_jax.decode.text import StopText
-from npr_jax.tree import Block, TreeLayout, layout
+from npr_jax.tree import Block, Rules, TreeLayout, layout
 
 KINDS = ("prompt", "token", "fork", "join", "finish")
 FINISH_REASONS = (
@@ -117,18 +117,19 @@ class Outputs:
     """What has happened; told in one place, to callbacks and to whoever takes the events out.
 
     `end(request, reason, detail)` ends an answer whose callback or tokenizer raises; `requests`, by
-    id, are left by those whose finish is told.
+    id, are left by those whose finish is told; `rules`: by which answers are laid out.
 
     Attributes:
       events: for a stream; `tokens`: whether it wants those of tokens.
       finished: the last events of quiet requests, whose consumer waits for nothing else.
     """
 
-    def __init__(self, tokenizer, end: abc.Callable, requests: dict[int, Request]):
+    def __init__(self, tokenizer, rules: Rules, end: abc.Callable, requests: dict[int, Request]):
         self.events: deque[Event] = deque()
         self.finished: deque[Event] = deque()
         self.tokens = False
-        self._tokenizer, self._end, self._requests = tokenizer, end, requests
+        self._tokenizer, self._rules = tokenizer, rules
+        self._end, self._requests = end, requests
         self._untold: deque[tuple] = deque()
         self._delivering = False
 
@@ -232,7 +233,7 @@ class Outputs:
     def _finish(self, request: Request) -> None:
         del self._requests[request.id]
         assert request.end is not None
-        answer = make_trajectory(request, *request.end, self._tokenizer)
+        answer = make_trajectory(request, *request.end, self._tokenizer, self._rules)
         pieces, text = request.trunk.text, None
         if pieces and answer.finish_reason != "error":
             try:
@@ -263,7 +264,9 @@ def _tops(figures: np.ndarray, count: int) -> list[tuple[tuple[int, float], ...]
     return [tuple(zip(ids, logps, strict=True)) for ids, logps in both]
 
 
-def make_trajectory(request: Request, reason: str, detail: str, tokenizer) -> Trajectory:
+def make_trajectory(
+    request: Request, reason: str, detail: str, tokenizer, rules: Rules
+) -> Trajectory:
     """The answer as far as it has come; a tokenizer that fails makes its reason `error`."""
     segments, blocks = _flatten(request.trunk)
 
@@ -279,7 +282,7 @@ def make_trajectory(request: Request, reason: str, detail: str, tokenizer) -> Tr
             columns["top_logp"][: request.prompt_len, :top] = scores.top_logp
     tree = request.tree
     if tree is None or len(tree) != len(tokens):
-        tree = layout(len(tokens), blocks, request.prompt_len, forced)
+        tree = layout(len(tokens), blocks, request.prompt_len, forced, rules, tokens)
     positions = np.concatenate([s.start + np.arange(len(s.tokens)) for s in segments])
     assert (positions == tree.positions).all(), "the engine left the layout's positions"
     response = ids[request.prompt_len :]

@@ -28,12 +28,28 @@ def score_targets(work, rows: int, chunk: int) -> tuple[np.ndarray, Scored]:
     return targets.reshape(rows, chunk), [each for each in found if len(each[1])]
 
 
+def copies_of(unready: list[Sequence]) -> list[Segment]:
+    """The copies that sequences lack and that can be made, since what they are of is computed."""
+    found = {
+        segment: None
+        for sequence in unready
+        for segment in sequence.needs
+        if segment.pieces
+        and sequence.lacks(segment)
+        and all(other.computed >= end for other, _, end in segment.pieces)
+    }
+    return list(found)
+
+
 def runs_of(sequence: Sequence, size: int, but: set[Segment]) -> list[list[Segment]]:
     """What a sequence lacks, but for some segments, by what can be computed one after the other in
-    the same rows: each but the last fills its pages, and sees what the next sees before it."""
+    the same rows: each but the last fills its pages, and sees what the next sees before it. What
+    may see a copy waits until that is made."""
     runs: list[list[Segment]] = []
     full: Segment | None = None  # the last segment, if the next may follow it
-    for segment in sequence.table:
+    for segment in sequence.needs:
+        if segment.pieces and sequence.lacks(segment):
+            break
         lacks = segment not in but and sequence.lacks(segment) > 0
         if lacks and full and segment.before == full.table and not segment.computed:
             runs[-1].append(segment)
@@ -53,7 +69,7 @@ def prefill_work(scheduler: Scheduler, unready: list[Sequence], rows: int, chunk
     # tokens to be scored.
     pages = set()
     for sequence in unready:
-        for segment in sequence.table:
+        for segment in sequence.needs:
             found = scheduler.adopt(segment, sequence.tail)
             scheduler.found_cached(sequence.request, found)
         for segments in runs_of(sequence, scheduler.config.page_size, planned):

@@ -32,7 +32,7 @@ class _NoScheduler:
 
     def release(self, sequence) -> None: ...
 
-    def hold(self, table) -> None: ...
+    def take(self, sequence) -> None: ...
 
     def drop(self, table) -> None: ...
 
@@ -58,6 +58,11 @@ def regrow(
     """
     answer, trunk = begun.answer, request.trunk
     ids = answer.token_ids.tolist()
+    if answer.layout.rules != config.rules:
+        raise ValueError(
+            f"{name} goes on from an answer with the rules {answer.layout.rules}, engine.rules are "
+            f"{config.rules}"
+        )
     if ids[: answer.prompt_len] != trunk.own_tokens():
         raise ValueError(f"{name} goes on from an answer to another prompt")
     figures = np.zeros(len(ids), trunk.tail.dtype)
@@ -69,7 +74,7 @@ def regrow(
                 f"is {list(shape)}: ask for the same log-probs as then"
             )
         figures[field] = values
-    counts = answer.layout.positions < answer.prompt_len + begun.tokens
+    counts = answer.layout.path_positions < answer.prompt_len + begun.tokens
     growth = _Growth(config, tags)
     # The prompt's last token is the head of the trunk's first piece.
     script, at = script_of(ids, answer.layout), answer.prompt_len - 1

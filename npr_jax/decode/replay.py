@@ -63,7 +63,8 @@ class Replay(ForkJoin):
         for number, child in enumerate(children):
             branch = ReplayedSequence(sequence.request, sequence, number, sequence.key, child)
             head = branch.begin_piece()
-            self._start_segment(branch, head, sequence.position + 1, sequence.table)
+            before = self._before_branch(sequence, block, number)
+            self._start_segment(branch, head, sequence.position + 1, before)
             branches.append(branch)
         self._wait(sequence, Fork(block, branches, opens))
         for branch in branches:
@@ -86,15 +87,19 @@ class Replay(ForkJoin):
 
 
 def replayed_request(maker: RequestMaker, trace, parallel: bool, name: str) -> Request:
-    """The request that replays a trace: a Trajectory, or a pair (token ids, prompt length).
+    """The request that replays a trace: a Trajectory, or a pair (token ids, prompt length). It is
+    laid out by the rules of this engine, whichever it was decoded by.
 
     Raises:
       ValueError: the trace is neither, holds what is no id of the vocabulary, is no tree, has no
         prompt or response, could not fit the empty pool, or is a pair and there are no tags to
         parse it with.
     """
+    rules = maker.config.rules
     if isinstance(trace, Trajectory):
         ids, tree = maker.ids(trace.token_ids, name), trace.layout
+        if tree.rules != rules:
+            tree = layout(len(ids), tree.blocks, tree.prompt_len, tree.forced, rules, ids)
     else:
         try:
             given, prompt_len = trace
@@ -109,14 +114,14 @@ def replayed_request(maker: RequestMaker, trace, parallel: bool, name: str) -> R
                 f"{name} is a pair of ids and prompt length, and the model has no tokenizer whose "
                 "tags could parse it: give a Trajectory with its layout"
             )
-        tree = parse(ids, prompt_len, maker.tags, allow_open=True)
+        tree = parse(ids, prompt_len, maker.tags, allow_open=True, rules=rules)
     if tree.prompt_len < 1 or tree.total_len < 1:
         raise ValueError(
             f"{name} has {tree.prompt_len} prompt tokens and a response of {tree.total_len}, "
             "needed is at least one of each"
         )
     if not parallel:
-        tree = layout(len(ids), prompt_len=tree.prompt_len)
+        tree = layout(len(ids), prompt_len=tree.prompt_len, rules=rules)
     sampling = SamplingParams(temperature=0, max_tokens=tree.total_len, parallel=parallel)
     maker.refuse_too_long(tree.prompt_len, sampling, name)
     shared = Segment(0, ())

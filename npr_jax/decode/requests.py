@@ -157,6 +157,12 @@ class RequestMaker:
             asked, most = getattr(sampling, key), getattr(self.config, key)
             if asked is not None and asked > most:
                 raise ValueError(f"{key} is {asked}, engine.{key} is {most}: raise it, or ask less")
+        if sampling.parallel and sampling.min_tokens and self.config.rules.positions == "sum":
+            raise ValueError(
+                f"min_tokens is {sampling.min_tokens} and engine.rules.positions 'sum', under "
+                "which positions are not the tokens of a path: set min_tokens to 0, or positions "
+                "to 'max'"
+            )
         least = sampling.prompt_logprobs is not None  # the program that scores is there from 1 on
         for key, asked in (
             ("logprobs", sampling.logprobs),

@@ -21,10 +21,11 @@ from jax.sharding import PartitionSpec as P
 from npr_jax.decode.attention import Shared, check_pool, empty_pool
 from npr_jax.decode.config import EngineConfig
 from npr_jax.decode.lanes import Lanes
-from npr_jax.decode.prefill import Scored, prefill_work, runs_of, score_targets
+from npr_jax.decode.prefill import Scored, copies_of, prefill_work, runs_of, score_targets
 from npr_jax.decode.scheduler import Scheduler
 from npr_jax.decode.sequence import FIGURES, Segment, Sequence
 from npr_jax.decode.steps import (
+    COPIED,
     SCORED,
     Rows,
     SamplerOutput,
@@ -211,6 +212,8 @@ class Runner:
             *(functools.partial(self._prefill_call, [], *shape, some) for some, shape in prefills),
             *(functools.partial(self._decode_call, [], width=width) for width in widths),
         ]
+        if self.config.rules.hide:
+            calls.append(lambda: self._copy_call([np.zeros((0, 4))] * self.replicas))
         if self.config.max_logprobs:
             calls.append(functools.partial(self._score_call, [], *self._shapes[-1]))
         with _fitting(self.config):
@@ -245,6 +248,8 @@ class Runner:
         chunk of it, so that decoding lanes wait for no more than that."""
         shape = None
         while any(unready := [scheduler.unready() for scheduler in schedulers]):
+            if self._copy(schedulers, unready):
+                continue
             if shape == self._shapes[-1]:
                 return
             shape = rows, chunk = self._prefill_shape(unready)
@@ -262,6 +267,42 @@ class Runner:
                 for segment, count in run:
                     scheduler.computed(segment, count)
                     self.stats["prefill_tokens"] += count
+
+    def _copy(
+        self, schedulers: abc.Sequence[Scheduler], unready: abc.Sequence[list[Sequence]]
+    ) -> bool:
+        """Makes the copies that can be made; whether there were any."""
+        copies = [copies_of(some) for some in unready]
+        if not any(copies):
+            return False
+        cells = [self._copy_cells(some) for some in copies]
+        for first in range(0, max(map(len, cells)), COPIED):
+            self._copy_call([some[first : first + COPIED] for some in cells])
+        for scheduler, some in zip(schedulers, copies, strict=True):
+            for segment in some:
+                scheduler.computed(segment, len(segment.tokens))
+        return True
+
+    def _copy_cells(self, copies: list[Segment]) -> np.ndarray:
+        """i32[N, 4], of every entry of some copies where it comes from and goes to."""
+        size = self.config.page_size
+
+        def places(segment: Segment, begin: int, end: int) -> np.ndarray:
+            entries = np.arange(begin, end)
+            return np.stack([np.array(segment.pages)[entries // size], entries % size], axis=1)
+
+        pairs = [
+            np.concatenate([np.concatenate([places(*p) for p in x.pieces]), places(*x.whole)], 1)
+            for x in copies
+        ]
+        return np.concatenate([np.zeros((0, 4), np.int64), *pairs])
+
+    def _copy_call(self, cells: abc.Sequence[np.ndarray]) -> None:
+        """Copies entries, at most COPIED of each replica."""
+        rows = np.full((self.replicas, COPIED, 4), (0, 0, self.config.pages, 0), np.int32)
+        for row, some in zip(rows, cells, strict=True):
+            row[: len(some)] = some
+        self._pool = self._steps.copy(self._take_pool(), self._once(rows.reshape(-1, 4)))
 
     def decode(self, sequences: abc.Sequence[Sequence]) -> PendingStep | None:
         """Asks for N steps of these sequences; None where none of them can draw.
@@ -294,7 +335,7 @@ class Runner:
     def _prefill_shape(self, unready: list[list[Sequence]]) -> tuple[int, int]:
         """Of the two shapes, the one that computes what the sequences of each replica lack at less
         cost; that of long prompts where something is to be scored."""
-        if any(x.to_score for some in unready for sequence in some for x in sequence.table):
+        if any(x.to_score for some in unready for sequence in some for x in sequence.needs):
             return self._shapes[-1]
         counts = [[] for _ in unready]
         for lengths, some in zip(counts, unready, strict=True):

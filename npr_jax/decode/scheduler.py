@@ -51,12 +51,15 @@ class Scheduler:
         return sorted(filter(None, self.lanes), key=_PRIORITY)
 
     def unready(self) -> list[Sequence]:
-        """The sequences with a lane that lack something of their tables, by priority. Once it lacks
-        nothing a sequence is ready as long as it keeps its lane."""
+        """The sequences with a lane that lack something of their tables, and have the pages for it,
+        by priority. Once it lacks nothing a sequence is ready as long as it keeps its lane."""
         found = [sequence for sequence in self.lanes if sequence and not sequence.ready]
         for sequence in found:
             sequence.ready = not any(map(sequence.lacks, sequence.table))
+            if sequence.ready:
+                self._need(sequence, ())
         found = [sequence for sequence in found if not sequence.ready]
+        found = [x for x in found if not x.needed or any(map(x.lacks, x.needs))]
         return sorted(found, key=_PRIORITY)
 
     @property
@@ -91,10 +94,10 @@ class Scheduler:
         for table in request.tables():
             self.hold(table)
             found += sum(self.adopt(segment, table[-1]) for segment in table)
+        for sequence in request.growing():
+            self._find_needs(sequence)
         if self.running and self._pages_to_start(request) > self.pages.num_available:
-            for table in request.tables():
-                self.drop(table)
-            request.running = False
+            self._drop_all(request)
             return False
         self.waiting.remove(request)
         self.running.append(request)
@@ -125,7 +128,7 @@ class Scheduler:
     def _pages_to_start(self, request: Request) -> int:
         """Pages an answer takes at first: its known tokens, and N steps of each sequence."""
         size, sequences = self.config.page_size, list(request.growing())
-        segments = {id(segment): segment for sequence in sequences for segment in sequence.table}
+        segments = {id(segment): segment for sequence in sequences for segment in sequence.needs}
         known = sum(math.ceil(len(s.tokens) / size) - len(s.pages) for s in segments.values())
         return known + len(sequences) * (1 + math.ceil(self.config.steps / size))
 
@@ -137,6 +140,8 @@ class Scheduler:
         """
         exhausted: list[tuple[Request, str]] = []
         for sequence in self.bound:
+            if sequence.needed:
+                self._find_needs(sequence)
             want = min(sequence.left, sequence.pending + self.config.steps)
             while sequence.lane is not None:  # else its answer was preempted or given up
                 lack = self._grow(sequence, want)
@@ -159,10 +164,10 @@ class Scheduler:
         need = -(-(len(tail.tokens) + steps - 1) // size)
         if sequence.ready and need <= len(tail.pages):
             return None
-        total = 0
-        for segment in sequence.table:
+        total, listed = 0, {*sequence.table} if sequence.needed else ()
+        for segment in sequence.needs:
             pages = need if segment is tail else -(-len(segment.tokens) // size)
-            total += pages
+            total += 0 if listed and segment not in listed else pages
             if total > self.config.longest_table:
                 return f"room in a table of {self.config.longest_table} pages"
             if pages > len(segment.pages):
@@ -176,6 +181,7 @@ class Scheduler:
     def release(self, sequence: Sequence) -> None:
         """Takes the sequence off its lane, and the pages reserved for steps it did not take."""
         self._free_lane(sequence)
+        self._need(sequence, ())
         segment = sequence.items[-1]
         if isinstance(segment, Segment):
             keep = math.ceil(len(segment.tokens) / self.config.page_size)
@@ -187,6 +193,35 @@ class Scheduler:
         if sequence.lane is not None:
             self.lanes[sequence.lane - self.first_lane] = None
             sequence.lane = None
+
+    def take(self, sequence: Sequence) -> None:
+        """Holds the table of a sequence that goes on in a new segment."""
+        self.hold(sequence.table)
+        self._find_needs(sequence)
+
+    def _find_needs(self, sequence: Sequence) -> None:
+        """Holds what a sequence's table is computed from, and is not in it, until it is computed:
+        branches whose bodies are hidden. There need not be pages for all of it at once. First comes
+        what is before the hidden part of another copy; then that gives its pages back."""
+        if not self.config.rules.hide:
+            return
+        order, listed = sequence.order(), {*sequence.table}
+        if len(order) == len(listed):
+            self._need(sequence, ())
+            return
+        copied = False
+        for count, segment in enumerate(order):
+            if copied and segment not in listed and sequence.lacks(segment):
+                self._need(sequence, order, count)
+                return
+            copied |= bool(segment.pieces) and sequence.lacks(segment) > 0
+        self._need(sequence, order, len(order))
+
+    def _need(self, sequence: Sequence, needed: tuple[Segment, ...], count: int = 0) -> None:
+        """From now on the sequence needs these segments, and first so many of them."""
+        self.hold(needed)
+        self.drop(sequence.needed)
+        sequence.needed, sequence.stage = needed, needed[:count]
 
     def hold(self, table: abc.Sequence[Segment]) -> None:
         """One more table lists these segments."""
@@ -284,12 +319,18 @@ class Scheduler:
         """Takes an answer off its lanes and pages, or off the queue."""
         self._free_lanes(request)
         if request.running:
-            for table in list(request.tables()):
-                self.drop(table)
-            request.running = False
+            self._drop_all(request)
             self.running.remove(request)
         elif request in self.waiting:
             self.waiting.remove(request)
+
+    def _drop_all(self, request: Request) -> None:
+        """The answer's tables hold pages no longer."""
+        for sequence in request.growing():
+            self._need(sequence, ())
+        for table in request.tables():
+            self.drop(table)
+        request.running = False
 
     def reset(self) -> None:
         """Takes everything off lanes, pages and queue, whatever state they are in."""

@@ -4,7 +4,8 @@ A `Request` is one answer that was asked for. A `Sequence` is a run of its text 
 positions up by one: the trunk, or a branch. It consists of `Segment`s (tokens and the pages that
 hold their keys) with a `Fork` between two of them. Forking and joining move no token and no page: a
 branch's table is its parent's segments and its own; after the join the trunk's table is what it saw
-before, then every branch's segments.
+before, then every branch's segments. Where rules hide a part of them (tree/rules.py), a table lists
+copies of the entries that are left.
 
 A segment's tokens and what was computed of them are two things: a preempted answer gives up its
 pages, and later its segments are computed again from their tokens.
@@ -14,7 +15,8 @@ Who writes which field: the table in docs/architecture.md.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -70,6 +72,9 @@ class PromptScores:
         self.top_ids[at], self.top_logp[at] = top_ids[:, :top], top_logp[:, :top]
 
 
+Piece = tuple["Segment", int, int]  # the entries [begin, end) of a segment
+
+
 class Segment:
     """Tokens at positions start, start + 1, ...; `before`: the segments they see, in order;
     `dtype`: of `figures_of`."""
@@ -91,6 +96,8 @@ class Segment:
         self.refs = 0  # tables that list it
         # The segment of another answer whose first tokens these are: its pages are these, too.
         self.of: Segment | None = None
+        # What it is a copy of: its entries are these of other segments, keys and positions too.
+        self.pieces: tuple[Piece, ...] = ()
 
     @property
     def to_score(self) -> bool:
@@ -114,6 +121,34 @@ class Segment:
         """Adds tokens with their figures."""
         self.tokens += tokens
         self.figures += figures.tobytes()
+
+    @property
+    def whole(self) -> Piece:
+        """All of it."""
+        return self, 0, len(self.tokens)
+
+    @property
+    def sources(self) -> tuple["Segment", ...]:
+        """What it is computed from."""
+        return tuple(segment for segment, _, _ in self.pieces) or self.before
+
+
+def table_of(before: tuple[Segment, ...], pieces: Iterable[Piece]) -> tuple[Segment, ...]:
+    """The table of what sees the segments `before`, and these pieces behind them. Whole segments
+    are listed as they are; of others, which may begin inside a page, one copy for all that follow
+    each other."""
+    for is_whole, run in itertools.groupby(pieces, lambda piece: piece == piece[0].whole):
+        some = tuple(run)
+        if is_whole:
+            before += tuple(segment for segment, _, _ in some)
+            continue
+        first, begin, _ = some[0]
+        copy = Segment(first.start + begin, before, first.dtype)
+        copy.pieces = some
+        for segment, begin, end in some:
+            copy.tokens += segment.tokens[begin:end]
+        before = copy.table
+    return before
 
 
 @dataclasses.dataclass
@@ -149,6 +184,11 @@ class Sequence:
         self.given: list[int] | None = None  # what its last segment will hold, if not drawn
         self.lane: int | None = None
         self.ready = False  # all that it sees is computed, or will be by what is on its way
+        # Where rules hide a part: what its table is computed from, each segment behind what it is
+        # computed from itself, and how much of that comes first (() where the table is all).
+        self.needed: tuple[Segment, ...] = ()
+        self.stage: tuple[Segment, ...] = ()
+        self.late = parent.late if parent else 0  # its positions, less the tokens on its path
         self.epoch = 0  # counts starts on a lane: what was drawn in an earlier one is dropped
         self.pending = 0  # tokens that may have been drawn and were not read yet
         self.text: Any = None  # text.StopText of all its tokens, where somebody listens
@@ -181,6 +221,26 @@ class Sequence:
         return self.tail.table
 
     @property
+    def needs(self) -> tuple[Segment, ...]:
+        """The segments that are to be computed before it draws, as far as there are pages for."""
+        return self.stage or self.table
+
+    def order(self) -> tuple[Segment, ...]:
+        """Its table, and what this is computed from, as far as it is not; each segment behind what
+        it is computed from itself."""
+        found: dict[Segment, None] = {}
+
+        def add(segment: Segment) -> None:
+            if segment not in found:
+                for other in segment.sources if self.lacks(segment) else ():
+                    add(other)
+                found[segment] = None
+
+        for segment in self.table:
+            add(segment)
+        return tuple(found)
+
+    @property
     def left(self) -> int:
         """Tokens the sequence may still draw by its budget or its positions."""
         tail = self.tail
@@ -191,6 +251,11 @@ class Sequence:
         not, but its own last."""
         count = len(segment.tokens) - (segment is self.tail) - segment.computed
         return count if count > 0 else 0
+
+    @property
+    def segments(self) -> list[Segment]:
+        """The sequence's own, without those of its branches."""
+        return [item for item in self.items if isinstance(item, Segment)]
 
     def own_tokens(self) -> list[int]:
         """The sequence's own tokens, without those of its branches."""
@@ -234,13 +299,13 @@ class Request:
     @property
     def length(self) -> int:
         """Tokens on the longest path of the response, as far as it has come."""
-        last = max((sequence.position for sequence in self.growing()), default=0)
+        last = max((sequence.position - sequence.late for sequence in self.growing()), default=0)
         return max(0, last + 1 - self.prompt_len)
 
     @property
     def shortest(self) -> int:
         """The same of the shortest of the paths that can go on."""
-        last = min((sequence.position for sequence in self.growing()), default=0)
+        last = min((sequence.position - sequence.late for sequence in self.growing()), default=0)
         return max(0, last + 1 - self.prompt_len)
 
     def growing(self) -> Iterator[Sequence]:
@@ -257,10 +322,12 @@ class Request:
 
     def tables(self) -> Iterator[tuple[Segment, ...]]:
         """The tables that hold pages: of the sequences that have not ended, and of branches that
-        have ended and wait to be joined."""
+        have ended and wait to be joined; and what some are computed from."""
 
         def walk(sequence: Sequence):
             yield sequence.table
+            if sequence.needed:
+                yield sequence.needed
             if sequence.waiting:
                 for branch in sequence.fork.branches:
                     yield from walk(branch)

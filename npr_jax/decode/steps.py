@@ -30,6 +30,7 @@ from npr_jax.decode.sampling import Array, LaneSampling, likeliest, sample
 from npr_jax.model import ModelConfig, forward, head, log_sum_exp, unembed
 
 SCORED = 128  # tokens of a prompt whose logits exist at one time
+COPIED = 256  # entries that one call copies
 
 
 def pool_shape(
@@ -355,18 +356,33 @@ def _write(rows: Rows, cells, ends, first: Array = 0) -> Rows:
     return Rows(table, base, *ends.T)
 
 
+def _copy(attention: PagedAttention, pool, cells):
+    """The pool with copies of some entries, keys and values as they are: cells i32[N, 4] are (page,
+    entry, page to copy it to, entry there); past the end: none."""
+    page, entry, to_page, to_entry = cells.T
+    heads = (slice(None),) if attention.heads == 2 else ()
+
+    def copy(x):
+        found = x[(slice(None), page, *heads, entry)]
+        return x.at[(slice(None), to_page, *heads, to_entry)].set(found, mode="drop")
+
+    return jax.tree.map(copy, pool)
+
+
 class Steps(NamedTuple):
     """The compiled steps: prefill(params, pool, rows, shared, tokens, positions, ranks) -> pool,
     score(..., targets) -> (pool, logp, top_ids, top_logp), the same with log-probs (`_score`),
     decode(params, pool, rows, state, restart, restarted, given, lanes, seen, pick, shared, least,
-    limit) -> (pool, state, seen, SamplerOutput), write(rows, cells, ends) -> rows and
-    mark(seen, fresh, tokens) -> seen; pool, `seen` and `write`'s rows are donated."""
+    limit) -> (pool, state, seen, SamplerOutput), write(rows, cells, ends) -> rows,
+    mark(seen, fresh, tokens) -> seen and copy(pool, cells) -> pool; pool, `seen` and `write`'s rows
+    are donated."""
 
     prefill: Callable
     score: Callable
     decode: Callable
     write: Callable
     mark: Callable
+    copy: Callable
 
 
 @functools.cache
@@ -386,6 +402,7 @@ def compiled_steps(
     prefill = functools.partial(_prefill, config, attend)
     score = functools.partial(_score, config, attend, top)
     decode = functools.partial(_decode, config, attend, steps, top)
+    copy = functools.partial(_copy, attend)
     if mesh is None:
         return Steps(
             jax.jit(prefill, donate_argnums=1),
@@ -393,6 +410,7 @@ def compiled_steps(
             jax.jit(decode, donate_argnums=(1, 8)),
             jax.jit(_write, donate_argnums=0),
             jax.jit(_mark, donate_argnums=0),
+            jax.jit(copy, donate_argnums=0),
         )
 
     def write(rows, cells, ends):
@@ -409,6 +427,7 @@ def compiled_steps(
     decode = shard(decode, in_specs=in_specs, out_specs=(pool, rows, rows, rows))
     write = shard(write, in_specs=(rows, P(), rows), out_specs=rows)
     mark = shard(mark, in_specs=(rows, rows, P()), out_specs=rows)
+    copy = shard(copy, in_specs=(pool, rows), out_specs=pool)
     laid_out = NamedSharding(mesh, pool_spec(config, attention, mesh))
     everywhere = NamedSharding(mesh, P())  # every process reads what was drawn
     split = NamedSharding(mesh, rows)
@@ -418,6 +437,7 @@ def compiled_steps(
         jax.jit(decode, donate_argnums=(1, 8), out_shardings=(laid_out, split, split, everywhere)),
         jax.jit(write, donate_argnums=0, out_shardings=split),
         jax.jit(mark, donate_argnums=0, out_shardings=split),
+        jax.jit(copy, donate_argnums=0, out_shardings=laid_out),
     )
 
 

@@ -19,7 +19,8 @@ from npr_jax.data.benchmarks import Question
 from npr_jax.data.sources import Problem
 from npr_jax.decode.text import TextPieces
 from npr_jax.evaluate.judge import Answer, Figures, count
-from npr_jax.tree import Block, TreeLayout, layout
+from npr_jax.tree import Block, Rules, TreeLayout, layout
+from npr_jax.tree.rules import PAPER
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Trace:
       violations: rules of the format that it breaks, a sentence each.
       finish_reason, detail: the engine's.
       benchmark, id, sample: which answer to which problem this is.
+      rules: of fork, join and positions, by which it was decoded; left out where they are the
+        defaults.
     """
 
     problem: str
@@ -58,12 +61,13 @@ class Trace:
     benchmark: str = ""
     id: str = ""
     sample: int = 0
+    rules: Rules = PAPER
 
     @functools.cached_property
     def layout(self) -> TreeLayout:
         """Positions, visibility and predictors of the tokens."""
-        forced = np.array(self.forced, bool)
-        return layout(len(self.token_ids), self.blocks, self.prompt_len, forced)
+        forced, ids = np.array(self.forced, bool), self.token_ids
+        return layout(len(ids), self.blocks, self.prompt_len, forced, self.rules, ids)
 
     @functools.cached_property
     def figures(self) -> Figures:
@@ -87,6 +91,9 @@ class Trace:
         """One line of JSON, without its end; log-probs that are no numbers are null."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         values["logp"] = [x if math.isfinite(x) else None for x in self.logp]
+        rules = values.pop("rules")
+        if rules != PAPER:
+            values["rules"] = dataclasses.asdict(rules)
         return json.dumps(values, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
@@ -128,6 +135,7 @@ def make_trace(
         benchmark=benchmark,
         id=id,
         sample=sample,
+        rules=made.layout.rules,
     )
 
 
@@ -159,6 +167,8 @@ def _fields(values: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"{', '.join(map(repr, unknown))} is no key of one")
     values = dict(values)
     values["logp"] = [math.nan if x is None else x for x in values["logp"]]
+    if "rules" in values:
+        values["rules"] = Rules(**values["rules"])
     values["blocks"] = blocks = tuple(_block(*block) for block in values["blocks"])
     if any(block.depth >= len(blocks) for block in blocks):  # the layout has a column for each
         raise ValueError(f"blocks holds {len(blocks)} blocks, one of them as deep or deeper")

@@ -69,6 +69,8 @@ LATER: tuple[str, ...] = (
     "engine.exact",
     "engine.max_logprobs",
     "engine.max_logit_bias",
+    "engine.max_blocks",
+    *(f"engine.rules.{name}" for name in ("join", "fork", "positions", "marker")),
     "train.exact",
     "fit.train.exact",
     *(

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, TypedDict
 
+import numpy as np
 import yaml
 from jax.sharding import Mesh
 
@@ -45,10 +46,11 @@ from npr_jax.train.packing import Example, loss_mask
 from npr_jax.train.rollout import BETA, encode_problems, engine_params, roll_out
 from npr_jax.train.start import Start, find_start, parse_start
 from npr_jax.train.step import TrainConfig
-from npr_jax.tree import TagIds, TraceError, layout, parse
+from npr_jax.tree import Rules, TagIds, TraceError, layout, parse
 from npr_jax.tree.canonical import canonical
 from npr_jax.tree.format import check_format
 from npr_jax.tree.parse import reference_depth
+from npr_jax.tree.rules import PAPER
 
 ACCEPTED = "accepted.jsonl"  # in a run directory, its records
 MAX_DEPTH = 1  # what the format check accepts
@@ -146,6 +148,12 @@ class BetaConfig(Checked):
             raise ValueError(
                 f"mesh.rollout is {self.mesh.rollout}, needed is 0: Beta samples before it trains"
             )
+        self.engine.check_rows()
+        if self.layout == "reference" and self.engine.rules != PAPER:
+            raise ValueError(
+                f"engine.rules are {self.engine.rules}, needed are the defaults: layout "
+                "'reference' has masks and positions of its own"
+            )
 
     @property
     def loss(self) -> Objective:
@@ -171,7 +179,7 @@ class BetaConfig(Checked):
         """Hidden intervals per token of a row: the tree's, and one for the row."""
         if self.layout == "reference":
             return reference_depth(self.engine.max_branches) + 1
-        return MAX_DEPTH + 1
+        return self.engine.rules.intervals(MAX_DEPTH, self.engine.max_blocks) + 1
 
 
 def run(config: BetaConfig, report: Report | None = None) -> Path:
@@ -205,7 +213,8 @@ def _train(config: BetaConfig, output: Path, report: Report | None) -> Model:
         claim_inputs(output, {"problems": problems_content(known, answers)})
     else:
         records = loop.run(Sampling(config, output / ACCEPTED, mesh, start), report)
-    examples = make_examples(records, tags, config.layout, config.train_forced)
+    rules = tags.resolved(config.engine.rules)
+    examples = make_examples(records, tags, config.layout, config.train_forced, rules)
     if not examples:
         raise ValueError(
             f"none of {len(records)} problems got an accepted answer in sample.tries="
@@ -421,7 +430,7 @@ def _sample_batch(engine: Engine, batch, config: BetaConfig, seeds) -> tuple[lis
         accepted = [
             (lacking[number], answer.trajectory.token_ids.tolist(), answer.trajectory.text)
             for (number, _), answer in answers.items()
-            if accepts(answer, engine.tags, row_len)
+            if accepts(answer, engine.tags, row_len, config.engine.max_blocks)
         ]
         for i in lacking:
             records[i]["tries"] += 1
@@ -437,9 +446,9 @@ def _sample_batch(engine: Engine, batch, config: BetaConfig, seeds) -> tuple[lis
     }
 
 
-def accepts(answer: Answer, tags: TagIds, row_len: int) -> bool:
+def accepts(answer: Answer, tags: TagIds, row_len: int, max_blocks: int = 0) -> bool:
     """Whether Beta trains on an answer: finished, well-formed, correct, and fit for a row of
-    `row_len` tokens with canonical framing."""
+    `row_len` tokens with canonical framing, and of `max_blocks` blocks at most (0: any number)."""
     trajectory = answer.trajectory
     if trajectory.finish_reason != "stop" or answer.violations or not answer.correct:
         return False
@@ -447,19 +456,27 @@ def accepts(answer: Answer, tags: TagIds, row_len: int) -> bool:
         tokens = canonical(trajectory.token_ids, trajectory.prompt_len, tags, MAX_DEPTH)
     except TraceError:
         return False
-    return len(tokens) <= row_len
+    blocks = int(np.sum(tokens[trajectory.prompt_len :] == tags.guideline_open))
+    return len(tokens) <= row_len and (not max_blocks or blocks <= max_blocks)
 
 
 def make_examples(
-    records: Iterable[Record], tags: TagIds, rule: str = "strict", train_forced: bool = False
+    records: Iterable[Record],
+    tags: TagIds,
+    rule: str = "strict",
+    train_forced: bool = False,
+    rules: Rules = PAPER,
 ) -> list[Example]:
-    """Accepted answers with canonical framing, as trees; what the engine will force is masked."""
+    """Accepted answers with canonical framing, as trees of these `rules`; what the engine will
+    force is masked."""
     examples = []
     for record in records:
         for ids in record["accepted"]:
             tokens = canonical(ids, record["prompt_len"], tags, MAX_DEPTH)
             known = "strict" if rule == "causal" else rule
-            tree = parse(tokens, record["prompt_len"], tags, known, max_depth=MAX_DEPTH)
+            tree = parse(
+                tokens, record["prompt_len"], tags, known, max_depth=MAX_DEPTH, rules=rules
+            )
             mask = loss_mask(tree, train_forced)
             if rule == "causal":
                 tree = layout(len(tokens), prompt_len=tree.prompt_len)

@@ -12,7 +12,7 @@ import numpy as np
 
 from npr_jax.decode import Trajectory
 from npr_jax.decode.sequence import FIGURES
-from npr_jax.tree import Block, layout
+from npr_jax.tree import Block, Rules, layout
 
 _ARRAYS = ("token_ids", *(FIGURES.names or ()))
 
@@ -46,7 +46,8 @@ def to_arrays(carried: Carried) -> tuple[list, dict[str, np.ndarray]]:
     for (place, sample), made in carried.answers.items():
         blocks = [[*block] for block in made.layout.blocks]
         facts.append([place, sample, made.prompt_len, made.finish_reason, made.detail, blocks])
-        facts[-1] += [made.text, made.stats, len(made.token_ids)]
+        rules = dataclasses.asdict(made.layout.rules)
+        facts[-1] += [made.text, made.stats, rules, len(made.token_ids)]
         for name, column in columns.items():
             column.append(getattr(made, name))
     arrays = {
@@ -58,11 +59,12 @@ def to_arrays(carried: Carried) -> tuple[list, dict[str, np.ndarray]]:
 def from_arrays(facts: list, arrays: Mapping[str, np.ndarray]) -> dict[tuple[int, int], Trajectory]:
     """The answers of `to_arrays`."""
     found, begin = {}, 0
-    for place, sample, prompt_len, reason, detail, blocks, text, stats, size in facts:
+    for place, sample, prompt_len, reason, detail, blocks, text, stats, rules, size in facts:
         own = {name: arrays[name][begin : begin + size] for name in _ARRAYS}
         begin += size
         spans = [Block(*map(_tuples, block)) for block in blocks]
-        tree = layout(size, spans, prompt_len, own["forced"])
+        known = Rules(**rules), own["token_ids"]
+        tree = layout(size, spans, prompt_len, own["forced"], *known)
         found[place, sample] = Trajectory(
             prompt_len=prompt_len,
             layout=tree,

@@ -12,6 +12,7 @@ Nothing else in the package parses tags.
 
 Invariant: key k is visible to query q iff k <= q and no interval hidden[k, d] = [end, join) holds
 q; and under the strict rule position[q] = 1 + the largest position among the other tokens q sees.
+`Rules` change what a join keeps, what a branch sees, and where the trunk goes on.
 """
 
 from npr_jax.tree.layout import Block, TreeLayout, group, layout, pack
@@ -24,6 +25,7 @@ from npr_jax.tree.parse import (
     TraceError,
     parse,
 )
+from npr_jax.tree.rules import Rules
 
 __all__ = [
     "MAX_HEADERS",
@@ -31,6 +33,7 @@ __all__ = [
     "TAG_NAMES",
     "Automaton",
     "Block",
+    "Rules",
     "TagIds",
     "TraceError",
     "TreeLayout",

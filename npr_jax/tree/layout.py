@@ -3,7 +3,7 @@
     spans --layout--> TreeLayout --pack, group--> rows of many traces
 
 A layout is three integer arrays that the model, the engine and the trainer share; no tags are read
-here.
+here. By which rules it is made, tree/rules.py says.
 """
 
 import dataclasses
@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+
+from npr_jax.tree.rules import PAPER, Rules
 
 
 class Block(NamedTuple):
@@ -56,6 +58,7 @@ class TreeLayout:
       forced: bool[T]; tokens that the engine writes without sampling them.
       blocks: in the order of their start; empty for packed and grouped rows.
       prompt_len: number of tokens before the response.
+      rules: by which the spans of the blocks were laid out.
     """
 
     positions: np.ndarray
@@ -64,6 +67,7 @@ class TreeLayout:
     forced: np.ndarray
     blocks: tuple[Block, ...] = ()
     prompt_len: int = 0
+    rules: Rules = PAPER
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -109,11 +113,19 @@ class TreeLayout:
         return len(self) - self.prompt_len
 
     @property
+    def path_positions(self) -> np.ndarray:
+        """i32[T], tokens on the longest path to each token: the positions, if the trunk goes on at
+        the largest."""
+        if self.rules.positions == "max":
+            return self.positions
+        return layout(len(self), self.blocks, self.prompt_len).positions
+
+    @property
     def critical_path_len(self) -> int:
-        """Response tokens on the longest path: last position - prompt length + 1."""
+        """Response tokens on the longest path: last path position - prompt length + 1."""
         if not self.total_len:
             return 0
-        return int(self.positions[self.prompt_len :].max()) - self.prompt_len + 1
+        return int(self.path_positions[self.prompt_len :].max()) - self.prompt_len + 1
 
 
 def layout(
@@ -121,37 +133,37 @@ def layout(
     blocks: Iterable[Block] = (),
     prompt_len: int = 0,
     forced: np.ndarray | None = None,
+    rules: Rules = PAPER,
+    token_ids: Sequence[int] | np.ndarray | None = None,
 ) -> TreeLayout:
     """Lays `num_tokens` tokens out by the spans of their blocks: the strict rule.
 
     Every branch starts one position after its block's `</guideline>`; the trunk goes on one after
-    the largest last position of the branches. `forced` bool[num_tokens] defaults to what the spans
-    alone tell: the white space before `<step>` and `<takeaway>`, and these tags.
+    the largest last position of the branches, or where `rules` say. `forced` bool[num_tokens]
+    defaults to what the spans alone tell (`framing`). `token_ids` i32[num_tokens] are needed where
+    the rules have a marker, which is the id of a token here.
 
-    Raises ValueError where the steps of a block overlap, or lie outside it or the tokens.
+    Raises ValueError where the steps of a block overlap, or lie outside it or the tokens, and where
+    a marker is still a text, or there are no tokens to find it in.
     """
     blocks = tuple(blocks)
     hidden = np.zeros((num_tokens, max((b.depth + 1 for b in blocks), default=1), 2), np.int32)
     pred = np.arange(-1, num_tokens - 1, dtype=np.int32)
-    structure = np.zeros(num_tokens, bool)
     cuts: list[tuple[int, int, bool]] = []  # (index, block, is a join): where counting breaks off
     for number, block in enumerate(blocks):
         start = block.fork if block.steps else 0
-        for step_open, end in block.steps:
+        for branch, (step_open, end) in enumerate(block.steps):
             if not start <= step_open < end <= block.join <= num_tokens:
                 raise ValueError(
                     f"step [{step_open}, {end}) of a branch from {start} on, joined at "
                     f"{block.join} of {num_tokens} tokens: out of order"
                 )
             hidden[start:end, block.depth] = end, block.join
-            pred[start] = block.fork - 1
-            structure[start : step_open + 1] = True
+            pred[start] = (block.fork if rules.fork == "trunk" else block.plans[branch][1]) - 1
             cuts.append((start, number, False))
             start = end
         if block.steps and block.join < num_tokens:
             cuts.append((block.join, number, True))
-        if block.takeaway:
-            structure[block.join : block.takeaway[0] + 1] = True
     cuts.sort()
     base, top = ([-1] * len(blocks), [-1] * len(blocks))  # positions: of </guideline>, the largest
     begin, position = 0, 0  # of the run of tokens that count up by one
@@ -161,20 +173,96 @@ def layout(
         if base[number] < 0:
             base[number] = last
         top[number] = max(top[number], last)
+        if rules.positions == "sum" and is_join:
+            top[number] = base[number] + index - blocks[number].fork
         begin, position = index, (top[number] if is_join else base[number]) + 1
         begins.append(begin)
         shifts.append(position - begin)
     positions = np.arange(num_tokens, dtype=np.int32)
     for begin, end, shift in zip(begins, [*begins[1:], num_tokens], shifts, strict=True):
         positions[begin:end] += shift
+    forced = framing(num_tokens, blocks) if forced is None else forced
+    if rules.join == "last" and blocks:
+        _hide_bodies(hidden, blocks, forced, rules.marker, token_ids)
+    if rules.fork == "fresh":
+        hidden = _hide_trunks(hidden, blocks, prompt_len)
     return TreeLayout(
         positions=positions,
         hidden=hidden,
         pred=pred,
-        forced=structure if forced is None else forced,
+        forced=forced,
         blocks=blocks,
         prompt_len=prompt_len,
+        rules=rules,
     )
+
+
+def framing(num_tokens: int, blocks: Iterable[Block]) -> np.ndarray:
+    """bool[num_tokens], what the spans alone tell of the tokens that the engine writes: the white
+    space before `<step>` and `<takeaway>`, and these tags."""
+    found = np.zeros(num_tokens, bool)
+    for block in blocks:
+        for (start, _), (step_open, _) in zip(block.branches, block.steps, strict=True):
+            found[start : step_open + 1] = True
+        if block.takeaway:
+            found[block.join : block.takeaway[0] + 1] = True
+    return found
+
+
+def _hide_bodies(hidden: np.ndarray, blocks: Sequence[Block], forced, marker, token_ids) -> None:
+    """Hides what each step holds from behind its header to its last marker from all that comes
+    after the branch. Markers inside a step's own blocks are not the step's."""
+    if token_ids is None or not isinstance(marker, int):
+        lacking = "no tokens to find it in" if isinstance(marker, int) else "needed is an id"
+        raise ValueError(f"marker is {marker!r} and join 'last': {lacking}")
+    ends = len(hidden)
+    within = np.zeros(ends, np.int32)  # blocks that a token is in
+    for block in blocks:
+        within[block.start : block.end] += 1
+    marked = np.asarray(token_ids) == marker
+    for block in blocks:
+        for step_open, end in block.steps:
+            body = step_open + 1
+            while body < end and forced[body]:
+                body += 1
+            found = np.flatnonzero(marked[body:end] & (within[body:end] == block.depth + 1))
+            if not len(found):
+                continue
+            # Each level hides it up to where the next one out does, the outermost to the end.
+            levels = hidden[body : body + found[-1] + 1, : block.depth + 1]
+            levels[:, 0, 1] = ends
+            levels[:, 1:, 1] = levels[:, :-1, 0]
+
+
+def _hide_trunks(hidden: np.ndarray, blocks: Sequence[Block], prompt_len: int) -> np.ndarray:
+    """`hidden` with what lies behind the prompt hidden from all branches of each block, but for a
+    plan from its own branch."""
+    real = hidden[:, :, 0] < hidden[:, :, 1]
+    used = np.max(np.where(real, np.arange(1, real.shape[1] + 1), 0), axis=1)  # columns of each key
+
+    def hide(keys: np.ndarray, start: int, end: int) -> None:
+        nonlocal hidden
+        if start < end and len(keys):
+            if used[keys].max() == hidden.shape[1]:
+                hidden = np.pad(hidden, ((0, 0), (0, 1), (0, 0)))
+            hidden[keys, used[keys]] = start, end
+            used[keys] += 1
+
+    for block in blocks:
+        if not block.steps:
+            continue
+        last = block.fork - 1
+        keys = np.arange(prompt_len, block.fork)
+        inside = (hidden[keys, :, 0] <= last) & (last < hidden[keys, :, 1])
+        keys = keys[~inside.any(axis=1)]  # the trunk sees the others
+        branches, end = block.branches, block.branches[-1][1]
+        for (first, stop), branch in zip(block.plans, branches, strict=False):
+            own = np.arange(first, stop)
+            keys = np.setdiff1d(keys, own)
+            hide(own, block.fork, branch[0])
+            hide(own, branch[1], end)
+        hide(keys, block.fork, end)
+    return hidden
 
 
 def pack(layouts: Sequence[TreeLayout], length: int | None = None) -> TreeLayout:

@@ -11,7 +11,8 @@ from numbers import Integral
 
 import numpy as np
 
-from npr_jax.tree.layout import Block, TreeLayout, layout
+from npr_jax.tree.layout import Block, TreeLayout, framing, layout
+from npr_jax.tree.rules import PAPER, Rules
 
 TAG_NAMES = (
     "<guideline>",
@@ -40,8 +41,9 @@ class TagIds:
     """Token ids of the eight tags, of white space, and of the text that the engine forces.
 
     Inside a text, `step_headers[i - 1]` are the ids of "\\n<step>\\n{i}:" and `takeaway_header`
-    those of "\\n<takeaway>\\n"; `decode` turns ids into text. A tokenizer gives them. The layout of
-    a trace needs none of the three; the numbers of its plans and the engine do.
+    those of "\\n<takeaway>\\n"; `decode` turns ids into text, and `encode` what stands inside a
+    text into ids. A tokenizer gives them. The layout of a trace needs none of the four; the numbers
+    of its plans, the engine and a marker do.
     """
 
     guideline_open: int
@@ -56,6 +58,7 @@ class TagIds:
     step_headers: tuple[tuple[int, ...], ...] = ()
     takeaway_header: tuple[int, ...] = ()
     decode: Callable[[Sequence[int]], str] | None = dataclasses.field(default=None, compare=False)
+    encode: Callable[[str], tuple[int, ...]] | None = dataclasses.field(default=None, compare=False)
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -67,6 +70,30 @@ class TagIds:
         if self.decode is None:
             raise ValueError("these TagIds know no text, needed are TagIds.from_tokenizer")
         return self.decode(ids)
+
+    def resolved(self, rules: Rules) -> Rules:
+        """The rules with the id of the marker's token. Raises ValueError where its text is not one
+        token, or is a tag."""
+        marker = rules.marker
+        if isinstance(marker, str):
+            if self.encode is None:
+                raise ValueError(
+                    f"marker is {marker!r}, but there is no tokenizer to read it: set it to the id "
+                    "of a token"
+                )
+            ids = self.encode(marker)
+            if len(ids) != 1:
+                raise ValueError(
+                    f"marker is {marker!r}, which the tokenizer splits into {len(ids)} tokens, "
+                    "needed is a text of 1"
+                )
+            marker = ids[0]
+        if marker in self.ids:
+            raise ValueError(
+                f"marker is {rules.marker!r}, the tag {TAG_NAMES[self.ids.index(marker)]}: needed "
+                "is a token that steps hold"
+            )
+        return dataclasses.replace(rules, marker=marker)
 
     @classmethod
     def from_tokenizer(cls, tokenizer) -> "TagIds":
@@ -96,12 +123,19 @@ class TagIds:
         def header(text: str) -> tuple[int, ...]:
             return encode(before + text)[1:]
 
+        def inside(text: str) -> tuple[int, ...]:
+            ids = header(text)
+            while len(ids) > 1 and decode([tags[0], *ids[1:]])[known:] == text:
+                ids = ids[1:]  # it was the space
+            return ids
+
         return cls(
             *tags,
             whitespace=frozenset(i for i in blank if decode([tags[0], i])[known:].isspace()),
             step_headers=tuple(header(f"\n<step>\n{i}:") for i in range(1, MAX_HEADERS + 1)),
             takeaway_header=header("\n<takeaway>\n"),
             decode=decode,
+            encode=inside,
         )
 
 
@@ -269,6 +303,7 @@ def parse(
     rule: str = "strict",
     max_depth: int = 8,
     allow_open: bool = False,
+    rules: Rules = PAPER,
 ) -> TreeLayout:
     """Lays out a trace: `prompt_len` prompt tokens, which are plain text, then the response.
 
@@ -280,11 +315,12 @@ def parse(
         blocks of one level).
       max_depth: levels of nested blocks that are accepted.
       allow_open: lay out a response that was cut off inside a block instead of refusing it.
+      rules: of fork, join and positions, with the id of a marker (`TagIds.resolved`).
 
     Raises:
       TraceError: with the index of the first token at which the response is no tree.
       ValueError: `prompt_len` is not within the tokens, `rule` is another, or is "reference" with
-        `allow_open`.
+        `allow_open` or with other rules than the defaults.
     """
     tokens = np.asarray(token_ids).tolist()
     if not isinstance(prompt_len, Integral) or not 0 <= prompt_len <= len(tokens):
@@ -293,18 +329,22 @@ def parse(
         raise ValueError(f"rule is {rule!r}, needed is 'strict' or 'reference'")
     if rule == "reference" and allow_open:
         raise ValueError("rule='reference' lays out complete traces only: allow_open must be False")
+    if rule == "reference" and rules != PAPER:
+        raise ValueError(f"rule='reference' has rules of its own: rules must be {PAPER}")
     automaton = Automaton(tags, max_depth, index=prompt_len)
     automaton.read(tokens[prompt_len:])
-    tree = layout(len(tokens), automaton.finish(allow_open), prompt_len)
+    blocks = automaton.finish(allow_open)
     # The spans give the forced tags; the canonical headers reach past them.
-    for block in tree.blocks:
+    forced = framing(len(tokens), blocks)
+    for block in blocks:
         starts = [start for start, _ in block.branches]
         heads = list(zip(starts, tags.step_headers, strict=False))
         if block.takeaway:
             heads.append((block.join, tags.takeaway_header))
         for start, head in heads:
             if tuple(tokens[start : start + len(head)]) == head:
-                tree.forced[start : start + len(head)] = True
+                forced[start : start + len(head)] = True
+    tree = layout(len(tokens), blocks, prompt_len, forced, rules, tokens)
     return tree if rule == "strict" else _reference(tree)
 
 
