@@ -1,5 +1,6 @@
 """Beta on answers that are given: which lines it takes, and that it learns them as any others."""
 
+import dataclasses
 import json
 import random
 
@@ -10,6 +11,7 @@ from train_toy import encode, problem, tiny
 
 from npr_jax import load
 from npr_jax.base.config import load_config
+from npr_jax.evaluate.traces import Trace
 from npr_jax.model.pretrained import load_tokenizer
 from npr_jax.train import beta
 from npr_jax.train.fit import fit
@@ -77,6 +79,88 @@ def test_what_is_no_answer_to_learn_from_is_named(tmp_path, line, changes, wante
     lines[2] |= line
     with pytest.raises(ValueError, match=wanted):
         beta.run(settings(tmp_path, lines, *changes))
+
+
+def trace_of(problem, answer, response, **changes):
+    """A right answer as a trace, a token a piece."""
+    tokenizer, model = load_tokenizer("tiny"), tiny()
+    ids, prompt_len = encode(model, problem, response)
+    count, ids = len(ids), ids.tolist()
+    made = Trace(
+        problem=problem,
+        reference=answer,
+        token_ids=ids,
+        pieces=[tokenizer.decode([i]) for i in ids],
+        prompt_len=prompt_len,
+        logp=[-1.0] * count,
+        step=list(range(count)),
+        forced=[False] * count,
+        blocks=(),
+        prediction=answer,
+        correct=True,
+        violations=[],
+        finish_reason="stop",
+    )
+    return dataclasses.replace(made, **changes)
+
+
+def test_traces_are_learnt_token_for_token(tmp_path):
+    """With text before a block, which no response may have, and without any."""
+    lines = lines_of(6)
+    values = [(line["problem"], line["answer"], line["response"]) for line in lines]
+    traces = [trace_of(p, a, ("A:", "", "B:A:")[i % 3] + r) for i, (p, a, r) in enumerate(values)]
+    traces += [trace_of(p, a, f"\\boxed{{{a}}}") for p, a, _ in values]
+    rows = [json.loads(trace.dumps()) for trace in traces]
+    config = settings(tmp_path, [*rows, *lines])
+    records, model = records_of(config), tiny()
+    found = sorted(record["accepted"][0] for record in records)
+    assert found == sorted(
+        [*(t.token_ids for t in traces), *(t.token_ids for t in with_text(lines))]
+    )
+    texts = {tuple(r["accepted"][0]): r["texts"][0] for r in records}
+    for trace in traces:
+        assert texts[tuple(trace.token_ids)] == "".join(trace.pieces[trace.prompt_len : -1])
+    made = beta.make_examples(records, model.tags)
+    assert sorted(example.layout.width for example in made) == [1] * 6 + [2] * 12
+    beta.run(config)
+
+
+def with_text(lines):
+    return [trace_of(line["problem"], line["answer"], line["response"]) for line in lines]
+
+
+@pytest.mark.parametrize(
+    "changes, wanted",
+    [
+        ({"correct": False}, r"jsonl:2: correct is False and finish_reason 'stop', needed are"),
+        ({"finish_reason": "length"}, r"jsonl:2: correct is True and finish_reason 'length'"),
+        ({"token_ids": None}, r"jsonl:2: this is no trace: token_ids is None"),
+        ({"pieces": "x"}, r"jsonl:2: the trace was made with another tokenizer"),
+    ],
+)
+def test_a_trace_that_is_nothing_to_learn_from_is_named(tmp_path, changes, wanted):
+    traces = [json.loads(trace.dumps()) for trace in with_text(lines_of(3))]
+    count = len(traces[1]["token_ids"])
+    traces[1] |= {"pieces": ["x"] * count} if "pieces" in changes else changes
+    with pytest.raises(ValueError, match=wanted):
+        records_of(settings(tmp_path, traces))
+
+
+def test_a_trace_has_to_be_a_tree_of_no_more_branches_than_the_engine_takes(tmp_path):
+    (line,) = lines_of(1, groups=3)
+    (whole,) = with_text([line])
+    response = line["response"].replace("</step>", "", 1)
+    for trace, changes, wanted in (
+        (whole, ["engine.max_branches=2"], r"jsonl:1: a block of 3 branches, engine\.max_branches"),
+        (
+            trace_of(line["problem"], line["answer"], response),
+            [],
+            r"jsonl:1: token \d+: <step> in a step",
+        ),
+    ):
+        config = settings(tmp_path, [json.loads(trace.dumps())], *changes)
+        with pytest.raises(ValueError, match=wanted):
+            records_of(config)
 
 
 def test_a_cold_start_goes_on_from_no_sampled_answers(tmp_path):

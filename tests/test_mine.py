@@ -13,6 +13,7 @@ from conftest import optimised
 from npr_jax.evaluate.traces import Trace, read_traces, write_traces
 from npr_jax.model import token_loss
 from npr_jax.model.pretrained import Model, load
+from npr_jax.train.given import read_given
 from npr_jax.train.mine import (
     _ITEMS,
     _LINES,
@@ -305,6 +306,8 @@ def test_a_file_is_mined_and_gone_on_with(tmp_path, monkeypatch):
     assert found["parallel_tokens"] == pytest.approx(inside / tokens)
     whole, mined = target.read_bytes(), list(read_traces(target))
     assert not any(trace.violations for trace in mined)
+    given = read_given(target, model().tokenizer, model().tags, 5, 1)  # Beta learns from it
+    assert [one.ids for one in given] == [trace.token_ids for trace in mined]
     framing = Framing(model().tokenizer, model().tags)
     for trace, made in zip(traces, mined, strict=True):
         assert framing.joined(made.token_ids, made.prompt_len) == trace.token_ids

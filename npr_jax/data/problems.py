@@ -6,15 +6,7 @@ from typing import Protocol, cast
 import grain
 
 from npr_jax.base.seeds import derive_seeds
-from npr_jax.data.sources import (
-    FORMS,
-    BadRow,
-    Problem,
-    parse_json,
-    parse_row,
-    read_rows,
-    short,
-)
+from npr_jax.data.sources import FORMS, BadRow, Problem, parse_row, read_rows
 
 _NEEDED = (
     'JSONL of "problem" and "answer", or a directory that `npr-jax data prepare` made: set problems'
@@ -45,27 +37,6 @@ def read_problems(path: str | Path) -> list[Problem]:
     if not problems:
         raise ValueError(f"{path}: no problems, needed is one JSON object a line")
     return problems
-
-
-def read_responses(path: str | Path) -> list[tuple[Problem, str, int]]:
-    """Problems with a "response" each, of a JSONL file that is else as for `read_problems`: what a
-    script wrote, say. With the numbers of their lines.
-
-    Raises as `read_problems` does, and for a line without a response.
-    """
-    found, form = [], FORMS["jsonl"]
-    for row in read_rows(path, form.unit, _NEEDED):
-        try:
-            problem = parse_row(row.raw, form)
-            response = parse_json(row.raw).get("response")
-            if not isinstance(response, str) or not response.strip():
-                raise BadRow("no answer", f'"response" is {short(response)}, needed is a text')
-        except BadRow as error:
-            raise ValueError(f"{path}:{row.number}: {error}") from error
-        found.append((problem, response, row.number))
-    if not found:
-        raise ValueError(f"{path}: no problems, needed is one JSON object a line")
-    return found
 
 
 class Order(Protocol):

@@ -196,6 +196,16 @@ def read_traces(path: str | Path) -> Iterator[Trace]:
                 raise ValueError(f"{path}:{number}: {error}") from error
 
 
+def of_tokenizer(trace: Trace, tokenizer) -> bool:
+    """Whether the tokens of a trace have its texts in this tokenizer."""
+    text = TextPieces(tokenizer)
+    try:
+        pieces = [text.add(token) for token in trace.token_ids]
+    except (OverflowError, IndexError, TypeError):  # no id of this tokenizer
+        return False
+    return "".join(pieces) + text.flush() == "".join(trace.pieces)
+
+
 def write_traces(path: str | Path, traces: Iterable[Trace]) -> None:
     """Writes a file of traces as a whole; OSError names it where it cannot be written."""
     path, lines = Path(path), "".join(trace.dumps() + "\n" for trace in traces)

@@ -4,7 +4,8 @@ arXiv 2512.07461 eq. 3 and 4, algorithms 1 and 2. An answer of the Zero model is
 keeps the format and is correct. Accepted answers get canonical framing, are laid out as trees, and
 the seed model learns them: from here on it thinks in parallel.
 
-Cold start: without a Zero model the answers are those of the file of problems, a script's say.
+Cold start: without a Zero model the answers are those of the file of problems, which a script wrote
+or `npr-jax mine`.
 """
 
 import bisect
@@ -26,13 +27,11 @@ from npr_jax.base.fields import Checked, Count, CountOrZero, PositiveOrZero, Ran
 from npr_jax.base.files import json_text, whole_lines, write_atomically, writing
 from npr_jax.base.mesh import MeshConfig, local_decode_mesh, make_mesh
 from npr_jax.base.progress import Scalar
-from npr_jax.data.problems import read_problems, read_responses, shuffled
-from npr_jax.data.prompts import prompt_ids
+from npr_jax.data.problems import read_problems, shuffled
 from npr_jax.data.sources import Problem
 from npr_jax.decode import Engine, EngineConfig, SamplingParams
 from npr_jax.evaluate.judge import Answer
 from npr_jax.model.pretrained import Model, load, load_tokenizer, publish_model
-from npr_jax.model.tokenizer import encode
 from npr_jax.runs import loop, sigterm
 from npr_jax.runs.checkpoint import checkpoint_steps
 from npr_jax.runs.directory import SIZES, claim, claim_inputs, read_config
@@ -40,6 +39,7 @@ from npr_jax.runs.log import Report
 from npr_jax.runs.loop import Body
 from npr_jax.train.export import checkpoints_of
 from npr_jax.train.fit import Fit, FitConfig
+from npr_jax.train.given import read_given
 from npr_jax.train.inputs import model_content, problems_content
 from npr_jax.train.objective import Objective
 from npr_jax.train.packing import Example, loss_mask
@@ -48,7 +48,6 @@ from npr_jax.train.start import Start, find_start, parse_start
 from npr_jax.train.step import TrainConfig
 from npr_jax.tree import Rules, TagIds, TraceError, layout, parse
 from npr_jax.tree.canonical import canonical
-from npr_jax.tree.format import check_format
 from npr_jax.tree.parse import reference_depth
 from npr_jax.tree.rules import PAPER
 
@@ -101,7 +100,7 @@ class BetaConfig(Checked):
       model: the seed model, which is trained: directory, hub id or preset.
       sampler_model: the model of stage 1, which is sampled from; null: nothing is sampled, and each
         line of `problems`, a JSONL file, has the text of a `response`, which has to keep the format
-        (cold start).
+        (cold start), or is a trace of a right answer (as of `npr-jax mine`).
       problems: JSONL file of problems and answers, or a directory of `npr-jax data prepare`.
       checker: says which answers are right: a Python file (its path ends in .py) or a module, with
         a function check(prediction, reference); null: equality of values (docs/answers.md).
@@ -236,27 +235,24 @@ def _train(config: BetaConfig, output: Path, report: Report | None) -> Model:
 
 def given_records(config: BetaConfig, tokenizer, tags: TagIds) -> list[Record]:
     """Records of the answers that the file of problems has, right or wrong, in the order in which
-    they would be sampled. Raises ValueError with file and line for one that does not keep the
-    format or is longer than `sample.max_tokens`."""
-    path, sizes, most = config.problems, config.sample, config.engine.max_branches
-    rows, end = read_responses(path), tokenizer.eos_token_id
-    if end is None:
+    they would be sampled. Raises ValueError with file and line for one that is no tree, does not
+    keep the format where it is a text, or is longer than `sample.max_tokens`."""
+    path, sizes = config.problems, config.sample
+    if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {config.model} has no end-of-text token for answers")
+    rows = read_given(path, tokenizer, tags, config.engine.max_branches, MAX_DEPTH)
     order, records = shuffled(len(rows), config.seed, BETA), []
-    for problem, response, line in (rows[int(order[i])] for i in range(len(rows))):
-        prompt = prompt_ids(tokenizer, problem.problem)
-        if len(prompt) > sizes.max_prompt_tokens:
+    for given in (rows[int(order[i])] for i in range(len(rows))):
+        if given.prompt_len > sizes.max_prompt_tokens:
             continue
-        ids = [*prompt, *encode(tokenizer, response), end]
-        if broken := check_format(ids, len(prompt), tags, most, MAX_DEPTH):
-            raise ValueError(f"{path}:{line}: the response breaks the format: {broken[0].reason}")
-        if (length := len(ids) - len(prompt)) > sizes.max_tokens:
+        if (length := len(given.ids) - given.prompt_len) > sizes.max_tokens:
             raise ValueError(
-                f"{path}:{line}: the response has {length} tokens, sample.max_tokens is "
+                f"{given.where}: the response has {length} tokens, sample.max_tokens is "
                 f"{sizes.max_tokens}"
             )
-        about = {"problem": problem.problem, "answer": problem.answer, "prompt_len": len(prompt)}
-        records.append(Record(**about, tries=0, accepted=[ids], texts=[response]))
+        problem, answer, _ = given.problem
+        about = {"problem": problem, "answer": answer, "prompt_len": given.prompt_len}
+        records.append(Record(**about, tries=0, accepted=[given.ids], texts=[given.text]))
         if len(records) == sizes.num_problems:
             break
     if not records:

@@ -25,7 +25,7 @@ from npr_jax.base.files import cut_half_line, writing
 from npr_jax.base.progress import Progress
 from npr_jax.decode.text import TextPieces
 from npr_jax.evaluate.generate import adding, write_all
-from npr_jax.evaluate.traces import Trace, read_trace, read_traces
+from npr_jax.evaluate.traces import Trace, of_tokenizer, read_trace, read_traces
 from npr_jax.model import token_logp
 from npr_jax.model.pretrained import Model, load
 from npr_jax.tree import Block, TagIds, TraceError, TreeLayout, layout, parse
@@ -404,13 +404,7 @@ def _load(name: str, traces: Sequence[Trace], config: MineConfig) -> Model:
     model = load(name, dtype=config.dtype)
     if model.tokenizer is None:
         raise ValueError(f"{name} has no tokenizer, needed is that of the answers")
-    trace = traces[0]
-    text = TextPieces(model.tokenizer)
-    try:
-        pieces = [text.add(token) for token in trace.token_ids]
-    except (OverflowError, IndexError, TypeError):  # no id of this tokenizer
-        pieces = []
-    if "".join(pieces) + text.flush() != "".join(trace.pieces):
+    if not of_tokenizer(traces[0], model.tokenizer):
         raise ValueError(f"{name} has another tokenizer than the model of the answers (--model)")
     return model.with_tags()
 
