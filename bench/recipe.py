@@ -62,6 +62,10 @@ def _all(title: str, train: str, engine: str | None = None) -> Arm:
     return Arm(title, (train, *more), (f"fit.{train}", *more), (train, *more))
 
 
+def _rules(title: str, *settings: str) -> Arm:
+    return Arm(title, beta=settings, papo=settings)
+
+
 ARMS = {
     "base": Arm("the recipe"),
     "no_format_reward": Arm("Zero without format reward", zero=("reward=accuracy",)),
@@ -101,6 +105,17 @@ ARMS = {
     ),
     "refill": Arm("Zero's refills by the rate so far", zero=("refill=rate",)),
     "kl": _rl("KL of 0.01", "kl=0.01"),
+    "sum": _rules(
+        "the trunk goes on at the sum of the branches (ASPD)", "engine.rules.positions=sum"
+    ),
+    "last": _rules(
+        "the trunk sees the steps' results only", 'engine.rules={join: last, marker: "="}'
+    ),
+    "fresh": _rules(
+        "a branch sees the prompt and its plan only",
+        "engine.rules.fork=fresh",
+        "engine.max_blocks=2",
+    ),
     "lion": Arm(
         "lion at a fifth of the learning rate",
         zero=(LION, "train.optimizer.learning_rate=6e-5"),
@@ -158,7 +173,8 @@ def run_arm(seed: int, name: str, home: Path, problems: list) -> dict:
     settings = None
     for stage in STAGES:
         config = config_of(seed, name, home, stage)
-        settings = settings or config  # the first stage's engine and lengths measure all
+        settings = settings or config  # the first stage's lanes and lengths measure all
+        engine = dataclasses.replace(settings.engine, rules=config.engine.rules)
         begun = time.monotonic()
         done = (places[stage] / "final").exists()
         RUN[stage](config)
@@ -166,7 +182,8 @@ def run_arm(seed: int, name: str, home: Path, problems: list) -> dict:
             seconds[stage] = round(time.monotonic() - begun, 1)
         if name == "base" or places[stage].parent.name != "base":
             model = load(places[stage] / "final")
-            row, _ = measure(model, MEASURED[stage], problems, settings, seed)
+            measured = dataclasses.replace(settings, engine=engine)
+            row, _ = measure(model, MEASURED[stage], problems, measured, seed)
             rows[stage] = {key: round(value, 4) for key, value in row.items()}
             print(f"seed {seed}, {name}, {stage}: {rows[stage]}", flush=True)
     return {"rows": rows, "seconds": seconds}
