@@ -1,6 +1,7 @@
 """Which steps of an answer to a sum of `npr_jax.demo.sums` are right, exactly."""
 
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from npr_jax.demo.sums import Sum, true_value
@@ -61,3 +62,17 @@ def label_steps(problem: str, answer: str) -> list[Step]:
             right = int(match[1]) == total and not values and not left
         steps.append(Step(line, right))
     return steps
+
+
+def label_branches(problem: str, branches: Sequence[str]) -> list[bool]:
+    """Whether each branch of an answer is right, for PAPO's `branch_labels`: whether it claims
+    something, and `label_steps`, asked of the branches alone, finds all of that right.
+
+    Raises ValueError for another problem.
+    """
+    labels, before = [], 0
+    for number in range(1, len(branches) + 1):
+        steps = label_steps(problem, "\n".join(branches[:number]))
+        labels.append(len(steps) > before and all(step.right for step in steps[before:]))
+        before = len(steps)
+    return labels

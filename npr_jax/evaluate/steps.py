@@ -1,7 +1,59 @@
-"""How well the first wrong step of an answer is found: ProcessBench (arXiv 2412.06559)."""
+"""Which steps of an answer are right, and how well the first wrong one is found.
 
-from collections.abc import Sequence
-from typing import NamedTuple
+Labels of steps as SPARE has them (arXiv 2506.15498), the score of ProcessBench (arXiv 2412.06559).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, cast
+
+import numpy as np
+
+from npr_jax.base.modules import load_module
+from npr_jax.tree import TagIds, TreeLayout
+
+Label = bool | None  # whether it is right; None: nobody knows
+_LABELS = {bool, np.bool_, type(None)}
+# (problem, texts of the branches of an answer) -> the label of each
+LabelBranches = Callable[[str, Sequence[str]], Sequence[Label]]
+
+
+def find_labels(source: str) -> LabelBranches:
+    """The function `label_branches` of a Python file (its path ends in .py) or of a module.
+
+    It gets the texts between `<step>` and `</step>`, those of an inner block after all of the
+    blocks that began before it. Raises ValueError where there is none.
+    """
+    found = getattr(load_module(source), "label_branches", None)
+    if not callable(found):
+        raise ValueError(
+            f"branch_labels is {source!r}, which has no function label_branches(problem, branches)"
+        )
+    return cast(LabelBranches, found)
+
+
+def label_blocks(
+    label: LabelBranches,
+    problem: str,
+    token_ids: Sequence[int] | np.ndarray,
+    tree: TreeLayout,
+    tags: TagIds,
+) -> list[list[Label]]:
+    """The labels of an answer's branches, for each block of `tree`.
+
+    Raises ValueError where `label` does not give one of True, False and None for each branch.
+    """
+    ids = np.asarray(token_ids).tolist()
+    spans = [(start, end) for block in tree.blocks for start, end in block.steps]
+    texts = [tags.text(ids[start:end]) for start, end in spans]
+    branches = [x.removeprefix("<step>").removesuffix("</step>").strip() for x in texts]
+    found = list(label(problem, branches))
+    if len(found) != len(branches) or not {*map(type, found)} <= _LABELS:
+        raise ValueError(
+            f"label_branches gave {found!r:.60} for {len(branches)} branches of {problem!r:.40}, "
+            "needed is True, False or None for each"
+        )
+    labels = iter(None if x is None else bool(x) for x in found)
+    return [[next(labels) for _ in block.steps] for block in tree.blocks]
 
 
 class StepScore(NamedTuple):

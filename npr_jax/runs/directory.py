@@ -89,6 +89,7 @@ LATER: tuple[str, ...] = (
     "oversample",
     "refill",
     *("acceleration_until", "parallel_bonus", "acceleration_bonus", "schedule", "schedule_until"),
+    *("branch_credit", "branch_labels"),
     "train.lora",
     "fit.train.lora",
     *(f"evaluate.{name}" for name in ("every", "problems", "samples")),
@@ -111,7 +112,8 @@ _WHY = (
     ),
     (r"^staleness$", "which weights sample a batch depends on it"),
     (
-        r"^(checker|malformed|acceleration|parallel_bonus|schedule|advantage|reward|overlong)",
+        r"^(checker|malformed|acceleration|parallel_bonus|schedule|branch_|advantage|reward"
+        r"|overlong)",
         "what an answer is worth depends on it",
     ),
     (r"^(kl$|importance|clip_|dual_clip|objective|layout|train_forced)", "the loss depends on it"),

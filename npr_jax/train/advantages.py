@@ -1,13 +1,16 @@
 """Advantages of rollouts, on the host in float64.
 
-A group is the rollouts of one prompt; group labels are any values that numpy can sort. All
-functions subtract the group's mean, and differ in what they divide by. A group that says nothing
-(one rollout, or equal rewards) gets exactly 0.
+A group is the rollouts of one prompt; group labels are any values that numpy can sort. The three
+functions that compare rollouts subtract the group's mean, and differ in what they divide by. A
+group that says nothing (one rollout, or equal rewards) gets exactly 0. `branch_credit` compares the
+branches of one rollout.
 """
 
 from collections.abc import Hashable, Sequence
 
 import numpy as np
+
+from npr_jax.tree import TreeLayout
 
 EPSILON = 1e-6  # added to the standard deviation, as in the released code
 
@@ -49,6 +52,34 @@ def mean(rewards: Sequence[float], groups: Sequence[Hashable]) -> np.ndarray:
     of `group_std`.
     """
     return _center(*_check(rewards, groups))[0]
+
+
+def branch_credit(tree: TreeLayout, labels: Sequence[Sequence[bool | None]]) -> np.ndarray:
+    """What the tokens of an answer get for the branches that they are in, f64[T].
+
+    A branch's credit is its label, 1 for right and -1 for wrong (SPARE, arXiv 2506.15498), less the
+    mean label of its siblings, which are the other branches of its block: so the branches of a
+    block get 0 together. A token gets the sum over all branches around it, and outside of branches
+    0. A block of one branch, or with a label that is None, adds nothing.
+
+    Args:
+      tree: T tokens.
+      labels: for each block of `tree` those of its branches.
+    """
+    credit = np.zeros(len(tree))
+    for block, own in zip(tree.blocks, labels, strict=True):
+        if not differ([own]):
+            continue  # equal labels would leave 0, too
+        values = np.array([1.0 if right else -1.0 for right in own])
+        siblings = (values.sum() - values) / (len(own) - 1)
+        for (start, end), value in zip(block.branches, values - siblings, strict=True):
+            credit[start:end] += value
+    return credit
+
+
+def differ(labels: Sequence[Sequence[bool | None]]) -> bool:
+    """Whether `branch_credit` tells branches apart: in a block all are known, and not all equal."""
+    return any(None not in own and len(set(own)) > 1 for own in labels)
 
 
 def _check(rewards, groups) -> tuple[np.ndarray, np.ndarray]:

@@ -8,17 +8,19 @@ per batch is on-policy.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar, Literal
 
 import numpy as np
 
-from npr_jax.base.fields import CountOrZero, Share
+from npr_jax.base.fields import CountOrZero, PositiveOrZero, Share
 from npr_jax.decode import Engine, SamplingParams, Trajectory
 from npr_jax.evaluate.judge import Answer
+from npr_jax.evaluate.steps import Label, find_labels, label_blocks
 from npr_jax.runs.log import Report
 from npr_jax.train import policy, rl
-from npr_jax.train.advantages import batch_std, group_std, mean
+from npr_jax.train.advantages import batch_std, branch_credit, differ, group_std, mean
 from npr_jax.train.ask import ask
 from npr_jax.train.objective import Objective
 from npr_jax.train.packing import Example
@@ -67,6 +69,11 @@ class PapoConfig(rl.RLConfig):
       schedule_until (steps): after which "alternating" pays accuracy alone; 0: never.
       advantage: "batch_std" is the paper's, "group_std" DAPO's; "mean" divides by no std, as
         ThreadWeaver, whose reward is `acceleration` 1 with an `acceleration_cap` of 0.4.
+      branch_labels: says which branches are right: a Python file (its path ends in .py) or a
+        module, with a function label_branches(problem, branches) that gives True, False or None
+        (not known) for the text of each (docs/recipe.md); null: nobody does.
+      branch_credit: weight of what a branch's tokens get beside the answer's advantage: its label,
+        1 or -1, less the mean of its siblings' (`advantages.branch_credit`); 0 is off.
       objective: "papo" is the paper's; "dapo" weighs by importance and clips, which does something
         from the second of several minibatches on.
       train_forced: whether tokens that the engine wrote count in the loss, as in the released code.
@@ -87,6 +94,8 @@ class PapoConfig(rl.RLConfig):
     schedule: Literal["accuracy", "alternating"] = "accuracy"
     schedule_until: CountOrZero = 0
     advantage: Literal["batch_std", "group_std", "mean"] = "batch_std"
+    branch_labels: str | None = None
+    branch_credit: PositiveOrZero = 0.0
     objective: Literal["papo", "dapo"] = "papo"
     train_forced: bool = False
     layout: Literal["strict", "reference"] = "strict"
@@ -110,6 +119,13 @@ class PapoConfig(rl.RLConfig):
                 "set layout to 'strict', or train.exact to false"
             )
         self._check_rewards()
+        if self.branch_labels is not None:
+            find_labels(self.branch_labels)
+        elif self.branch_credit:
+            raise ValueError(
+                f"branch_credit is {self.branch_credit} and branch_labels null: nobody says which "
+                "branches are right; set branch_labels, or branch_credit to 0"
+            )
 
     def _check_rewards(self) -> None:
         alternating = self.schedule == "alternating"
@@ -179,17 +195,21 @@ def collect_groups(engine: Engine, feed: rl.Feed, step: int, config: PapoConfig)
     answers, places, late, carried = ask(
         engine, feed, config, sampling, seeds, step, config.prompts
     )
-    own = {
-        key: (reward_of(answer, engine.tags, config, step), shares_of(answer))
+    values = {
+        key: (
+            reward_of(answer, engine.tags, config, step),
+            shares_of(answer),
+            labels_of(answer, engine.tags, config, feed, places[key[0]]),
+        )
         for key, answer in answers.items()
     }
     # Bonuses and advantages are about the answers of all processes.
-    everyones = of_all(own)
+    everyones = of_all(values)
     if not everyones:
         return rl.Collected([], [], carried | {"skipped_because": NOTHING_ENDED})
     shown = first_of(answers, everyones, places, first)
     groups_given = len({number for number, _ in everyones})
-    batch = {key: reward for key, (reward, _) in everyones.items() if reward is not None}
+    batch = {key: reward for key, (reward, *_) in everyones.items() if reward is not None}
     rewards, labels = list(batch.values()), [number for number, _ in batch]
     weights = (config.parallel_bonus, config.acceleration_bonus)
     if any(weights) and batch:
@@ -214,7 +234,10 @@ def collect_groups(engine: Engine, feed: rl.Feed, step: int, config: PapoConfig)
     metrics["equal_share"] = metrics["groups_equal"] / groups_given
     if rewards:
         metrics["reward"] = float(np.mean(rewards))
-    if len(set(rewards)) < 2:
+    known = [everyones[key][2] for key in batch]
+    if config.branch_labels is not None and batch:
+        metrics |= label_metrics(known)
+    if len(set(rewards)) < 2 and not (config.branch_credit and any(map(differ, known))):
         metrics["skipped_because"] = (
             f"the rewards of all {len(rewards)} whole trees are equal"
             if rewards
@@ -223,16 +246,19 @@ def collect_groups(engine: Engine, feed: rl.Feed, step: int, config: PapoConfig)
         return rl.Collected([], [], metrics, shown)
     found = ADVANTAGES[config.advantage](rewards, labels)
     groups: dict[int, list[Example]] = {}
-    for (number, sample), advantage in zip(batch, found, strict=True):
-        if answer := answers.get((number, sample)):  # else another process has it
+    for key, advantage, own in zip(batch, found, known, strict=True):
+        if answer := answers.get(key):  # else another process has it
+            if config.branch_credit and own:
+                credit = branch_credit(answer.trajectory.layout, own)
+                advantage = advantage + config.branch_credit * credit
             example = example_of(answer.trajectory, advantage, engine.tags, config)
-            groups.setdefault(number, []).append(example)
+            groups.setdefault(key[0], []).append(example)
     order = {number: place for place, number in enumerate(sorted(set(labels)))}
     return rl.Collected(list(groups.values()), [order[number] for number in groups], metrics, shown)
 
 
 def example_of(
-    trajectory: Trajectory, advantage: float, tags: TagIds, config: PapoConfig
+    trajectory: Trajectory, advantage: float | np.ndarray, tags: TagIds, config: PapoConfig
 ) -> Example:
     """What is trained of one answer, and under which layout."""
     example = sampled_example(trajectory, advantage, config.train_forced)
@@ -248,6 +274,28 @@ def shares_of(answer: Answer) -> tuple[float, float]:
     found = answer.figures
     share = found.parallel_tokens / found.tokens if found.tokens else 0.0
     return share, off_path(found.tokens, found.critical_path)
+
+
+def labels_of(
+    answer: Answer, tags: TagIds, config: PapoConfig, feed: rl.Feed, place: int
+) -> list[list[Label]]:
+    """Labels of the branches of a whole tree, block by block; none where nobody is asked, or of
+    another answer. `place`: of its problem in the feed."""
+    if config.branch_labels is None or not is_whole(
+        answer.trajectory, tags, config.engine.max_depth
+    ):
+        return []
+    label, problem = find_labels(config.branch_labels), feed.problem(place).problem
+    made = answer.trajectory
+    return label_blocks(label, problem, made.token_ids, made.layout, tags)
+
+
+def label_metrics(labels: Sequence[Sequence[Sequence[Label]]]) -> dict[str, float]:
+    """Of whole trees with the labels of their branches: the share of trees of which branches are
+    told apart, and of the known branches, if there are any, that of right ones."""
+    known = [label for tree in labels for own in tree for label in own if label is not None]
+    found = {"branches_told_apart": float(np.mean([differ(tree) for tree in labels]))}
+    return found | ({"branches_right": float(np.mean(known))} if known else {})
 
 
 def reward_of(answer: Answer, tags: TagIds, config: PapoConfig, step: int) -> float | None:

@@ -196,11 +196,11 @@ def engine_params(config: ModelConfig, params: dict, dtype: str, mesh: Mesh | No
 
 
 def sampled_example(
-    trajectory: Trajectory, advantage: float, train_forced: bool = False
+    trajectory: Trajectory, advantage: float | np.ndarray, train_forced: bool = False
 ) -> Example:
     """To train on what the policy sampled, and on request on what the engine wrote."""
     mask = loss_mask(trajectory.layout, train_forced)
-    return Example(trajectory.token_ids, trajectory.layout, mask, float(advantage), trajectory.logp)
+    return Example(trajectory.token_ids, trajectory.layout, mask, advantage, trajectory.logp)
 
 
 def summary(answers: Sequence[Answer]) -> dict[str, float]:
