@@ -1,6 +1,7 @@
 """The pages are true: links lead somewhere, commands exist and run, figures are the files'."""
 
 import ast
+import importlib
 import itertools
 import os
 import pkgutil
@@ -215,3 +216,9 @@ def test_the_readme_runs(home, tmp_path):
     for made in ("eval/results.json", "eval/index.html", "tiny_papo/index.html"):
         assert (tmp_path / "runs" / made).exists()
     assert (tmp_path / "exported/model.safetensors").exists()
+
+
+def test_the_picture_of_the_rules_is_drawn_from_their_layouts(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    pictures = importlib.import_module("write_pictures")
+    assert pictures.RULES.read_text(encoding="utf-8") == pictures.rules_svg() + "\n"
