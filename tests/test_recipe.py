@@ -213,3 +213,55 @@ def test_the_arms_of_each_study_differ_in_one_thing(acceleration):
         assert len(differ) == 1
     assert all(config.acceleration == 1 and config.acceleration_cap == 0.4 for config in made)
     assert {config.advantage for config in made} == {*ADVANTAGES}
+
+
+@pytest.fixture
+def credit(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import credit
+
+    monkeypatch.setattr(credit, "RESULTS", tmp_path / "credit.json")
+    monkeypatch.setattr(credit, "use_cache", lambda path: None)
+    return credit
+
+
+def test_steps_to_an_accuracy_by_hand(credit):
+    assert credit.steps_to([0.8, 0.9, 1.0, 1.0], 0.9, 2) == 3
+    assert credit.steps_to([1.0, 1.0, 0.0], 0.9, 2) == 2
+    assert credit.steps_to([1.0, 0.5, 1.0], 0.9, 2) is None
+    assert credit.steps_to([1.0], 0.9, 2) is None
+
+
+def test_the_study_of_credit_trains_what_is_missing(credit, tmp_path, monkeypatch):
+    trained = []
+
+    def run(config):
+        assert config.model == str(tmp_path / "runs/7/base/beta/final") and config.steps == 9
+        assert config.branch_labels == "npr_jax.demo.steps"
+        trained.append(config.branch_credit)
+        if len(trained) == 3:
+            raise KeyboardInterrupt  # the machine is wanted for something else
+
+    def stage(config):
+        (Path(config.output) / "final").mkdir(parents=True)
+
+    monkeypatch.setattr(credit.papo, "run", run)
+    monkeypatch.setattr(credit, "RUN", {"zero": stage, "beta": stage})
+    monkeypatch.setattr(credit, "begin", lambda seed, home: None)
+    rates = {"0.0": 0.8, "0.5": 0.9, "1.0": 0.95}
+    monkeypatch.setattr(credit, "read_metrics", lambda path: [{"accuracy": rates[path.name]}] * 9)
+    command = ["credit.py", "run", "--runs", str(tmp_path / "runs"), "--steps", "9", "--seeds", "7"]
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(KeyboardInterrupt):
+        credit.main()
+    credit.main()
+    assert trained == [0.0, 0.5, 1.0, 1.0]
+    assert credit.results() == {"7": {arm: [rate] * 9 for arm, rate in rates.items()}}
+    docs = tmp_path / "recipe.md"
+    docs.write_text(f"before\n{credit.BEGIN}\n{credit.END}\nafter\n")
+    monkeypatch.setattr(credit, "DOCS", docs)
+    monkeypatch.setattr("sys.argv", ["credit.py", "table"])
+    credit.main()
+    text = docs.read_text()
+    assert "| the answer alone | 9.0 | 0 of 1 |  | 0.800 |" in text
+    assert "| `branch_credit` 1 | 8.0 | 1 of 1 | -1.0 | 0.950 |" in text
