@@ -559,7 +559,7 @@ def prepare(
 @app.command()
 def demo(
     task: Annotated[
-        str, typer.Option(metavar="TASK", help="sums, or a Python file (docs/tasks.md).")
+        str, typer.Option(metavar="TASK", help="sums, countdown, or a Python file (docs/tasks.md).")
     ] = "sums",
     seed: Annotated[int, typer.Option(help="Of everything that is random.")] = 0,
     output: Annotated[

@@ -197,7 +197,7 @@ def test_a_task_of_ones_own_is_a_file(tmp_path):
 @pytest.mark.parametrize(
     "name, text, wanted",
     [
-        ("products", None, "task is 'products', needed is one of sums"),
+        ("products", None, "task is 'products', needed is one of sums, countdown"),
         ("none.py", None, "cannot be imported"),
         (
             "some.py",

@@ -1,14 +1,17 @@
 """The demo's second task, Countdown: make the target of the numbers, each used once.
 
-    problem   3,7,12=29?               or 3,7,12=29:4?, and then with at most four children
-    answer    a plan for each child, a first operation and the numbers that are left beside its
-              result; in its step the child's search; \\boxed{(12-3)+20}
+    problem   9,7,3>20?              or 9,7,3>20:4?, and then with at most four children
+    answer    a plan for each child, an operation and the numbers that it leaves, 9*3=27|27,7; in
+              its step the search from them; \\boxed{(9*3)-7}
 
 Operations are + - * and exact /, the larger number first, so nothing is negative. A step ends
 behind its last bar with what its parent needs of it: "none", or the operations that make the
-target. Which children a parent has, and in which order, a heuristic says. The same search as one
+target. Which children a parent has, and in which order, `best_moves` says. The same search as one
 line, a child after another until one finds the target, is `search_line`, and what a budget of 0
 asks for.
+
+What a tiny model has to compare stands where it finds it: before the target a sign that stands
+nowhere else, and behind each result, at once, whether it is the target: a bar, or a semicolon.
 
 The task and both searches are those of Adaptive Parallel Reasoning (arXiv 2504.15466), in the tags
 of this package.
@@ -19,7 +22,7 @@ import dataclasses
 import functools
 import itertools
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -27,12 +30,14 @@ import numpy as np
 from npr_jax.demo.blocks import DEFECTS, write_block
 from npr_jax.demo.task import Posed
 from npr_jax.model import PRESETS
+from npr_jax.train.fit import FitConfig
+from npr_jax.train.optimizer import OptimizerConfig
+from npr_jax.train.step import TrainConfig
 
-Numbers = tuple[int, ...]  # sorted
+Numbers = tuple[int, ...]  # the largest first
 Chain = tuple[str, ...]  # operations such as "12-3=9", one after the other
 MOST_CHILDREN = 10
 FEW_CHILDREN = 5  # that the teacher has at most where no budget is given
-LARGEST = 100  # number that has a word of its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,25 +47,88 @@ class Game:
     Attributes:
       numbers: how many; highest: up to which, from 1.
       targets: the lowest and the highest.
-      largest: results beyond it are left out of every search.
-      width: children of a node of a search within a child, at most; the best by `distance`.
+      largest: results beyond it are left out of every search; numbers up to it are a word each.
+      ranked: children are those that are best by `distance`, and in its order; else the first ones,
+        as `moves` has them, which is easier to learn than it.
+      width: children of a node of a search within a child, at most.
     """
 
     numbers: int = 3
-    highest: int = 20
-    targets: tuple[int, int] = (1, 50)
-    largest: int = LARGEST
+    highest: int = 16
+    targets: tuple[int, int] = (1, 30)
+    largest: int = 30
+    ranked: bool = False
     width: int = MOST_CHILDREN
 
 
+LAPTOP = Game()
+LARGE = Game(numbers=4, highest=99, targets=(10, 100), largest=100, ranked=True, width=5)
+GAME = LAPTOP
 ABOUT = """A problem is three numbers and a target, which + - * and / have to make of them, each
 used once. A step searches from one first operation on."""
-SYMBOLS = ("\\boxed{", "}", "\n", *map(str, range(LARGEST + 1)), *"+-*/=()", *",:;|?", "none")
+SYMBOLS = ("\\boxed{", "}", "\n", *map(str, range(GAME.largest + 1)), *"+-*/=()", *",:;|>?", "none")
 MODEL = PRESETS["tiny"]
+FIT = FitConfig(
+    train=TrainConfig(
+        optimizer=OptimizerConfig(
+            learning_rate=4e-3, schedule="cosine", final_learning_rate=2e-4, warmup=15
+        ),
+        row_len=512,
+        row_lengths=1,
+        micro_rows=2,
+        checkpoint_every=100,
+    ),
+    batch=16,
+    steps=1500,
+)
+_ENGINE = ("engine.max_branches=12", "engine.pages=2048")  # all children that three numbers have
+SETTINGS = {
+    "zero": (*_ENGINE, "max_tokens=480"),
+    "beta": (
+        *_ENGINE,
+        "sample.max_tokens=480",
+        "sample.num_problems=1024",  # of fewer it would forget the rest
+        "sample.batch=256",
+        "fit.steps=100",
+        "fit.train.optimizer.learning_rate=1e-3",
+        "fit.train.optimizer.final_learning_rate=1e-4",
+    ),
+    "papo": (*_ENGINE, "max_tokens=480"),
+}
+COLUMNS = {"children": "branches"}
+
+# (what it shows, measured from the rows by name, at least)
+CHECKS = (
+    (
+        "Zero raises the format rate",
+        lambda r: r["zero sequential"]["format"] - r["seed sequential"]["format"],
+        0.3,
+    ),
+    ("Beta, in parallel, keeps the format", lambda r: r["beta parallel"]["format"], 0.9),
+    (
+        "PAPO searches from more children",
+        lambda r: r["papo parallel"]["children"] - r["beta parallel"]["children"],
+        1.0,
+    ),
+    (
+        "PAPO adds accuracy",
+        lambda r: r["papo parallel"]["accuracy"] - r["beta parallel"]["accuracy"],
+        0.05,
+    ),
+    (
+        "PAPO is more accurate than the seed model",
+        lambda r: r["papo parallel"]["accuracy"] - r["seed sequential"]["accuracy"],
+        0.1,
+    ),
+    ("PAPO keeps the format", lambda r: r["papo parallel"]["format"], 0.9),
+    ("PAPO runs in parallel", lambda r: r["papo parallel"]["parallel"], 0.95),
+    (
+        "The critical path is short (share of tokens saved)",
+        lambda r: 1 - r["papo parallel"]["critical_path"] / r["papo parallel"]["tokens"],
+        0.3,
+    ),
+)
 DEFECTIVE = 0.65  # share of the teacher's answers that break the format
-LAPTOP = Game()
-LARGE = Game(numbers=4, highest=99, targets=(10, 100), width=5)
-GAME = LAPTOP
 
 
 class Puzzle(NamedTuple):
@@ -78,7 +146,8 @@ class Puzzle(NamedTuple):
     @property
     def problem(self) -> str:
         """The prompt."""
-        return f"{self.answer}?" if self.budget is None else f"{self.answer}:{self.budget}?"
+        budget = "" if self.budget is None else f":{self.budget}"
+        return f"{','.join(map(str, self.numbers))}>{self.target}{budget}?"
 
     @property
     def level(self) -> int:
@@ -90,16 +159,19 @@ class Puzzle(NamedTuple):
 
 
 class Move(NamedTuple):
-    """An operation on two of the numbers, "12-3=9", the other numbers, and all that it leaves."""
+    """An operation on two of the numbers, "12-3=9", and all numbers that it leaves."""
 
     operation: str
-    others: Numbers
     numbers: Numbers
 
     @property
     def text(self) -> str:
-        """The operation, and behind a bar what is left beside its result."""
-        return "|".join(filter(None, (self.operation, ",".join(map(str, self.others)))))
+        """The operation, and behind a bar what it leaves."""
+        return f"{self.operation}|{','.join(map(str, self.numbers))}"
+
+
+def _sorted(numbers: Iterable[int]) -> Numbers:
+    return tuple(sorted(numbers, reverse=True))
 
 
 @functools.lru_cache(1 << 16)
@@ -108,15 +180,15 @@ def moves(numbers: Numbers, largest: int) -> tuple[Move, ...]:
     first."""
     found: dict[Numbers, Move] = {}
     for i, j in itertools.combinations(range(len(numbers)), 2):
-        b, a = numbers[i], numbers[j]  # a is no smaller, for they are sorted
+        a, b = numbers[i], numbers[j]  # b is no larger, for they are sorted
         others = tuple(n for k, n in enumerate(numbers) if k not in (i, j))
         results = {"+": a + b, "*": a * b, "-": a - b}
         if b and a % b == 0:
             results["/"] = a // b
         for sign, result in results.items():
             if result <= largest:
-                left = tuple(sorted((*others, result)))
-                found.setdefault(left, Move(f"{a}{sign}{b}={result}", others, left))
+                left = _sorted((*others, result))
+                found.setdefault(left, Move(f"{a}{sign}{b}={result}", left))
     return tuple(found.values())
 
 
@@ -135,9 +207,11 @@ def distance(numbers: Numbers, target: int) -> int:
 
 
 def best_moves(numbers: Numbers, target: int, most: int, game: Game) -> list[Move]:
-    """At most that many moves, those to the least `distance` first."""
-    found = moves(numbers, game.largest)
-    return sorted(found, key=lambda move: distance(move.numbers, target))[:most]
+    """The moves that become children, at most so many; by what, says `Game.ranked`."""
+    found = list(moves(numbers, game.largest))
+    if game.ranked:
+        found.sort(key=lambda move: distance(move.numbers, target))
+    return found[:most]
 
 
 def check(prediction: str, reference: str) -> bool:
@@ -208,7 +282,7 @@ def lessons(num: int, rng: np.random.Generator, exclude: Collection[Posed] = ())
 def _draw(rng: np.random.Generator, game: Game) -> Puzzle:
     target = int(rng.integers(game.targets[0], game.targets[1] + 1))
     while True:
-        numbers = tuple(sorted(rng.integers(1, game.highest + 1, game.numbers).tolist()))
+        numbers = _sorted(rng.integers(1, game.highest + 1, game.numbers).tolist())
         if target in reachable(numbers, game.largest):
             return Puzzle(numbers, target)
 
@@ -221,8 +295,8 @@ def search(
 ) -> tuple[str, Chain | None]:
     """A depth-first search as text, and the operations that it found, or None.
 
-    Of two numbers all results are tried, behind each other; of more, children are a line each, and
-    behind its colon is the search from there.
+    Of two numbers all results are tried, a semicolon behind each that is not the target; of more,
+    children are a line each, and behind its colon is the search from there.
 
     Args:
       chain: the operations that led to the numbers; most: children at most, that of others being
@@ -234,8 +308,8 @@ def search(
     for move in moves(numbers, game.largest) if last else best_moves(numbers, target, most, game):
         longer = (*chain, move.operation)
         if last:
-            parts.append(move.operation)
             found = longer if move.numbers == (target,) else None
+            parts.append(move.operation if found else f"{move.operation};")
         else:
             text, found = search(move.numbers, target, longer, game.width, game)
             parts.append(
@@ -243,7 +317,7 @@ def search(
             )
         if found:
             break
-    return (";" if last else "\n").join(parts), found
+    return ("" if last else "\n").join(parts), found
 
 
 def spawn(

@@ -22,6 +22,7 @@ RATES = {
     "parallel": "parallel_rate",
 }
 MEANS = {"tokens": "response_tokens", "critical_path": "critical_path"}
+WHOLE = (*MEANS, "decode_steps", "seconds")
 NO_MORE: Mapping[str, str] = MappingProxyType({})
 EVALUATION = 99  # the seed path of these samples, apart from those of the stages
 
@@ -79,5 +80,5 @@ def table(rows: dict[str, dict[str, float]], num: int) -> Table:
 
 
 def cells(row: Mapping[str, float]) -> list[str]:
-    """The figures of a row as text: rates with two digits, the others whole."""
-    return [f"{value:.2f}" if name in RATES else f"{value:.0f}" for name, value in row.items()]
+    """The figures of a row as text: counts and seconds whole, the others with two digits."""
+    return [f"{value:.0f}" if name in WHOLE else f"{value:.2f}" for name, value in row.items()]

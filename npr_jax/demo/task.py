@@ -10,7 +10,7 @@ from npr_jax.base.modules import load_module
 from npr_jax.model import ModelConfig
 from npr_jax.train.fit import FitConfig
 
-TASKS = ("sums",)
+TASKS = ("sums", "countdown")
 Rows = Mapping[str, Mapping[str, float]]  # of the demo's table: {name: {column: value}}
 
 
