@@ -303,6 +303,20 @@ def test_a_chain_is_one_expression():
 # ---- the task
 
 
+def test_a_lesson_without_a_block_is_what_one_child_has_to_search():
+    rng, alone = np.random.default_rng(5), 0
+    teacher = Teacher(0)
+    for puzzle in lessons(400, rng):
+        if puzzle.level == 2:
+            text = teacher.answer(puzzle, rng)
+            assert text == search_line(puzzle) and puzzle.budget is None
+            alone += execute(puzzle, text)[0]
+    assert 0.45 < alone / 200 < 0.75  # half are chosen so, of the others a few
+    held_out = draw(100, rng)
+    names = {one.answer for one in held_out}
+    assert not any(one.answer in names for one in lessons(500, rng, held_out))
+
+
 def test_problems_to_evaluate_on_are_none_that_are_taught():
     held_out = draw(200, np.random.default_rng((0, 2)))
     names = {one.answer for one in held_out}
@@ -312,11 +326,13 @@ def test_problems_to_evaluate_on_are_none_that_are_taught():
         lessons(3000, np.random.default_rng((0, 3)), held_out),
     ):
         assert not names & {one.answer for one in more}
-        assert all(one.target in brute_force(one.numbers) for one in more[:200])
+        whole = [one for one in more if one.level == 3]
+        assert all(one.target in brute_force(one.numbers) for one in whole[:200])
         assert all([*one.numbers] == sorted(one.numbers, reverse=True) for one in more)
-    budgets = [one.budget for one in more]
+    budgets = [one.budget for one in more if one.level == 3]
     assert 0.45 < np.mean([budget is None for budget in budgets]) < 0.55
     assert {*budgets} == {None, *range(11)}
+    assert 0.45 < len(budgets) / len(more) < 0.55
     again = draw(200, np.random.default_rng((0, 2)))
     assert [one.problem for one in again] == [one.problem for one in held_out]
     assert Puzzle((12, 7, 3), 29).problem == "12,7,3>29?"
@@ -327,12 +343,14 @@ def test_the_teacher_keeps_its_budget_and_breaks_the_format_as_it_says():
     tokenizer = demo.seed_model(countdown, 0).tokenizer
     tags, rng, teacher = TagIds.from_tokenizer(tokenizer), np.random.default_rng(0), Teacher(0)
     formed, longest = [], 0
-    for puzzle in lessons(300, rng):
+    for puzzle in lessons(600, rng):
         text = teacher.answer(puzzle, rng)
         prompt = tokenizer.encode(puzzle.problem)
         ids = [*prompt, *tokenizer.encode(text), tokenizer.eos_token_id]
         assert tokenizer.decode(ids[:-1]) == puzzle.problem + text  # the words cover it
         good = not check_format(ids, len(prompt), tags, countdown.MOST_CHILDREN)
+        if puzzle.level == 2:
+            continue
         if good:
             _, children = execute(puzzle, text)
             assert children == min(

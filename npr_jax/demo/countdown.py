@@ -79,7 +79,7 @@ FIT = FitConfig(
         checkpoint_every=100,
     ),
     batch=16,
-    steps=1500,
+    steps=1200,
 )
 _ENGINE = ("engine.max_branches=12", "engine.pages=2048")  # all children that three numbers have
 SETTINGS = {
@@ -128,6 +128,7 @@ CHECKS = (
         0.3,
     ),
 )
+ALONE = 0.5  # share of the lessons that are what one child has to search
 DEFECTIVE = 0.65  # share of the teacher's answers that break the format
 
 
@@ -269,14 +270,25 @@ def draw(
 
 
 def lessons(num: int, rng: np.random.Generator, exclude: Collection[Posed] = ()) -> list[Puzzle]:
-    """`num` puzzles to be taught, none of `exclude`; half of them have a budget."""
+    """`num` puzzles to be taught, none of `exclude`, and of these half have a budget; every other
+    one is left to one of its children: what the child has to search is the puzzle. It is short, and
+    half of such children find the target, as few children of an answer do."""
     seen, found = {one.answer for one in exclude}, []
     while len(found) < num:
         puzzle = _draw(rng, GAME)
         if puzzle.answer not in seen:
             budget = int(rng.integers(MOST_CHILDREN + 1)) if rng.random() < 0.5 else None
-            found.append(puzzle._replace(budget=budget))
+            found.append(
+                _child(puzzle, rng) if rng.random() < ALONE else puzzle._replace(budget=budget)
+            )
     return found
+
+
+def _child(puzzle: Puzzle, rng: np.random.Generator) -> Puzzle:
+    left = [move.numbers for move in moves(puzzle.numbers, GAME.largest)]
+    if rng.random() < 0.5:
+        left = [numbers for numbers in left if puzzle.target in reachable(numbers, GAME.largest)]
+    return Puzzle(left[rng.integers(len(left))], puzzle.target)
 
 
 def _draw(rng: np.random.Generator, game: Game) -> Puzzle:
@@ -391,7 +403,8 @@ def search_tree(
 
 class Teacher:
     """Searches without a mistake, with the puzzle's budget of children or with a few of them,
-    and breaks the format more often than not. A budget of 0 is a line."""
+    and breaks the format more often than not. A budget of 0 is a line, and so is what a child has
+    to search."""
 
     def __init__(self, seed: int):
         self.defective = DEFECTIVE
@@ -399,7 +412,7 @@ class Teacher:
     def answer(self, puzzle: Puzzle, rng: np.random.Generator) -> str:
         """A response to the puzzle, up to and without the end-of-text token."""
         most = puzzle.budget
-        if most == 0:
+        if most == 0 or puzzle.level < GAME.numbers:
             return search_line(puzzle)
         if most is None:
             most = int(rng.integers(1, FEW_CHILDREN + 1))
