@@ -146,6 +146,13 @@ def test_a_trace_that_is_nothing_to_learn_from_is_named(tmp_path, changes, wante
         records_of(settings(tmp_path, traces))
 
 
+def test_a_step_head_learns_from_wrong_traces_too(tmp_path):
+    traces = [dataclasses.replace(trace, correct=False) for trace in with_text(lines_of(3))]
+    words = 'step_words=["+", "*"]', "branch_labels=npr_jax.demo.steps"
+    config = settings(tmp_path, [json.loads(trace.dumps()) for trace in traces], *words)
+    assert len(records_of(config)) == 3
+
+
 def test_a_trace_has_to_be_a_tree_of_no_more_branches_than_the_engine_takes(tmp_path):
     (line,) = lines_of(1, groups=3)
     (whole,) = with_text([line])

@@ -89,7 +89,7 @@ LATER: tuple[str, ...] = (
     "oversample",
     "refill",
     *("acceleration_until", "parallel_bonus", "acceleration_bonus", "schedule", "schedule_until"),
-    *("branch_credit", "branch_labels"),
+    *("branch_credit", "branch_labels", "step_words"),
     "train.lora",
     "fit.train.lora",
     *(f"evaluate.{name}" for name in ("every", "problems", "samples")),

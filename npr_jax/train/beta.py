@@ -31,6 +31,8 @@ from npr_jax.data.problems import read_problems, shuffled
 from npr_jax.data.sources import Problem
 from npr_jax.decode import Engine, EngineConfig, SamplingParams
 from npr_jax.evaluate.judge import Answer
+from npr_jax.evaluate.steps import find_labels, label_blocks
+from npr_jax.evaluate.verdicts import word_ids
 from npr_jax.model.pretrained import Model, load, load_tokenizer, publish_model
 from npr_jax.runs import loop, sigterm
 from npr_jax.runs.checkpoint import checkpoint_steps
@@ -46,6 +48,7 @@ from npr_jax.train.packing import Example, loss_mask
 from npr_jax.train.rollout import BETA, encode_problems, engine_params, roll_out
 from npr_jax.train.start import Start, find_start, parse_start
 from npr_jax.train.step import TrainConfig
+from npr_jax.train.verdicts import with_verdicts
 from npr_jax.tree import Rules, TagIds, TraceError, layout, parse
 from npr_jax.tree.canonical import canonical
 from npr_jax.tree.parse import reference_depth
@@ -115,6 +118,11 @@ class BetaConfig(Checked):
       layout: what answers are learnt under: "strict", as the engine decodes; "reference", the
         released trainer's masks and positions; or "causal", as plain text.
       train_forced: whether tokens that the engine writes count too, as in the released code.
+      branch_labels: says which branches of the answers are right, for `step_words`: a Python file
+        or a module with a function label_branches(problem, branches) (docs/recipe.md); or null.
+      step_words: two words of the vocabulary, one token each, for right and wrong: the model learns
+        to say one of them behind every branch (`evaluate.verdicts`), and else what it learns
+        without; null: none. It needs right branches and wrong ones, so answers that are given.
     """
 
     command: ClassVar[str] = "beta"
@@ -132,6 +140,8 @@ class BetaConfig(Checked):
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     layout: Literal["strict", "reference", "causal"] = "strict"
     train_forced: bool = False
+    branch_labels: str | None = None
+    step_words: tuple[str, ...] | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -142,6 +152,27 @@ class BetaConfig(Checked):
             raise ValueError(
                 f"start is {self.start} and sampler_model null, needed is no start: it brings the "
                 "answers that its run has sampled"
+            )
+        if self.branch_labels is not None:
+            find_labels(self.branch_labels)
+        if (self.branch_labels is None) != (self.step_words is None):
+            raise ValueError(
+                f"branch_labels is {self.branch_labels} and step_words {self.step_words}: labels "
+                "say which of the words is learnt; set both, or both to null"
+            )
+        sampled = self.sampler_model is not None
+        if self.step_words is not None and (
+            sampled or self.layout != "strict" or self.engine.rules != PAPER
+        ):
+            raise ValueError(
+                f"step_words is given with sampler_model {self.sampler_model}, layout "
+                f"{self.layout!r} and engine.rules {self.engine.rules}, needed are null and "
+                "'strict' (only right answers are kept of sampled ones) and the default rules"
+            )
+        if self.step_words is not None and self.train_forced:
+            raise ValueError(
+                "train_forced is true and step_words given, needed is false: the output at "
+                "</step> cannot learn a verdict and what the engine writes there"
             )
         if self.mesh.rollout:
             raise ValueError(
@@ -220,6 +251,10 @@ def _train(config: BetaConfig, output: Path, report: Report | None) -> Model:
             f"{config.sample.tries}: train {config.sampler_model} for longer, or raise sample.tries"
         )
 
+    if config.step_words is not None:
+        problems = [record["problem"] for record in records for _ in record["accepted"]]
+        examples = _judged(examples, problems, config, tokenizer, tags)
+
     def seed_model() -> Model:
         model = load(config.model, seed=config.seed, tags=True, mesh=mesh).merged()
         contents = {"model": model_content(config.model, model)}
@@ -233,6 +268,19 @@ def _train(config: BetaConfig, output: Path, report: Report | None) -> Model:
     return loop.run(body, report)
 
 
+def _judged(
+    examples: list[Example], problems: list[str], config: BetaConfig, tokenizer, tags: TagIds
+) -> list[Example]:
+    """The examples with the verdicts that `step_words` learns, each from its problem's labels."""
+    assert config.branch_labels is not None and config.step_words is not None
+    label, words = find_labels(config.branch_labels), word_ids(tokenizer, config.step_words)
+    labels = [
+        label_blocks(label, problem, e.token_ids, e.layout, tags)
+        for e, problem in zip(examples, problems, strict=True)
+    ]
+    return [with_verdicts(e, own, words) for e, own in zip(examples, labels, strict=True)]
+
+
 def given_records(config: BetaConfig, tokenizer, tags: TagIds) -> list[Record]:
     """Records of the answers that the file of problems has, right or wrong, in the order in which
     they would be sampled. Raises ValueError with file and line for one that is no tree, does not
@@ -240,7 +288,8 @@ def given_records(config: BetaConfig, tokenizer, tags: TagIds) -> list[Record]:
     path, sizes = config.problems, config.sample
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {config.model} has no end-of-text token for answers")
-    rows = read_given(path, tokenizer, tags, config.engine.max_branches, MAX_DEPTH)
+    wrong = config.step_words is not None  # it learns from them, too
+    rows = read_given(path, tokenizer, tags, config.engine.max_branches, MAX_DEPTH, wrong)
     order, records = shuffled(len(rows), config.seed, BETA), []
     for given in (rows[int(order[i])] for i in range(len(rows))):
         if given.prompt_len > sizes.max_prompt_tokens:

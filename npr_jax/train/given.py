@@ -27,26 +27,34 @@ class Given(NamedTuple):
 
 
 def read_given(
-    path: str | Path, tokenizer, tags: TagIds, max_branches: int, max_depth: int
+    path: str | Path,
+    tokenizer,
+    tags: TagIds,
+    max_branches: int,
+    max_depth: int,
+    wrong: bool = False,
 ) -> list[Given]:
-    """The answers of a JSONL file, in its order, right or wrong.
+    """The answers of a JSONL file, in its order.
 
     A line with `token_ids` is a trace, which is learnt token for token, with branches or without;
-    any other has problem, answer and the text of a response, which has to keep the format. Raises
-    ValueError with file and line for what is neither.
+    one that is wrong is refused, but for `wrong`. Any other line has problem, answer and the text
+    of a response, right or wrong, which has to keep the format. Raises ValueError with file and
+    line for what is neither.
     """
-    found = list(_answers(path, tokenizer, tags, max_branches, max_depth))
+    found = list(_answers(path, tokenizer, tags, max_branches, max_depth, wrong))
     if not found:
         raise ValueError(f"{path}: no answers, needed is one JSON object a line")
     return found
 
 
-def _answers(path, tokenizer, tags: TagIds, max_branches: int, max_depth: int) -> Iterator[Given]:
+def _answers(
+    path, tokenizer, tags: TagIds, max_branches: int, max_depth: int, wrong: bool
+) -> Iterator[Given]:
     for row in read_rows(path, FORMS["jsonl"].unit, _NEEDED):
         where = f"{path}:{row.number}"
         try:
             if "token_ids" in parse_json(row.raw):
-                given = _of_trace(read_trace(row.raw), tokenizer, where)
+                given = _of_trace(read_trace(row.raw), tokenizer, where, wrong)
                 _check_tree(given, tags, max_branches, max_depth)
             else:
                 given = _of_text(row.raw, tokenizer, where)
@@ -67,8 +75,8 @@ def _of_text(raw: bytes, tokenizer, where: str) -> Given:
     return Given(problem, ids, len(prompt), response, where)
 
 
-def _of_trace(trace: Trace, tokenizer, where: str) -> Given:
-    if trace.correct is False or trace.finish_reason != "stop":
+def _of_trace(trace: Trace, tokenizer, where: str, wrong: bool) -> Given:
+    if (trace.correct is False and not wrong) or trace.finish_reason != "stop":
         raise ValueError(
             f"correct is {trace.correct} and finish_reason {trace.finish_reason!r}, needed are "
             "right answers that have ended",

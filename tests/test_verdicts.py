@@ -1,0 +1,175 @@
+"""The step head: verdicts are leaves that change nothing else, and find planted errors."""
+
+import dataclasses
+import re
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_cold_start import lines_of, settings
+from train_toy import example, examples, tiny
+
+from npr_jax.demo import seed_model, sums
+from npr_jax.demo.steps import label_branches
+from npr_jax.demo.sums import FIT, Sum, draw, true_value, write
+from npr_jax.evaluate.steps import first_wrong, label_blocks, score_steps
+from npr_jax.evaluate.verdicts import StepHead, answer_score, closed, word_ids
+from npr_jax.model import token_logp
+from npr_jax.model.score import logits
+from npr_jax.train import beta
+from npr_jax.train.fit import fit
+from npr_jax.train.packing import make_row
+from npr_jax.train.verdicts import with_verdicts
+from npr_jax.tree import parse
+
+WORDS, STEPS = ("+", "*"), 400
+
+
+def planted(task: Sum, rng: np.random.Generator) -> tuple[str, int | None]:
+    """An answer, and the number of its first wrong step: half of the time one value is false, and
+    what follows goes on from it."""
+    size = len(task.groups)
+    wrong = int(rng.integers(size)) if rng.random() < 0.5 else None
+    shift, seen = int(rng.integers(1, 10)), 0
+
+    def value(fact):
+        nonlocal seen
+        # The facts of an answer in one block: its groups, with a sum behind each but the first.
+        number, is_sum = (seen + 1) // 2, seen and seen % 2 == 0
+        seen += 1
+        return (true_value(*fact) + shift * (not is_sum and number == wrong)) % 10
+
+    return write(task, value, None, None), wrong
+
+
+def test_a_score_is_the_softmax_of_two_logits_behind_the_step():
+    model = tiny()
+    head, answers = StepHead(model, WORDS), []
+    for e in examples(model, 11, groups=3):
+        answers.append((e.token_ids, e.layout))
+    cut = answers[0][0][:-30]
+    answers.append((cut, parse(cut, answers[0][1].prompt_len, model.tags, allow_open=True)))
+    found = head.scores(answers)
+    for (ids, tree), scores in zip(answers, found, strict=True):
+        columns = (jnp.asarray(x)[None] for x in (ids, tree.positions, tree.hidden))
+        z = logits(model.config, model.params, *columns)
+        for ends, own in zip(closed(tree), scores, strict=True):
+            for end, score in zip(ends, own, strict=True):
+                assert ids[end] == model.tags.step_close
+                right, wrong = (float(z[0, end, word]) for word in head.ids)
+                assert score == pytest.approx(1 / (1 + np.exp(wrong - right)), abs=1e-5)
+    assert len(found[0][0]) == 3 and found[-1] == [[]]
+    assert answer_score([[0.5, 0.5], [0.1]]) == pytest.approx(0.025) and answer_score([]) == 1
+
+
+def test_verdicts_change_no_other_token():
+    """In one row with another example that shares the prompt: losses and gradients are made of
+    log-probs, and those of all other tokens are the same."""
+    model = tiny()
+    words = word_ids(model.tokenizer, WORDS)
+    e, other = examples(model, 2, groups=2)
+    other = dataclasses.replace(e, token_ids=e.token_ids.copy())
+    told = with_verdicts(e, [[True, False]], words)
+    size = len(e.layout)
+    assert told.token_ids[size:].tolist() == list(words) and told.loss_mask[size:].all()
+    assert told.layout.pred[size:].tolist() == closed(e.layout)[0]
+    assert len(with_verdicts(e, [[None, None]], words).layout) == size
+    assert with_verdicts(e, [[None, True]], words).token_ids[size:].tolist() == [words[0]]
+
+    def logp(document):
+        row = make_row([document], 512, 4)
+        columns = (row[name][None] for name in ("tokens", "positions", "hidden", "pred"))
+        return np.asarray(token_logp(model.config, model.params, *columns))[0]
+
+    without, having = logp([e, other]), logp([told, other])
+    np.testing.assert_allclose(having[:size], without[:size], atol=1e-5)
+    rest = slice(size, size + len(other.layout) - e.layout.prompt_len)
+    np.testing.assert_allclose(having[size + 2 :][: rest.stop - size], without[rest], atol=1e-5)
+    assert (having[size : size + 2] < 0).all()
+
+
+def test_what_is_no_verdict_is_refused():
+    model = tiny()
+    for words in (["+"], ["+", "+"], ["12", "+"], ["", "+"], ["+", "*", "="]):
+        with pytest.raises(ValueError, match=r"step_words is .* one token each"):
+            word_ids(model.tokenizer, words)
+    (e,) = examples(model, 1, groups=2)
+    for labels in ([[True]], [], [[True, False], [True]]):
+        with pytest.raises(ValueError, match=r"the layout has joined \[2\]"):
+            with_verdicts(e, labels, (1, 2))
+
+
+def test_beta_learns_verdicts_beside_what_it_learns(tmp_path, monkeypatch):
+    """Its examples are those without, but for the verdicts, and it trains on them."""
+    lines, made = lines_of(12), []
+    for line in lines[::2]:  # their second value is wrong
+        line["response"] = re.sub(r"(2:B:\d\+\d=)\d", r"\g<1>?", line["response"])
+    made_by = beta.Fit
+
+    def spy(load, examples, *more):
+        made.append(examples)
+        return made_by(load, examples, *more)
+
+    monkeypatch.setattr(beta, "Fit", spy)
+    on = ["branch_labels=npr_jax.demo.steps", 'step_words=["+", "*"]']
+    for name, changes in (("off", []), ("on", on)):
+        beta.run(settings(tmp_path, lines, *changes, output=name), lambda metrics: None)
+    off, judged = made
+    words = word_ids(tiny().tokenizer, WORDS)
+    verdicts = [
+        tuple(one.token_ids[len(e.token_ids) :]) for e, one in zip(off, judged, strict=True)
+    ]
+    assert sorted(verdicts) == sorted([words, (words[0], words[0])] * 6)
+    for e, one, (_, second) in zip(off, judged, verdicts, strict=True):
+        wrong = "?" in tiny().tokenizer.decode(e.token_ids[-60:]).split("step")[-2]
+        assert np.array_equal(one.token_ids[: len(e.token_ids)], e.token_ids)
+        assert (second == words[1]) == wrong
+    assert (tmp_path / "on/final").exists()
+    with pytest.raises(ValueError, match=r"step_words was null, is "):
+        beta.run(settings(tmp_path, lines, *on, output="off"))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (["branch_labels=npr_jax.demo.steps"], "set both, or both to null"),
+        (['step_words=["+", "*"]'], "set both, or both to null"),
+        (["sampler_model=tiny"], "needed are null and 'strict'"),
+        (["layout=causal"], "needed are null and 'strict'"),
+        (["train_forced=true"], "train_forced is true and step_words given"),
+        (['step_words=["+", "+"]'], None),
+    ],
+)
+def test_verdicts_that_beta_cannot_learn_are_refused(tmp_path, changes, message):
+    on = ["branch_labels=npr_jax.demo.steps", 'step_words=["+", "*"]']
+    if message is None:  # known when the tokenizer is
+        with pytest.raises(ValueError, match=r"step_words is \['\+', '\+'\]"):
+            beta.run(settings(tmp_path, lines_of(4), *on, *changes))
+        return
+    on = [] if "both" in message else on
+    with pytest.raises(ValueError, match=message):
+        settings(tmp_path, lines_of(4), *on, *changes)
+
+
+@pytest.mark.nightly
+def test_the_first_planted_error_is_found(tmp_path):
+    """By a model of the demo's size that has been trained on planted errors in other sums."""
+    model, rng = seed_model(sums, 0), np.random.default_rng(0)
+    words = word_ids(model.tokenizer, WORDS)
+    steps, batch = STEPS, 32
+    tasks = [dataclasses.replace(task, split=0) for task in draw(steps * batch + 400, rng)]
+    made, known = [], []
+    for task in tasks:
+        answer, wrong = planted(task, rng)
+        one = example(model, task.problem, answer)
+        labels = label_blocks(label_branches, task.problem, one.token_ids, one.layout, model.tags)
+        assert first_wrong(labels[0]) == wrong
+        made.append(with_verdicts(one, labels, words))
+        known.append((one, wrong))
+    config = dataclasses.replace(FIT, steps=steps, batch=batch)
+    trained = fit(model, made[400:], config, tmp_path)
+    scores = StepHead(trained, WORDS).scores([(e.token_ids, e.layout) for e, _ in known[:400]])
+    found = [first_wrong([score >= 0.5 for score in own]) for (own,) in scores]
+    score = score_steps(found, [wrong for _, wrong in known[:400]])
+    print(score)
+    assert score.error >= 0.95 and score.correct >= 0.95
