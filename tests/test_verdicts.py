@@ -1,18 +1,30 @@
 """The step head: verdicts are leaves that change nothing else, and find planted errors."""
 
 import dataclasses
+import json
 import re
+from collections import Counter
 
+import bigram
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import report_toy as toy
 from test_cold_start import lines_of, settings
+from test_evaluate import ROWS, branching
+from test_evaluate import config as eval_config
+from test_evaluate import write as write_rows
 from train_toy import example, examples, tiny
 
+from npr_jax.decode import fork_join
 from npr_jax.demo import seed_model, sums
 from npr_jax.demo.steps import label_branches
 from npr_jax.demo.sums import FIT, Sum, draw, true_value, write
+from npr_jax.evaluate import run as evaluation
+from npr_jax.evaluate.run import evaluate
+from npr_jax.evaluate.statistics import majority
 from npr_jax.evaluate.steps import first_wrong, label_blocks, score_steps
+from npr_jax.evaluate.traces import read_trace, read_traces
 from npr_jax.evaluate.verdicts import StepHead, answer_score, closed, word_ids
 from npr_jax.model import token_logp
 from npr_jax.model.score import logits
@@ -149,6 +161,68 @@ def test_verdicts_that_beta_cannot_learn_are_refused(tmp_path, changes, message)
     on = [] if "both" in message else on
     with pytest.raises(ValueError, match=message):
         settings(tmp_path, lines_of(4), *on, *changes)
+
+
+def test_an_evaluation_keeps_scores_and_weighs_votes_by_them(tmp_path, monkeypatch):
+    """Without a step head its answers are the same, and know nothing of scores."""
+    monkeypatch.setattr(evaluation, "load", lambda *args, **kwargs: branching())
+    monkeypatch.setattr(fork_join, "check_block", bigram.check_block_without_numbers)
+    write_rows(tmp_path / "mine.jsonl", ROWS)
+    small = {"samples": 8, "baseline": False, "step_words": list(WORDS)}
+    on = evaluate(eval_config(tmp_path, tmp_path / "on", "sampling.max_tokens=64", **small))
+    small["step_words"] = None
+    off = evaluate(eval_config(tmp_path, tmp_path / "off", "sampling.max_tokens=64", **small))
+    small["step_words"] = list(WORDS)
+    path = "traces/mine.jsonl"
+    assert '"scores"' not in (tmp_path / "off" / path).read_text()
+    traces = {(t.id, t.sample): t for t in read_traces(tmp_path / "on" / path)}
+    head, wide = StepHead(branching(), WORDS), 0
+    for trace in read_traces(tmp_path / "off" / path):
+        own = traces[trace.id, trace.sample]
+        assert dataclasses.replace(own, scores=None) == trace
+        (scores,) = head.scores([(trace.token_ids, trace.layout)])
+        assert [len(x) for x in own.scores] == [len(x) for x in scores]
+        for ours, theirs in zip(own.scores, scores, strict=True):
+            assert ours == pytest.approx(theirs, abs=1e-4)
+        assert own.figures == trace.figures._replace(score=answer_score(own.scores))
+        wide += any(len(x) > 1 for x in scores)
+    assert wide > 0
+    metrics = on["benchmarks"]["mine"]["metrics"]
+    weighted = []
+    for id in sorted({id for id, _ in traces}):
+        answers = [traces[id, i] for i in range(8)]
+        votes = Counter()
+        for one in answers:
+            votes[one.prediction] += answer_score(one.scores)
+        del votes[None]
+        best = max(votes, key=votes.get) if votes else None
+        weighted.append(any(one.correct for one in answers if one.prediction == best and votes))
+    assert metrics["weighted@8"]["value"] == pytest.approx(np.mean(weighted))
+    assert metrics.keys() - off["benchmarks"]["mine"]["metrics"].keys() == {"weighted@8"}
+    for changes in ({"baseline": True}, {"sampling": {"parallel": False}}):
+        with pytest.raises(ValueError, match="step_words is given"):
+            eval_config(tmp_path, tmp_path / "no", **small | changes)
+
+
+def test_votes_are_weighed():
+    votes = ["1", "2", "2", None, "1"]
+    right = [True, False, False, False, True]
+    assert majority(votes, right) == 0.5
+    assert majority(votes, right, weights=[0.9, 0.4, 0.6, 1.0, 0.2]) == 1
+    assert majority(votes, right, weights=[0.9, 0.9, 0.6, 1.0, 0.2]) == 0
+    assert majority(votes, right, weights=[1] * 5) == 0.5
+
+
+@pytest.mark.parametrize(
+    "scores", [[], [[0.5]], [[0.5, 1.5]], [[0.5, "1"]], "no", [[0.5, 0.5], []]]
+)
+def test_scores_of_other_branches_are_no_trace(scores):
+    trace = toy.made("?", toy.block("a", "b"))
+    line = json.loads(trace.dumps())
+    assert read_trace(json.dumps(line | {"scores": [[0.25, 1]]})).figures.score == 0.25
+    assert read_trace(json.dumps(line | {"scores": [[]]})).figures.score == 1
+    with pytest.raises(ValueError, match="scores is"):
+        read_trace(json.dumps(line | {"scores": scores}))
 
 
 @pytest.mark.nightly

@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,30 @@ def test_branches_stand_side_by_side_and_join_again(opened, tmp_path):
     picture(opened, tmp_path, "viewer.png")
     opened.window(1280, 900, dark=True)
     picture(opened, tmp_path, "viewer-dark.png")
+
+
+def test_branches_are_coloured_by_their_scores(chromium, tmp_path):
+    folder, answer = toy.evaluation(tmp_path / "scored"), toy.nested(id="nested")
+    scores = [[round(0.9 / (i + 1), 2) for i in range(len(b.steps))] for b in answer.blocks]
+    scored = dataclasses.replace(answer, scores=scores)
+    toy.write_traces(folder / "traces" / "a.jsonl", [scored])
+    html.write(folder)
+    chromium.open(folder / "index.html")
+    chromium.until(OPEN, 0)
+    shown = chromium.run(
+        """return [...document.querySelectorAll('.branch > .name')].map(n => [n.textContent,
+           getComputedStyle(n.querySelector('.score')).backgroundColor])"""
+    )
+    assert len(shown) == sum(map(len, scores)) == 7
+    for text, colour in shown:
+        told = int(text.rpartition("right: ")[2].rstrip("%"))
+        path = re.split("steps|not sampled", text)[0]  # branch 2.1 › 1.2
+        assert told == round(90 / int(path.rpartition(".")[2]))
+        assert [c for t, c in shown if t.endswith(f"right: {told}%")] == [colour] * sum(
+            t.endswith(f"right: {told}%") for t, _ in shown
+        )
+    assert len({colour for _, colour in shown}) == 3
+    assert chromium.complaints() == []
 
 
 def test_clicks_go_through_the_tree(opened):

@@ -39,6 +39,8 @@ class Figures(NamedTuple):
       block_place: tokens before the first block that forked, by all tokens; None without one.
       path_overlap: `overlap` of the steps of a block, mean over all pairs of siblings; None where
         no siblings have joined.
+      score: of its branches together, in [0, 1] (`verdicts.answer_score`); None where no step head
+        was asked.
     """
 
     prediction: str | None
@@ -54,6 +56,7 @@ class Figures(NamedTuple):
     width: int
     block_place: float | None = None
     path_overlap: float | None = None
+    score: float | None = None
 
     @property
     def parallel(self) -> bool:

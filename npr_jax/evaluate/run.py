@@ -33,6 +33,7 @@ from npr_jax.evaluate.probing import (
 )
 from npr_jax.evaluate.results import TIMING, Run, begin, sum_up
 from npr_jax.evaluate.traces import make_trace, read_traces, write_traces
+from npr_jax.evaluate.verdicts import StepHead
 from npr_jax.model.pretrained import load
 from npr_jax.runs.directory import alone_in, claim
 
@@ -58,6 +59,9 @@ class EvalConfig(Checked):
       probe (tokens): after how many, again and again, a sequential answer is asked what it would
         say now; pools/NAME.json records it for `npr-jax scout`. 0 is never.
       probing: how, and what is decided of it.
+      step_words: two words that the model has learnt to say behind a branch, for right and wrong
+        (`step_words` of Beta): traces then have the branches' scores, and votes are weighed by
+        them, too; null: none.
       compilation_cache: where compiled programs are kept for the next run; null keeps none.
     """
 
@@ -75,6 +79,7 @@ class EvalConfig(Checked):
     sampling: SamplingParams = dataclasses.field(default_factory=SamplingParams)
     probe: CountOrZero = 0
     probing: ProbingConfig = dataclasses.field(default_factory=ProbingConfig)
+    step_words: tuple[str, ...] | None = None
     compilation_cache: str | None = str(DEFAULT_CACHE)
 
     def __post_init__(self):
@@ -92,6 +97,12 @@ class EvalConfig(Checked):
                 "so there would be nothing to compare it with"
             )
         self.probing.check(self.probe, self.sampling)
+        if self.step_words is not None and (self.baseline or not self.sampling.parallel):
+            raise ValueError(
+                f"step_words is given, with baseline {self.baseline} and sampling.parallel "
+                f"{self.sampling.parallel}, needed are false and true: a sequential answer has no "
+                "branches to score"
+            )
 
 
 def evaluate(config: EvalConfig, tell: Callable[[str], None] = lambda line: None) -> dict:
@@ -114,6 +125,7 @@ def _evaluate(config: EvalConfig, sources: list[Source], tell: Callable[[str], N
         use_cache(config.compilation_cache)
     model = load(config.model, dtype=config.dtype)
     check_model(model, config.model, config.sampling, config.instruction, tell)
+    head = None if config.step_words is None else StepHead(model, config.step_words)
     engine = Engine(model, config.engine)
     results = begin(output, config)
     groups = [_runs(engine, source, config) for source in sources]
@@ -131,7 +143,7 @@ def _evaluate(config: EvalConfig, sources: list[Source], tell: Callable[[str], N
                 _get_ready(engine, run, config, tell)
                 ready = True
             if todo:
-                _decode(engine, run, todo, done, config, output)
+                _decode(engine, run, todo, done, config, output, head)
         probes = None
         if config.probe:
             what = runs[0].name, source.questions, config.probe, config.probing
@@ -202,6 +214,7 @@ def _decode(
     done: dict[tuple[str, int], Figures],
     config: EvalConfig,
     output: Path,
+    head: StepHead | None = None,
 ) -> None:
     """Decodes `todo`, appends each answer to the run's file as it finishes, and adds its
     figures to `done`.
@@ -239,9 +252,12 @@ def _decode(
             nonlocal since, tokens, right
             (answer,) = judge(engine, [trajectory], [question.answer])
             about = {"benchmark": name, "id": question.id, "sample": i}
-            file.write(make_trace(answer, engine.tokenizer, question, **about).dumps() + "\n")
+            scored = [(trajectory.token_ids, trajectory.layout)]
+            scores = head.scores(scored)[0] if head else None
+            trace = make_trace(answer, engine.tokenizer, question, **about, scores=scores)
+            file.write(trace.dumps() + "\n")
             file.flush()
-            figures = done[question.id, i] = answer.figures
+            figures = done[question.id, i] = trace.figures if head else answer.figures
             now = engine.stats()["seconds"]
             record = {"run": run.name, "seconds": now - since, "tokens": figures.tokens}
             times.write(json_text(record) + "\n")

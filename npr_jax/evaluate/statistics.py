@@ -43,21 +43,24 @@ def majority(
     predictions: Sequence[str | None],
     correct: Sequence[bool],
     same: Callable[[str, str], bool] = equal,
+    weights: Sequence[float] | None = None,
 ) -> float:
     """1 if the answer given most often is right, else 0; of t answers given equally often each
-    counts 1/t. None gives no vote; without votes it is 0.
+    counts 1/t. None gives no vote; without votes it is 0. With `weights`, none below 0, votes count
+    so much each.
 
     Predictions go, in order, to the first group whose first member is `same`; a group is right if
     that member is.
     """
     groups: list[list] = []  # [first member, is it right, votes]
-    for prediction, right in zip(predictions, correct, strict=True):
+    counts = [1] * len(predictions) if weights is None else weights
+    for prediction, right, weight in zip(predictions, correct, counts, strict=True):
         if prediction is None:
             continue
         group = next((g for g in groups if g[0] == prediction or same(prediction, g[0])), None)
         if group is None:
             groups.append(group := [prediction, right, 0])
-        group[2] += 1
+        group[2] += weight
     most = max((votes for _, _, votes in groups), default=0)
     winners = [right for _, right, votes in groups if votes == most]
     return sum(winners) / len(winners) if winners else 0.0
@@ -124,6 +127,8 @@ def summarize(
         f"maj@{k}",
         lambda answers: majority([a.prediction for a in answers], [a.right for a in answers]),
     )
+    if all(answer.score is not None for answers in problems for answer in answers):
+        add(f"weighted@{k}", _weighted)
     share("formed")
     add("parallel_rate", lambda answers: sum(a.parallel for a in answers), len)
     add("parallel_token_share", total("parallel_tokens"), total("tokens"))
@@ -142,6 +147,12 @@ def summarize(
         partial["speedup_token_latency"] = [_token_latency(*pair) for pair in pairs]
         partial["speedup_token_latency_correct"] = [_token_latency(*pair) for pair in right_pairs]
     return _ratios(columns) | _ratios(partial)
+
+
+def _weighted(answers: Sequence[Figures]) -> float:
+    """The vote of answers with a score each, which it counts by."""
+    weights = [answer.score or 0.0 for answer in answers]
+    return majority([a.prediction for a in answers], [a.right for a in answers], weights=weights)
 
 
 def _known(answers: Sequence[Figures], name: str) -> tuple[float, int]:

@@ -19,6 +19,7 @@ from npr_jax.data.benchmarks import Question
 from npr_jax.data.sources import Problem
 from npr_jax.decode.text import TextPieces
 from npr_jax.evaluate.judge import Answer, Figures, count
+from npr_jax.evaluate.verdicts import answer_score
 from npr_jax.tree import Block, Rules, TreeLayout, layout
 from npr_jax.tree.rules import PAPER
 
@@ -42,6 +43,8 @@ class Trace:
       benchmark, id, sample: which answer to which problem this is.
       rules: of fork, join and positions, by which it was decoded; left out where they are the
         defaults.
+      scores: what a step head says of each branch, in [0, 1], block by block, with [] for a block
+        that has not joined; None where none was asked.
     """
 
     problem: str
@@ -62,6 +65,7 @@ class Trace:
     id: str = ""
     sample: int = 0
     rules: Rules = PAPER
+    scores: list | None = None
 
     @functools.cached_property
     def layout(self) -> TreeLayout:
@@ -73,7 +77,7 @@ class Trace:
     def figures(self) -> Figures:
         """What is counted of it."""
         formed = not self.violations
-        return count(
+        found = count(
             self.token_ids,
             self.layout,
             self.finish_reason,
@@ -81,6 +85,7 @@ class Trace:
             self.prediction,
             self.correct,
         )
+        return found if self.scores is None else found._replace(score=answer_score(self.scores))
 
     @property
     def text(self) -> str:
@@ -94,6 +99,8 @@ class Trace:
         rules = values.pop("rules")
         if rules != PAPER:
             values["rules"] = dataclasses.asdict(rules)
+        if self.scores is None:
+            del values["scores"]
         return json.dumps(values, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
@@ -110,8 +117,10 @@ def make_trace(
     benchmark: str = "",
     id: str = "",
     sample: int = 0,
+    scores: list | None = None,
 ) -> Trace:
-    """The trace of an answer to `problem`; the rest says which answer it is."""
+    """The trace of an answer to `problem`, with the `scores` of its branches; the rest says which
+    answer it is."""
     made = answer.trajectory
     first = made.step[made.step >= 0].min(initial=np.iinfo(np.int32).max)
     text = TextPieces(tokenizer)
@@ -136,6 +145,7 @@ def make_trace(
         id=id,
         sample=sample,
         rules=made.layout.rules,
+        scores=scores and [[round(x, 4) for x in own] for own in scores],
     )
 
 
@@ -172,6 +182,8 @@ def _fields(values: dict[str, Any]) -> dict[str, Any]:
     values["blocks"] = blocks = tuple(_block(*block) for block in values["blocks"])
     if any(block.depth >= len(blocks) for block in blocks):  # the layout has a column for each
         raise ValueError(f"blocks holds {len(blocks)} blocks, one of them as deep or deeper")
+    if values.get("scores") is not None:
+        _check_scores(values["scores"], blocks)
     for name, value in values.items():
         kind, inner = known[name], None
         if get_origin(kind) in (list, tuple):
@@ -212,6 +224,22 @@ def write_traces(path: str | Path, traces: Iterable[Trace]) -> None:
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lines.encode())
+
+
+def _check_scores(scores: Any, blocks: tuple[Block, ...]) -> None:
+    """Raises ValueError for scores that are not of these blocks' branches."""
+    fits = (
+        isinstance(scores, list)
+        and len(scores) == len(blocks)
+        and all(
+            isinstance(own, list)
+            and len(own) in (0, len(block.steps))
+            and all(_holds(x, float) and 0 <= x <= 1 for x in own)
+            for own, block in zip(scores, blocks, strict=True)
+        )
+    )
+    if not fits:
+        raise ValueError(f"scores is {scores!r:.60}, needed is one from 0 to 1 for each branch")
 
 
 def _holds(value: Any, kind: Any) -> bool:

@@ -151,6 +151,11 @@ class AnswerView {
         const title = make("button", {type: "button", class: "name"}, `branch ${branch.name}`,
           make("small", {}, steps ? `steps ${steps[0]} to ${steps[1]}` : "not sampled"));
         title.addEventListener("click", () => this.select(branch.start, true));
+        if (branch.score !== undefined) {
+          const score = make("small", {class: "score"}, `right: ${Math.round(100 * branch.score)}%`);
+          score.style.setProperty("--score", `${100 * branch.score}%`);
+          title.append(score);
+        }
         const column = make("div", {class: `branch a${branch.accent}`, role: "group",
           "aria-label": `branch ${branch.name}`}, title);
         this.line(column, branch);

@@ -13,6 +13,7 @@ import base64
 import dataclasses
 import gzip
 import math
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -158,7 +159,8 @@ def pack(trace: Trace) -> str:
                 "join": block.join,
                 "depth": block.depth,
             }
-            for block in trace.blocks
+            | ({"scores": scores} if scores else {})
+            for block, scores in zip(trace.blocks, trace.scores or repeat(None), strict=False)
             if block.branches
         ],
     }

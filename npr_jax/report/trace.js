@@ -49,8 +49,8 @@ async function unpack(packed) {
 }
 
 // A line with its runs of own tokens, and the lines of the branches after each of them.
-function readLine(answer, [start, end], depth, name, accent) {
-  const line = {number: answer.lines.length, name, accent, depth, start, end, parts: []};
+function readLine(answer, [start, end], depth, name, accent, score) {
+  const line = {number: answer.lines.length, name, accent, depth, start, end, score, parts: []};
   answer.lines.push(line);
   const run = (from, to) => answer.lineOf.fill(line.number, from, to);
   let blocks = 0;
@@ -61,7 +61,8 @@ function readLine(answer, [start, end], depth, name, accent) {
     const path = name === "trunk" ? "" : `${name} › `;
     line.parts.push({run: [start, block.fork], joined: block.join < answer.ids.length,
       block: blocks, branches: block.branches.map((span, i) =>
-        readLine(answer, span, depth + 1, `${path}${blocks}.${i + 1}`, 1 + i % ACCENTS))});
+        readLine(answer, span, depth + 1, `${path}${blocks}.${i + 1}`, 1 + i % ACCENTS,
+          block.scores?.[i]))});
     start = block.join;
   }
   run(start, end);

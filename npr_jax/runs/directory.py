@@ -116,7 +116,10 @@ _WHY = (
         r"|overlong)",
         "what an answer is worth depends on it",
     ),
-    (r"^(kl$|importance|clip_|dual_clip|objective|layout|train_forced)", "the loss depends on it"),
+    (
+        r"^(kl$|importance|clip_|dual_clip|objective|layout|train_forced|step_words)",
+        "the loss depends on it",
+    ),
 )
 _MISFITS = (KeyError, AttributeError)  # PyYAML's for a value that its tag does not fit: !!bool x
 
