@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from npr_jax.answers import equal, extract
-from npr_jax.demo.steps import label_steps
+from npr_jax.demo.steps import label_branches, label_steps
 from npr_jax.demo.sums import DEFECTS, Sum, Teacher, draw, ideal, true_value, write
-from npr_jax.evaluate.steps import StepScore, first_wrong, harmonic_mean, score_steps
+from npr_jax.evaluate.steps import StepScore, align, first_wrong, harmonic_mean, score_steps
 
 TASKS = draw(1000, np.random.default_rng(0))
 
@@ -179,3 +179,55 @@ def test_where_all_steps_are_right_the_answer_is(case):
 def test_another_problem_is_refused(problem):
     with pytest.raises(ValueError, match="needed is one of the demo's"):
         label_steps(problem, "A:1+1=2")
+
+
+def lines_of(task, value) -> tuple[list[str], list[str]]:
+    """Plans and branches of an answer in the demo's form."""
+    plans, branches = [], []
+    for number, (letter, (op, a, b)) in enumerate(zip("ABCD", task.groups, strict=False), 1):
+        plans.append(f"{number}:{letter}")
+        branches.append(f"{number}:{letter}:{a}{op}{b}={value((op, a, b))}")
+    return plans, branches
+
+
+def test_labels_by_alignment_are_the_exact_ones():
+    """Of the demo's sums, whose right answer is the reference, in any order of its lines."""
+    rng, wrong = np.random.default_rng(2), 0
+    for number, task in enumerate(TASKS[:300]):
+        teacher = Teacher(number % 7)
+        plans, branches = lines_of(task, lambda fact, t=teacher: t.value(fact, rng))
+        reference = lines_of(task, lambda fact: true_value(*fact))[1] + ["S:1+2=3", "So it is."]
+        reference = [line.partition(":")[2] for line in reference]  # without its number
+        labels = align(plans, branches, rng.permutation(reference).tolist())
+        assert labels == label_branches(task.problem, branches)
+        wrong += labels.count(False)
+    assert wrong > 50
+
+
+@pytest.mark.parametrize(
+    "plan, branch, expected",
+    [
+        ("1: the  Area", "1: 3 * 4 = 12", True),
+        ("2. THE AREA ", "so it is = 12.0", True),  # equality of values
+        ("the area", "3 * 4\n= 13\nwhich is all", False),
+        ("the area", "it is twelve", None),  # no result
+        ("the area", "x =", None),
+        ("the volume", "= 12", None),  # no line
+        ("the sum", "= 7", None),  # two lines with different results
+        ("the edge", "= 2", True),  # two lines with the same
+        ("the height", "= 3", None),  # its line has no result
+    ],
+)
+def test_a_branch_is_aligned_with_the_line_of_its_plan(plan, branch, expected):
+    reference = [
+        "1. The area: 3 * 4 = 12",
+        "the sum: 3 + 4 = 7",
+        "the sum: 7 + 1 = 8",
+        "the edge: x = 4 / 2 = 2",
+        "the edge: x = 2.0",
+        "the height: three",
+        "= 12",
+    ]
+    assert align([plan], [branch], reference) == [expected]
+    with pytest.raises(ValueError):
+        align([plan, plan], [branch], reference)

@@ -3,15 +3,18 @@
 Labels of steps as SPARE has them (arXiv 2506.15498), the score of ProcessBench (arXiv 2412.06559).
 """
 
+import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, cast
 
 import numpy as np
 
+from npr_jax.answers import equal
 from npr_jax.base.modules import load_module
 from npr_jax.tree import TagIds, TreeLayout
 
 Label = bool | None  # whether it is right; None: nobody knows
+_NUMBER = re.compile(r"^\s*\d+\s*[:.)]\s*")  # of a plan or a line
 _LABELS = {bool, np.bool_, type(None)}
 # (problem, texts of the branches of an answer) -> the label of each
 LabelBranches = Callable[[str, Sequence[str]], Sequence[Label]]
@@ -54,6 +57,50 @@ def label_blocks(
         )
     labels = iter(None if x is None else bool(x) for x in found)
     return [[next(labels) for _ in block.steps] for block in tree.blocks]
+
+
+def align(
+    plans: Sequence[str],
+    branches: Sequence[str],
+    reference: Sequence[str],
+    same: Callable[[str, str], bool] = equal,
+) -> list[Label]:
+    """Labels of branches from a reference solution: a branch is aligned with the line that has its
+    plan's label, and is right if it comes to the same result (SPARE's one-to-one case, by rule).
+
+    A label is what stands before the first colon of a line, or is the whole plan, without the
+    number before it, whatever its case and spaces. A result is what stands behind the last "=" of a
+    text. None where no line has the label, where one of the two has no result, or where lines of
+    one label have different ones.
+
+    Args:
+      plans, branches: texts, one each of a branch.
+      reference: the lines of the solution.
+      same: whether two results are the same.
+    """
+    known: dict[str, list[str]] = {}
+    for line in reference:
+        head, colon, _ = _NUMBER.sub("", line, count=1).partition(":")
+        if colon and (result := _result(line)) is not None:
+            known.setdefault(_plain(head), []).append(result)
+    labels: list[Label] = []
+    for plan, branch in zip(plans, branches, strict=True):
+        results, own = known.get(_plain(_NUMBER.sub("", plan, count=1)), []), _result(branch)
+        if own is None or not results or not all(same(x, results[0]) for x in results[1:]):
+            labels.append(None)
+        else:
+            labels.append(same(own, results[0]))
+    return labels
+
+
+def _plain(label: str) -> str:
+    return " ".join(label.casefold().split())
+
+
+def _result(text: str) -> str | None:
+    """What stands behind the last "=" of a text, to the end of that line."""
+    _, sign, rest = text.rpartition("=")
+    return rest.partition("\n")[0].strip() or None if sign else None
 
 
 class StepScore(NamedTuple):
