@@ -76,11 +76,13 @@ def execute_line(text, numbers, chain, target):
             stack[size] = stated, (*known, operation)
         if leaves and size == 2:
             own, known = stack[2]
-            for leaf, miss in re.findall("([^;]+)(;?)", leaves):
+            for leaf, sign in re.findall("([^<>]+)([<>]?)", leaves):
                 assert found is None
-                made = compute(leaf, own)
-                assert bool(miss) == (made != [target])
-                if not miss:
+                (made,) = compute(leaf, own)
+                assert sign == {True: ">", False: "<"}.get(
+                    made > target if made != target else None, ""
+                )
+                if not sign:
                     found = (*known, leaf)
         elif leaves:
             assert stack[1][0] == [int(leaves)] if size == 1 and colon else numbers == [int(leaves)]
@@ -335,8 +337,8 @@ def test_problems_to_evaluate_on_are_none_that_are_taught():
     assert 0.45 < len(budgets) / len(more) < 0.55
     again = draw(200, np.random.default_rng((0, 2)))
     assert [one.problem for one in again] == [one.problem for one in held_out]
-    assert Puzzle((12, 7, 3), 29).problem == "12,7,3>29?"
-    assert Puzzle((12, 7, 3), 29, 4).problem == "12,7,3>29:4?"
+    assert Puzzle((12, 7, 3), 29).problem == "12,7,3~29?"
+    assert Puzzle((12, 7, 3), 29, 4).problem == "12,7,3~29:4?"
 
 
 def test_the_teacher_keeps_its_budget_and_breaks_the_format_as_it_says():

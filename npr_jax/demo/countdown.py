@@ -1,6 +1,6 @@
 """The demo's second task, Countdown: make the target of the numbers, each used once.
 
-    problem   9,7,3>20?              or 9,7,3>20:4?, and then with at most four children
+    problem   9,7,3~20?              or 9,7,3~20:4?, and then with at most four children
     answer    a plan for each child, an operation and the numbers that it leaves, 9*3=27|27,7; in
               its step the search from them; \\boxed{(9*3)-7}
 
@@ -11,7 +11,9 @@ line, a child after another until one finds the target, is `search_line`, and wh
 asks for.
 
 What a tiny model has to compare stands where it finds it: before the target a sign that stands
-nowhere else, and behind each result, at once, whether it is the target: a bar, or a semicolon.
+nowhere else, and behind each result, at once, how it compares with the target: ">" and "<" where it
+is larger or smaller, and a bar where it is the target. Of two numbers that seldom are equal it
+hardly learns whether they are; which is larger it learns from every result.
 
 The task and both searches are those of Adaptive Parallel Reasoning (arXiv 2504.15466), in the tags
 of this package.
@@ -66,7 +68,15 @@ LARGE = Game(numbers=4, highest=99, targets=(10, 100), largest=100, ranked=True,
 GAME = LAPTOP
 ABOUT = """A problem is three numbers and a target, which + - * and / have to make of them, each
 used once. A step searches from one first operation on."""
-SYMBOLS = ("\\boxed{", "}", "\n", *map(str, range(GAME.largest + 1)), *"+-*/=()", *",:;|>?", "none")
+SYMBOLS = (
+    "\\boxed{",
+    "}",
+    "\n",
+    *map(str, range(GAME.largest + 1)),
+    *"+-*/=()",
+    *",:;|<>~?",
+    "none",
+)
 MODEL = PRESETS["tiny"]
 FIT = FitConfig(
     train=TrainConfig(
@@ -148,7 +158,7 @@ class Puzzle(NamedTuple):
     def problem(self) -> str:
         """The prompt."""
         budget = "" if self.budget is None else f":{self.budget}"
-        return f"{','.join(map(str, self.numbers))}>{self.target}{budget}?"
+        return f"{','.join(map(str, self.numbers))}~{self.target}{budget}?"
 
     @property
     def level(self) -> int:
@@ -307,8 +317,8 @@ def search(
 ) -> tuple[str, Chain | None]:
     """A depth-first search as text, and the operations that it found, or None.
 
-    Of two numbers all results are tried, a semicolon behind each that is not the target; of more,
-    children are a line each, and behind its colon is the search from there.
+    Of two numbers all results are tried, behind each that is not the target whether it is larger
+    or smaller; of more, children are a line each, and behind its colon is the search from there.
 
     Args:
       chain: the operations that led to the numbers; most: children at most, that of others being
@@ -320,8 +330,9 @@ def search(
     for move in moves(numbers, game.largest) if last else best_moves(numbers, target, most, game):
         longer = (*chain, move.operation)
         if last:
-            found = longer if move.numbers == (target,) else None
-            parts.append(move.operation if found else f"{move.operation};")
+            (result,) = move.numbers
+            found = longer if result == target else None
+            parts.append(move.operation + ("" if found else ">" if result > target else "<"))
         else:
             text, found = search(move.numbers, target, longer, game.width, game)
             parts.append(
