@@ -270,7 +270,11 @@ RULES = [
     )
 ]
 
-SOME_RULES = st.one_of(st.just(RULES[0]), st.sampled_from(RULES))
+# The same with blocks of trials.
+TRIAL, FAILURE = 9, 13
+TRIALS = [dataclasses.replace(rules, trial=TRIAL, failure=FAILURE) for rules in RULES]
+
+SOME_RULES = st.one_of(st.just(RULES[0]), st.sampled_from(RULES), st.sampled_from(TRIALS))
 
 
 def run_program(config: EngineConfig, program: list[tuple[str, int]]) -> dict[str, int]:

@@ -153,11 +153,15 @@ def test_blocks_that_were_refused_are_refused_again():
 
 @pytest.mark.parametrize("rules", [RULES[0], RULES[-1]], ids=lambda rules: rules.join)
 def test_a_pause_is_the_same_whatever_the_schedule(rules):
+    prompts = [[*PROMPTS[n % len(PROMPTS)], 9 + n % 14] for n in range(24)]
+    paused_and_whole(rules, prompts)
+
+
+def paused_and_whole(rules, prompts):
     """Answers that grow by nine tokens a call, on engines with other lanes, visits and pages."""
     roomy = dataclasses.replace(CONFIGS[0], pages=600, max_depth=3, rules=rules)
     narrow = dataclasses.replace(roomy, lanes=2, steps=1, page_size=3)
     wide = dataclasses.replace(roomy, lanes=16, steps=7)
-    prompts = [[*PROMPTS[n % len(PROMPTS)], 9 + n % 14] for n in range(24)]
     sampling = SamplingParams(max_tokens=90)
 
     def pieces(config):
@@ -187,6 +191,7 @@ def test_a_pause_is_the_same_whatever_the_schedule(rules):
     others = whole(engine_on_fake_device(wide), prompts, SamplingParams(max_tokens=90))
     for one, other in zip(answers, others, strict=True):
         equal(one, other)
+    return answers
 
 
 def test_what_was_begun_elsewhere_is_refused():

@@ -16,7 +16,11 @@ from npr_jax.evaluate.traces import make_trace, read_trace, read_traces
 from npr_jax.report.terminal import view
 from npr_jax.tree import Rules
 
-RULES = {"default": Rules(), "others": Rules("last", "fresh", "sum", ":")}
+RULES = {
+    "default": Rules(),
+    "others": Rules("last", "fresh", "sum", ":"),
+    "trials": Rules(trial=":", failure="1"),
+}
 
 
 @pytest.fixture(scope="module", params=RULES)

@@ -71,6 +71,19 @@ class EngineConfig(Checked):
                 f"attention is {self.attention!r} and exact true, which has its own: set attention "
                 "to null, or exact to false"
             )
+        if self.rules.trial is not None and self.on_invalid_block == "sequential":
+            raise ValueError(
+                f"on_invalid_block is 'sequential' and rules.trial {self.rules.trial!r}: set "
+                "on_invalid_block to 'end', or rules.trial to null"
+            )
+
+    def check_trials(self) -> None:
+        """Raises ValueError where there are trials, which no stage trains on."""
+        if self.rules.trial is not None:
+            raise ValueError(
+                f"engine.rules.trial is {self.rules.trial!r}, needed is null: trials are decoded, "
+                "replayed and judged, but not trained on"
+            )
 
     def check_rows(self) -> None:
         """Raises ValueError where the rows of training can have no bound on hidden intervals."""

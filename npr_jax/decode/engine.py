@@ -43,6 +43,7 @@ from npr_jax.decode.sampling import SamplingParams
 from npr_jax.decode.scheduler import Scheduler
 from npr_jax.decode.sequence import Request
 from npr_jax.decode.stats import Clock, counted_compilations, of_schedulers
+from npr_jax.tree.rules import MARKS
 
 
 class Engine:
@@ -50,13 +51,13 @@ class Engine:
 
     On a mesh (data, tensor) every replica of `data` has lanes and pages of its own, heads are split
     over `tensor`, and every process must make the same calls in the same order. Raises ValueError
-    where heads do not divide so, the tags have fewer headers than `max_branches`, or the marker of
-    `rules` is no token.
+    where heads do not divide so, the tags have fewer headers than `max_branches`, or a token of
+    `rules` is none.
     """
 
     def __init__(self, model, config: EngineConfig | None = None, mesh: Mesh | None = None):
         self.model_config, self.tokenizer, self.tags = model.config, model.tokenizer, model.tags
-        self.config = config = _with_marker(config or EngineConfig(), model)
+        self.config = config = _with_marks(config or EngineConfig(), model)
         known = len(self.tags.step_headers) if self.tags is not None else 0
         if known and config.max_branches > known:
             raise ValueError(f"max_branches is {config.max_branches}, at most {known} have headers")
@@ -428,17 +429,20 @@ class Engine:
             if reason != "error":
                 scheduler.publish(request)
             scheduler.stop(request)
+            self._fork_join.tell_undecided(request.trunk)
             self._outputs.note(request.trunk, "finish")
         request.end = reason, detail
 
 
-def _with_marker(config: EngineConfig, model) -> EngineConfig:
-    """The config, in which a marker is the id of a token."""
+def _with_marks(config: EngineConfig, model) -> EngineConfig:
+    """The config, in which what its rules know tokens by are the ids of these."""
     if model.tags is None:  # nothing forks
         return config
     rules, vocab = model.tags.resolved(config.rules), model.config.vocab_size
-    if isinstance(rules.marker, int) and rules.marker >= vocab:
-        raise ValueError(
-            f"engine.rules.marker is {rules.marker}, needed is the id of a token, below {vocab}"
-        )
+    for name in MARKS:
+        token = getattr(rules, name)
+        if isinstance(token, int) and token >= vocab:
+            raise ValueError(
+                f"engine.rules.{name} is {token}, needed is the id of a token, below {vocab}"
+            )
     return config if rules == config.rules else dataclasses.replace(config, rules=rules)

@@ -2,6 +2,11 @@
 
 A branch that ends badly (end of text, no tokens left, an illegal tag) does not stop its siblings;
 when all are done, the sequence above ends with the first such reason in the order of the plans.
+
+Of a block of trials (tree/rules.py) the branch with the fewest tokens that ends with a result cuts
+the others off at its length, whatever they have drawn behind it, and however they have ended there.
+So what counts does not depend on who draws faster, and nobody hears of a trial before all have come
+so far.
 """
 
 from collections import abc
@@ -100,10 +105,15 @@ class ForkJoin:
         sequence.tail.append(tokens, figures)
         sequence.budget -= len(tokens)
         self._stats["sampled_tokens"] += len(tokens)
-        self._note(sequence, "token", tokens=tokens, figures=figures)
+        if _trials(sequence) is None:
+            self._note(sequence, "token", tokens=tokens, figures=figures)
 
     def _check_limits(self, sequence: Sequence) -> None:
         if sequence.left > 0:
+            fork = _trials(sequence)
+            if fork and fork.first is not None and len(sequence.tail.tokens) >= fork.first:
+                sequence.cut = True
+                self._branch_ended(sequence)
             return
         request = sequence.request
         if sequence.budget < 1:
@@ -116,7 +126,8 @@ class ForkJoin:
         """Starts the branches of the block that has just closed its guideline, or refuses it."""
         automaton, tags = self._grammar(sequence)
         block = automaton.stack[-1]
-        num = len(block.plans)
+        num, own = len(block.plans), sequence.own_tokens()
+        trials = self.config.rules.of_trials(own[start:end] for start, end in block.plans)
         problem = self._refuse_block(sequence)
         if problem:
             if self.config.on_invalid_block == "end":
@@ -137,12 +148,13 @@ class ForkJoin:
             branch.budget = share
             branch.stop = sequence.stop and sequence.stop.of_branch()
             branch.automaton = Automaton(
-                tags, NO_DEPTH_LIMIT, index=len(head), depth=branch.depth, in_step=True
+                tags, NO_DEPTH_LIMIT, len(head), branch.depth, in_step=True, in_trial=trials
             )
             before = self._before_branch(sequence, block, number)
             self._start_segment(branch, list(head), sequence.position + 1, before)
             branches.append(branch)
-        self._wait(sequence, Fork(block, branches, [head.index(tags.step_open) for head in heads]))
+        opens = [head.index(tags.step_open) for head in heads]
+        self._wait(sequence, Fork(block, branches, opens, undecided=trials))
 
     def _refuse_block(self, sequence: Sequence) -> str | None:
         """Why the block that has just closed its guideline cannot be forked, or None."""
@@ -210,13 +222,70 @@ class ForkJoin:
         parent = branch.parent
         assert parent is not None  # the trunk has no close tag
         fork = parent.fork
+        if fork.undecided:
+            self._cut(fork)
         if not all(branch.done for branch in fork.branches):
             return
+        if fork.undecided:
+            self._decide(fork)
         failure = next((b.failure for b in fork.branches if b.failure), None)
         if failure:
             self._end(parent, *failure)
         else:
             self._resume(parent, fork)
+
+    def _cut(self, fork: Fork) -> None:
+        """Cuts trials off where the shortest that has a result has ended."""
+        results = [len(x.tail.tokens) for x in fork.branches if self._has_result(x)]
+        if not results:
+            return
+        fork.first = min(results)
+        for branch in fork.branches:
+            excess = len(branch.tail.tokens) - fork.first
+            if excess < 0 or (excess == 0 and branch.done):
+                continue
+            branch.tail.shorten(fork.first)
+            branch.budget += excess
+            self._stats["sampled_tokens"] -= excess
+            branch.cut, branch.done, branch.failure = True, True, None
+            self.schedulers[branch.request.replica].release(branch)
+
+    def _has_result(self, branch: Sequence) -> bool:
+        """Whether a trial has ended, and with a result."""
+        if not branch.done or branch.cut or branch.failure:
+            return False
+        _, tags = self._grammar(branch)
+        body = branch.tail.tokens[len(tags.step_headers[branch.number]) : -1]
+        return self.config.rules.has_result(body, tags.whitespace)
+
+    def _decide(self, fork: Fork) -> None:
+        """All trials have come as far as they will: the steps of those that were cut off are
+        closed, and what they hold is told."""
+        self._tell_trials(fork)
+        for branch in fork.branches:
+            if branch.cut:
+                _, tags = self._grammar(branch)
+                branch.tail.append_known([tags.step_close], forced=True)
+                branch.budget -= 1
+                self._note(branch, "token", tokens=[tags.step_close])
+
+    def tell_undecided(self, sequence: Sequence) -> None:
+        """Tells what trials have drawn, in a sequence that ends before they are decided."""
+        if sequence.waiting:
+            for branch in sequence.fork.branches:
+                self.tell_undecided(branch)
+            if sequence.fork.undecided:
+                self._tell_trials(sequence.fork)
+
+    def _tell_trials(self, fork: Fork) -> None:
+        """Tells what trials have drawn, now that none of it can be lost."""
+        fork.undecided = False
+        for branch in fork.branches:
+            figures = np.frombuffer(branch.tail.figures, branch.tail.dtype)
+            drawn = int((~figures["forced"]).sum())
+            if drawn:
+                tokens = branch.tail.tokens[-drawn:]
+                self._note(branch, "token", tokens=tokens, figures=figures[-drawn:].copy())
 
     def _resume(self, sequence: Sequence, fork: Fork) -> None:
         """The branches have reached their ends: on with the takeaway, if there is room."""
@@ -283,6 +352,13 @@ class ForkJoin:
         detail = ": ".join(filter(None, (f"step {sequence.number + 1}", detail)))
         sequence.failure = inside, detail
         self._branch_ended(sequence)
+
+
+def _trials(branch: Sequence) -> Fork | None:
+    """The block of trials, not decided yet, that a branch is of."""
+    if branch.parent is None or not branch.parent.waiting or not branch.parent.fork.undecided:
+        return None
+    return branch.parent.fork
 
 
 def _hidden_body(branch: Sequence, marker: str | int | None) -> tuple[int, int]:

@@ -91,8 +91,9 @@ def _grow(
     """Lets a sequence draw what its script has, which lies in `ids` from `at` on, as far as it
     `counts`; where it ends in `ids`."""
     for number, (piece, head) in enumerate(zip(script.pieces, script.heads, strict=True)):
-        begin, at = at + head, at + len(piece)
-        end = begin + int(counts[begin:at].sum())
+        drawn, begin = script.drawn(number), at + head
+        end = begin + int(counts[begin : at + drawn.stop].sum())
+        at += len(piece)
         while begin < end and not growth.over:
             # One of these may be an event, at which a lane freezes: what follows is drawn later.
             stops = sequence.request.stops

@@ -20,11 +20,18 @@ from npr_jax.tree import Block, TreeLayout, layout, parse
 class Script:
     """A sequence to be replayed: pieces of given tokens, of which the first `heads[i]` of piece i
     are a forced header, and after each piece a fork (none after a last one): its block, counted in
-    the sequence's own tokens, where in each branch its `<step>` stands, and the branches."""
+    the sequence's own tokens, where in each branch its `<step>` stands, and the branches. The last
+    piece ends with `closed` forced tokens more."""
 
     pieces: list[list[int]]
     heads: list[int]
     forks: list[tuple[Block, list[int], list["Script"]]]
+    closed: int = 0
+
+    def drawn(self, number: int) -> slice:
+        """What of a piece is not forced."""
+        is_last = number + 1 == len(self.pieces)
+        return slice(self.heads[number], len(self.pieces[number]) - (self.closed if is_last else 0))
 
 
 class ReplayedSequence(Sequence):
@@ -36,9 +43,9 @@ class ReplayedSequence(Sequence):
 
     def begin_piece(self) -> list[int]:
         """Sets what is given, and how much is left of it; returns the header."""
-        self.given, head = self.script.pieces[self.piece], self.script.heads[self.piece]
-        self.budget = len(self.given) - head
-        return self.given[:head]
+        piece, drawn = self.script.pieces[self.piece], self.script.drawn(self.piece)
+        self.given, self.budget = piece[: drawn.stop], drawn.stop - drawn.start
+        return piece[: drawn.start]
 
 
 class Replay(ForkJoin):
@@ -52,9 +59,13 @@ class Replay(ForkJoin):
 
     def _go_on(self, sequence: ReplayedSequence) -> None:
         script = sequence.script
-        if len(sequence.tail.tokens) < len(script.pieces[sequence.piece]):
+        assert sequence.given is not None
+        if len(sequence.tail.tokens) < len(sequence.given):
             return
         if sequence.piece == len(script.forks):
+            if closed := script.pieces[-1][len(sequence.given) :]:
+                sequence.tail.append_known(closed, forced=True)
+                self._note(sequence, "token", tokens=closed)
             self._end(sequence, "stop", "replayed")
             return
         block, opens, children = script.forks[sequence.piece]
@@ -162,6 +173,8 @@ def script_of(tokens: list[int], tree: TreeLayout) -> Script:
                 return script
         script.pieces.append(tokens[start:end])
         script.heads.append(head(start, end))
+        sampled = np.flatnonzero(~tree.forced[start:end])
+        script.closed = end - start - int(sampled[-1]) - 1 if len(sampled) else 0
         return script
 
     def head(start: int, end: int) -> int:

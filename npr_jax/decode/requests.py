@@ -163,6 +163,11 @@ class RequestMaker:
                 "which positions are not the tokens of a path: set min_tokens to 0, or positions "
                 "to 'max'"
             )
+        if sampling.parallel and sampling.stop and self.config.rules.trial is not None:
+            raise ValueError(
+                f"stop is {list(sampling.stop)} and engine.rules.trial "
+                f"{self.config.rules.trial!r}: set stop to [], or rules.trial to null"
+            )
         least = sampling.prompt_logprobs is not None  # the program that scores is there from 1 on
         for key, asked in (
             ("logprobs", sampling.logprobs),

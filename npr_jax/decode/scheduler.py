@@ -179,7 +179,8 @@ class Scheduler:
         return None
 
     def release(self, sequence: Sequence) -> None:
-        """Takes the sequence off its lane, and the pages reserved for steps it did not take."""
+        """Takes the sequence off its lane, and the pages reserved for steps it did not take, or of
+        tokens that it has lost."""
         self._free_lane(sequence)
         self._need(sequence, ())
         segment = sequence.items[-1]
@@ -187,6 +188,7 @@ class Scheduler:
             keep = math.ceil(len(segment.tokens) / self.config.page_size)
             self.pages.drop(segment.pages[keep:])
             del segment.pages[keep:]
+            segment.computed = min(segment.computed, len(segment.tokens))
             segment.row = None
 
     def _free_lane(self, sequence: Sequence) -> None:

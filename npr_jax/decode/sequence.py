@@ -122,6 +122,10 @@ class Segment:
         self.tokens += tokens
         self.figures += figures.tobytes()
 
+    def shorten(self, count: int) -> None:
+        """Only the first `count` tokens stay."""
+        del self.tokens[count:], self.figures[count * self.dtype.itemsize :]
+
     @property
     def whole(self) -> Piece:
         """All of it."""
@@ -156,13 +160,17 @@ class Fork:
     """A block that was forked.
 
     `block` has start, guideline_close, plans and takeaway, counted in the sequence's own tokens;
-    `opens`: where in each branch its `<step>` stands.
+    `opens`: where in each branch its `<step>` stands; `undecided`: they are trials that still grow,
+    and nobody has heard of what they drew; `first`: tokens of the shortest trial so far that has a
+    result.
     """
 
     block: Block | OpenBlock
     branches: list["Sequence"]
     opens: list[int]
     joined: bool = False
+    undecided: bool = False
+    first: int | None = None
 
 
 class Sequence:
@@ -197,6 +205,7 @@ class Sequence:
         self.waiting = False  # for its branches
         self.done = False
         self.failure: tuple[str, str] | None = None
+        self.cut = False  # a trial that was cut off where another had a result
 
     def append(self, segment: Segment) -> None:
         """The sequence goes on in this segment."""

@@ -21,6 +21,7 @@ from npr_jax.decode import Engine, Trajectory
 from npr_jax.decode.outputs import TRUNCATED
 from npr_jax.tree import TreeLayout
 from npr_jax.tree.format import Violation, check_format
+from npr_jax.tree.rules import PAPER
 
 NGRAM = 2  # tokens of a run that siblings are compared by
 
@@ -188,4 +189,5 @@ def violations(engine: Engine, answer: Trajectory) -> list[Violation]:
     if engine.tags is None:
         return [Violation("no_tags", answer.prompt_len, "the tokenizer has no tags")]
     limit = engine.config.max_branches
-    return check_format(answer.token_ids, answer.prompt_len, engine.tags, limit)
+    rules = answer.layout.rules if answer.layout.blocks else PAPER  # of what was forked
+    return check_format(answer.token_ids, answer.prompt_len, engine.tags, limit, rules=rules)

@@ -71,6 +71,7 @@ LATER: tuple[str, ...] = (
     "engine.max_logit_bias",
     "engine.max_blocks",
     *(f"engine.rules.{name}" for name in ("join", "fork", "positions", "marker")),
+    *("engine.rules.trial", "engine.rules.failure"),
     "train.exact",
     "fit.train.exact",
     *(

@@ -179,6 +179,7 @@ class BetaConfig(Checked):
                 f"mesh.rollout is {self.mesh.rollout}, needed is 0: Beta samples before it trains"
             )
         self.engine.check_rows()
+        self.engine.check_trials()
         if self.layout == "reference" and self.engine.rules != PAPER:
             raise ValueError(
                 f"engine.rules are {self.engine.rules}, needed are the defaults: layout "

@@ -115,6 +115,7 @@ class RLConfig(Checked, abc.ABC):
         if self.start is not None:
             parse_start(self.start)
         find_check(self.checker)
+        self.engine.check_trials()
         need = self.max_prompt_tokens + self.max_tokens
         if self.train.row_len < need:
             raise ValueError(

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 from npr_jax.answers import find_boxed
-from npr_jax.tree import Block, TagIds, TraceError, parse
+from npr_jax.tree import Block, Rules, TagIds, TraceError, parse
+from npr_jax.tree.rules import PAPER
 
 _NUMBERED = re.compile(r"\s*(\d+)\s*:(.*)", re.DOTALL)
 
@@ -39,7 +40,8 @@ def check_block(
     return _check_numbers(token_ids, block.plans, tags, "plan")
 
 
-def _check_numbers(token_ids, spans, tags: TagIds, name: str) -> Violation | None:
+def _check_numbers(token_ids, spans, tags: TagIds, name: str, cut=()) -> Violation | None:
+    """Of the spans those that end with a token of `cut` may be empty."""
     for number, (start, end) in enumerate(spans, 1):
         text = tags.text(token_ids[start + 1 : end - 1])
         match = _NUMBERED.fullmatch(text)
@@ -49,7 +51,7 @@ def _check_numbers(token_ids, spans, tags: TagIds, name: str) -> Violation | Non
                 start,
                 f"{name} {number} starts with {text[:12]!r}, not '{number}:'",
             )
-        if not match[2].strip():
+        if not match[2].strip() and end - 1 not in cut:
             return Violation(f"empty_{name}", start, f"{name} {number} is empty")
     return None
 
@@ -60,21 +62,25 @@ def check_format(
     tags: TagIds,
     max_branches: int = 5,
     max_depth: int = 1,
+    rules: Rules = PAPER,
 ) -> list[Violation]:
     """The rules that a response breaks; empty if it keeps the format.
 
     The response is one block or more with white space between, in which every plan, step and
     takeaway says something under its number; then any text, in which exactly one `\\boxed{}` is
-    complete and not empty.
+    complete and not empty. By `rules` that know trials, what was cut off may say nothing, and no
+    trial is longer than it can have come.
     """
     token_ids = list(token_ids)
     try:
-        tree = parse(token_ids, prompt_len, tags, max_depth=max_depth)
+        tree = parse(token_ids, prompt_len, tags, max_depth=max_depth, rules=rules)
     except TraceError as error:
         return [Violation("tree", error.index, error.reason)]
     if not tree.blocks:
         return [Violation("no_block", prompt_len, "no <guideline> block")]
     found = []
+    closed = [end - 1 for block in tree.blocks for _, end in block.steps]
+    cut = {last for last in closed if tree.forced[last]}
     after = prompt_len
     for block in tree.blocks:
         if block.depth == 0:
@@ -85,7 +91,7 @@ def check_format(
                 found.append(Violation("stray_text", stray, "text before a block"))
             after = block.end
         found.append(check_block(token_ids, block, tags, max_branches))
-        found.append(_check_numbers(token_ids, block.steps, tags, "step"))
+        found.append(_check_numbers(token_ids, block.steps, tags, "step", cut))
         assert block.takeaway is not None  # complete blocks only
         if not tags.text(token_ids[block.takeaway[0] + 1 : block.takeaway[1] - 1]).strip():
             found.append(Violation("empty_takeaway", block.takeaway[0], "the takeaway is empty"))

@@ -12,7 +12,7 @@ from numbers import Integral
 import numpy as np
 
 from npr_jax.tree.layout import Block, TreeLayout, framing, layout
-from npr_jax.tree.rules import PAPER, Rules
+from npr_jax.tree.rules import MARKS, PAPER, Rules
 
 TAG_NAMES = (
     "<guideline>",
@@ -72,28 +72,39 @@ class TagIds:
         return self.decode(ids)
 
     def resolved(self, rules: Rules) -> Rules:
-        """The rules with the id of the marker's token. Raises ValueError where its text is not one
-        token, or is a tag."""
-        marker = rules.marker
-        if isinstance(marker, str):
+        """The rules with the ids of their tokens. Raises ValueError where a text is not one token,
+        or is a tag, or white space in place of a failure."""
+        found = {name: self._mark(name, getattr(rules, name)) for name in MARKS}
+        if found["failure"] in self.whitespace:
+            raise ValueError(
+                f"failure is {rules.failure!r}, which is white space: needed is a token that says "
+                "something"
+            )
+        return dataclasses.replace(rules, **found)
+
+    def _mark(self, name: str, mark: str | int | None) -> int | None:
+        """The id of the token that is that rule."""
+        if isinstance(mark, str):
             if self.encode is None:
                 raise ValueError(
-                    f"marker is {marker!r}, but there is no tokenizer to read it: set it to the id "
+                    f"{name} is {mark!r}, but there is no tokenizer to read it: set it to the id "
                     "of a token"
                 )
-            ids = self.encode(marker)
+            ids = self.encode(mark)
             if len(ids) != 1:
                 raise ValueError(
-                    f"marker is {marker!r}, which the tokenizer splits into {len(ids)} tokens, "
+                    f"{name} is {mark!r}, which the tokenizer splits into {len(ids)} tokens, "
                     "needed is a text of 1"
                 )
-            marker = ids[0]
-        if marker in self.ids:
+            token = ids[0]
+        else:
+            token = mark
+        if token in self.ids:
             raise ValueError(
-                f"marker is {rules.marker!r}, the tag {TAG_NAMES[self.ids.index(marker)]}: needed "
-                "is a token that steps hold"
+                f"{name} is {mark!r}, the tag {TAG_NAMES[self.ids.index(token)]}: needed is a "
+                f"token that {'plans' if name == 'trial' else 'steps'} hold"
             )
-        return dataclasses.replace(rules, marker=marker)
+        return token
 
     @classmethod
     def from_tokenizer(cls, tokenizer) -> "TagIds":
@@ -178,8 +189,9 @@ class Automaton:
     """Reads one line of a response token by token and says at once where it stops being a tree.
 
     A line is the trunk, or (`in_step=True`) the inside of a branch, which ends with its own
-    `</step>`. The parser reads a whole trace as one line; the engine gives each branch an automaton
-    of its own and lets the trunk's skip the steps. Token indices count from `index`.
+    `</step>`; in that of a trial (`in_trial=True`) no block may begin. The parser reads a whole
+    trace as one line; the engine gives each branch an automaton of its own and lets the trunk's
+    skip the steps. Token indices count from `index`.
 
     Attributes: `state`; `index`, tokens read so far; `blocks`, all blocks begun; `stack`, the
     open ones; `closed`, whether the line's own `</step>` was read.
@@ -192,10 +204,12 @@ class Automaton:
         index: int = 0,
         depth: int = 0,
         in_step: bool = False,
+        in_trial: bool = False,
     ):
         self._kinds = dict.fromkeys(tags.whitespace, _WHITESPACE)
         self._kinds.update({token: kind for kind, token in enumerate(tags.ids)})
-        self.max_depth, self.depth, self.in_step = max_depth, depth, in_step
+        self.max_depth, self.depth = max_depth, depth
+        self.in_step, self.in_trial = in_step, in_trial
         self.state, self.index, self.closed = TEXT, index, False
         self.blocks: list[OpenBlock] = []
         self.stack: list[OpenBlock] = []
@@ -227,6 +241,8 @@ class Automaton:
             raise TraceError(index, f"{TAG_NAMES[kind]} after the end of the step")
         match self.state, kind:
             case "text", 0:
+                if self.in_trial:
+                    raise TraceError(index, "a block inside a trial")
                 if self.depth + len(self.stack) >= self.max_depth:
                     raise TraceError(index, f"blocks nested deeper than {self.max_depth}")
                 block = OpenBlock(index, self.depth + len(self.stack))
@@ -315,7 +331,7 @@ def parse(
         blocks of one level).
       max_depth: levels of nested blocks that are accepted.
       allow_open: lay out a response that was cut off inside a block instead of refusing it.
-      rules: of fork, join and positions, with the id of a marker (`TagIds.resolved`).
+      rules: of fork, join and positions, with the ids of their tokens (`TagIds.resolved`).
 
     Raises:
       TraceError: with the index of the first token at which the response is no tree.
@@ -344,8 +360,36 @@ def parse(
         for start, head in heads:
             if tuple(tokens[start : start + len(head)]) == head:
                 forced[start : start + len(head)] = True
+    if rules.trial is not None:
+        _mark_cut(tokens, blocks, forced, rules, tags.whitespace)
     tree = layout(len(tokens), blocks, prompt_len, forced, rules, tokens)
     return tree if rule == "strict" else _reference(tree)
+
+
+def _mark_cut(tokens: list[int], blocks: Sequence[Block], forced, rules: Rules, whitespace) -> None:
+    """Marks the `</step>` of trials that were cut off as written by the engine: of those that are
+    one token longer than the first with a result. Blocks that have not joined are left as they are.
+    Raises TraceError at what no block of trials holds: a longer step, or a block inside one."""
+    for block in blocks:
+        plans = [tokens[start:end] for start, end in block.plans]
+        if not block.takeaway or not rules.of_trials(plans):
+            continue
+        for other in blocks:
+            if other.depth > block.depth and block.fork <= other.start < block.join:
+                raise TraceError(other.start, "a block inside a trial")
+        lengths = []
+        for (start, end), (step_open, _) in zip(block.branches, block.steps, strict=True):
+            body = step_open + 1
+            while body < end and forced[body]:
+                body += 1
+            if rules.has_result(tokens[body : end - 1], whitespace):
+                lengths.append(end - start)
+        for start, end in block.branches if lengths else ():
+            over = end - start - min(lengths)
+            if over > 1:
+                reason = f"a trial goes on behind token {min(lengths)}, where the first one ended"
+                raise TraceError(start + min(lengths), reason)
+            forced[end - 1] |= over == 1
 
 
 def reference_depth(branches: int) -> int:

@@ -1,6 +1,7 @@
 """The rules of fork, join and positions, by which spans of branches are laid out."""
 
 import dataclasses
+from collections.abc import Collection, Iterable, Sequence
 from typing import Annotated, Literal
 
 from npr_jax.base.fields import Checked, Range
@@ -23,12 +24,18 @@ class Rules(Checked):
         "sum", as if the branches were one text.
       marker: of join "last": a text that is one token, or a token's id. A step without it is seen
         in whole.
+      trial: the same of plans: a block whose every plan holds it is a block of trials, of which the
+        first that ends with a result cuts the others off, as in Parason (arXiv 2608.24658). Null:
+        there are none.
+      failure: the same of the steps of trials: one that ends with it has no result.
     """
 
     join: Literal["all", "last"] = "all"
     fork: Literal["trunk", "fresh"] = "trunk"
     positions: Literal["max", "sum"] = "max"
     marker: Annotated[str | int | None, Range(ge=0)] = None
+    trial: Annotated[str | int | None, Range(ge=0)] = None
+    failure: Annotated[str | int | None, Range(ge=0)] = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -42,11 +49,28 @@ class Rules(Checked):
                 f"marker is {self.marker!r} and join 'all', which has none: set join to 'last', or "
                 "marker to null"
             )
+        for name in ("trial", "failure"):
+            if getattr(self, name) == "":
+                raise ValueError(f"{name} is '', needed is a text of one token, or null")
+        if (self.trial is None) != (self.failure is None):
+            raise ValueError(
+                f"trial is {self.trial!r} and failure {self.failure!r}, needed are both, or neither"
+            )
 
     @property
     def hide(self) -> bool:
         """Whether trunk or branches see a part only of what there is."""
         return self.join == "last" or self.fork == "fresh"
+
+    def of_trials(self, plans: Iterable[Sequence[int]]) -> bool:
+        """Whether plans of these tokens make a block of trials: every one holds the mark."""
+        return self.trial is not None and all(self.trial in plan for plan in plans)
+
+    def has_result(self, body: Iterable[int], whitespace: Collection[int]) -> bool:
+        """Whether a trial whose step holds this, between its header and `</step>`, has a result: it
+        says something, and the last of that is not the failure."""
+        said = [token for token in body if token not in whitespace]
+        return bool(said) and said[-1] != self.failure
 
     def intervals(self, max_depth: int, max_blocks: int) -> int:
         """The most hidden intervals that a token of a tree has, of blocks nested `max_depth` deep
@@ -57,3 +81,4 @@ class Rules(Checked):
 
 
 PAPER = Rules()
+MARKS = ("marker", "trial", "failure")  # the rules that are tokens
