@@ -95,6 +95,12 @@ hypothesis.settings.register_profile("npr_jax", derandomize=EXAMPLES <= 1)
 hypothesis.settings.load_profile("npr_jax")
 
 
+def pytest_make_parametrize_id(val):
+    """Bytes are named by their length: what packs them may write the time into them, and each
+    process collects the tests at another time."""
+    return f"{len(val)}_bytes" if isinstance(val, bytes) else None
+
+
 def examples(number: int) -> int:
     """`number` random cases in `make test`, in proportion elsewhere."""
     return max(1, round(number * EXAMPLES))
