@@ -125,6 +125,32 @@ def test_the_first_result_cuts_the_others_off_there(drawn, report):
     assert blocks > 15 and shorter > 3 and last > 2
 
 
+def test_a_trial_that_ends_badly_has_no_result(monkeypatch):
+    """Its answer ends, but its siblings run on as they would, up to a result."""
+    probabilities = table(eos=0.006, nested=0.0, end_step=0.12, illegal=0.08)
+    monkeypatch.setattr(fake_device, "_TABLE", np.cumsum(probabilities, axis=1))
+    ours, theirs = (
+        engine_on_fake_device(dataclasses.replace(ROOMY, rules=r)).generate(PROMPTS, SAMPLING)
+        for r in (RULES, ALL)
+    )
+    seen = 0
+    for one, other in zip(ours, theirs, strict=True):
+        found = []
+        for answer in (one, other):
+            block, ids = next(iter(answer.layout.blocks), None), answer.token_ids.tolist()
+            plans = [ids[start:end] for start, end in block.plans] if block else []
+            if block and block.takeaway is None and RULES.of_trials(plans):
+                found.append([ids[start:end] for start, end in block.branches])
+        steps = found[-1] if found else []
+        if len(found) < 2 or len(steps) < 2 or any(GO in step for step in steps):
+            continue
+        ends = [len(s) for s in steps if s[-1] == SC and s[-2] not in (FAILURE, *s[:4])]
+        first = min(ends, default=999)
+        assert found[0] == [s if len(s) <= first else [*s[:first], SC] for s in steps]
+        seen += 1
+    assert seen > 0
+
+
 @pytest.mark.parametrize("number", [0, 2])
 @pytest.mark.parametrize("rules", spread([TRIALS[0], TRIALS[-1], *TRIALS[1:-1]], 1, 2), ids=name)
 def test_answers_do_not_depend_on_pages_lanes_visits_and_preemption(rules, number, drawn):
