@@ -1,4 +1,4 @@
-"""The step head: verdicts are leaves that change nothing else, and find planted errors."""
+"""The step head: verdicts are leaves that change nothing else, and scores go where they should."""
 
 import dataclasses
 import json
@@ -14,44 +14,22 @@ from test_cold_start import lines_of, settings
 from test_evaluate import ROWS, branching
 from test_evaluate import config as eval_config
 from test_evaluate import write as write_rows
-from train_toy import example, examples, tiny
+from train_toy import examples, tiny
 
 from npr_jax.decode import fork_join
-from npr_jax.demo import seed_model, sums
-from npr_jax.demo.steps import label_branches
-from npr_jax.demo.sums import FIT, Sum, draw, true_value, write
 from npr_jax.evaluate import run as evaluation
 from npr_jax.evaluate.run import evaluate
 from npr_jax.evaluate.statistics import majority
-from npr_jax.evaluate.steps import first_wrong, label_blocks, score_steps
 from npr_jax.evaluate.traces import read_trace, read_traces
 from npr_jax.evaluate.verdicts import StepHead, answer_score, closed, word_ids
 from npr_jax.model import token_logp
 from npr_jax.model.score import logits
 from npr_jax.train import beta
-from npr_jax.train.fit import fit
 from npr_jax.train.packing import make_row
 from npr_jax.train.verdicts import with_verdicts
 from npr_jax.tree import parse
 
-WORDS, STEPS = ("+", "*"), 400
-
-
-def planted(task: Sum, rng: np.random.Generator) -> tuple[str, int | None]:
-    """An answer, and the number of its first wrong step: half of the time one value is false, and
-    what follows goes on from it."""
-    size = len(task.groups)
-    wrong = int(rng.integers(size)) if rng.random() < 0.5 else None
-    shift, seen = int(rng.integers(1, 10)), 0
-
-    def value(fact):
-        nonlocal seen
-        # The facts of an answer in one block: its groups, with a sum behind each but the first.
-        number, is_sum = (seen + 1) // 2, seen and seen % 2 == 0
-        seen += 1
-        return (true_value(*fact) + shift * (not is_sum and number == wrong)) % 10
-
-    return write(task, value, None, None), wrong
+WORDS = ("+", "*")
 
 
 def test_a_score_is_the_softmax_of_two_logits_behind_the_step():
@@ -223,27 +201,3 @@ def test_scores_of_other_branches_are_no_trace(scores):
     assert read_trace(json.dumps(line | {"scores": [[]]})).figures.score == 1
     with pytest.raises(ValueError, match="scores is"):
         read_trace(json.dumps(line | {"scores": scores}))
-
-
-@pytest.mark.nightly
-def test_the_first_planted_error_is_found(tmp_path):
-    """By a model of the demo's size that has been trained on planted errors in other sums."""
-    model, rng = seed_model(sums, 0), np.random.default_rng(0)
-    words = word_ids(model.tokenizer, WORDS)
-    steps, batch = STEPS, 32
-    tasks = [dataclasses.replace(task, split=0) for task in draw(steps * batch + 400, rng)]
-    made, known = [], []
-    for task in tasks:
-        answer, wrong = planted(task, rng)
-        one = example(model, task.problem, answer)
-        labels = label_blocks(label_branches, task.problem, one.token_ids, one.layout, model.tags)
-        assert first_wrong(labels[0]) == wrong
-        made.append(with_verdicts(one, labels, words))
-        known.append((one, wrong))
-    config = dataclasses.replace(FIT, steps=steps, batch=batch)
-    trained = fit(model, made[400:], config, tmp_path)
-    scores = StepHead(trained, WORDS).scores([(e.token_ids, e.layout) for e, _ in known[:400]])
-    found = [first_wrong([score >= 0.5 for score in own]) for (own,) in scores]
-    score = score_steps(found, [wrong for _, wrong in known[:400]])
-    print(score)
-    assert score.error >= 0.95 and score.correct >= 0.95
