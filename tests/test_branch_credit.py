@@ -185,6 +185,13 @@ def test_a_stage_without_its_labels_is_refused(tmp_path, text, message):
         load_config(papo.PapoConfig, "tiny_papo", ["branch_credit=0.5"])
 
 
+@pytest.mark.parametrize("change", ["carry=24", "staleness=1"])
+def test_credit_is_refused_with_what_is_not_tested(change):
+    on = "branch_labels=npr_jax.demo.steps", "branch_credit=0.5"
+    with pytest.raises(ValueError, match=r"branch_credit is 0\.5, carry \d+ and staleness \d:"):
+        load_config(papo.PapoConfig, "tiny_papo", [*on, change])
+
+
 @pytest.mark.parametrize("found", [[True], [True, 0.5], [True, "no"], [True, False, None]])
 def test_labels_that_are_none_are_refused(found):
     model = tiny()

@@ -126,6 +126,12 @@ class PapoConfig(rl.RLConfig):
                 f"branch_credit is {self.branch_credit} and branch_labels null: nobody says which "
                 "branches are right; set branch_labels, or branch_credit to 0"
             )
+        if self.branch_credit and (self.carry or self.staleness):
+            raise ValueError(
+                f"branch_credit is {self.branch_credit}, carry {self.carry} and staleness "
+                f"{self.staleness}: together they are not tested; set branch_credit to 0, or the "
+                "others"
+            )
 
     def _check_rewards(self) -> None:
         alternating = self.schedule == "alternating"
