@@ -48,7 +48,8 @@ def test_random_programs_keep_every_page_right(report):
     counted += "from_the_middle", "copied"
     report(", ".join(f"{seen[name]} {name}" for name in counted))
     assert seen["programs"] >= PROGRAMS and seen["from_the_middle"] > PROGRAMS / 20
-    assert seen["copied"] > PROGRAMS
+    if PROGRAMS >= 500:  # of few programs hardly one comes to a join that hides something
+        assert seen["copied"] > PROGRAMS
     if PROGRAMS >= 2000:  # a few programs have most evictions, so fewer say nothing
         names = "forks", "joins", "preemptions", "evictions", "cached_tokens", "ends_aborted"
         for name in (*names, "aborts_by_callbacks"):
