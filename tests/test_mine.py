@@ -271,11 +271,11 @@ def test_hidden_siblings_are_as_if_they_were_not_there():
     miner, found = Miner(model(), CONFIG), parts(trace, _LINES, CONFIG)
     search = find(len(trace.token_ids), found, CONFIG, lambda run: False)
     next(search)
-    (logp,) = miner._score([(trace.token_ids, search.send(np.zeros(len(trace.token_ids))))])
+    (logp,) = miner.score([(trace.token_ids, search.send(np.zeros(len(trace.token_ids))))])
     ids, first = trace.token_ids, found[0].start
     for part in found[:-1]:
         alone = [*ids[:first], *ids[part.start : part.end]]
-        (known,) = miner._score([(alone, layout(len(alone)))])
+        (known,) = miner.score([(alone, layout(len(alone)))])
         np.testing.assert_allclose(logp[part.start : part.end], known[first:], atol=1e-5)
 
 

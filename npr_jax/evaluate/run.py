@@ -125,7 +125,8 @@ def _evaluate(config: EvalConfig, sources: list[Source], tell: Callable[[str], N
         use_cache(config.compilation_cache)
     model = load(config.model, dtype=config.dtype)
     check_model(model, config.model, config.sampling, config.instruction, tell)
-    head = None if config.step_words is None else StepHead(model, config.step_words)
+    # Answers are scored one by one, as they finish.
+    head = None if config.step_words is None else StepHead(model, config.step_words, rows=1)
     engine = Engine(model, config.engine)
     results = begin(output, config)
     groups = [_runs(engine, source, config) for source in sources]

@@ -8,18 +8,14 @@ predicts, and that predicts nothing.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Sequence
 
-import jax
 import numpy as np
 
-from npr_jax.model import token_logp
+from npr_jax.evaluate.likelihood import Likelihood
 from npr_jax.model.pretrained import Model
-from npr_jax.tree import TreeLayout, pack
-
-ROWS = 8  # that are scored together
+from npr_jax.tree import TreeLayout
 
 
 def word_ids(tokenizer, words: Sequence[str]) -> tuple[int, int]:
@@ -60,49 +56,25 @@ def with_leaves(tree: TreeLayout, after: Sequence[int]) -> TreeLayout:
 
 
 class StepHead:
-    """Scores the branches of answers by a model that has learnt verdicts (`train.verdicts`)."""
+    """Scores the branches of answers, `rows` answers together, by a model that has learnt verdicts
+    (`train.verdicts`)."""
 
-    def __init__(self, model: Model, words: Sequence[str]):
-        self._params, self.ids = model.params, word_ids(model.tokenizer, words)
-        self._logp = jax.jit(functools.partial(token_logp, model.config))
+    def __init__(self, model: Model, words: Sequence[str], rows: int = 8):
+        self._logp, self.ids = Likelihood(model, rows), word_ids(model.tokenizer, words)
 
     def scores(
         self, answers: Sequence[tuple[Sequence[int] | np.ndarray, TreeLayout]]
     ) -> list[list[list[float]]]:
         """Of answers (ids, layout) the chance that each branch is right, block by block: a softmax
         over the two words. A block that has not joined has none."""
-        order = sorted(range(len(answers)), key=lambda i: len(answers[i][1]))
-        found: list[list[list[float]]] = [[]] * len(answers)
-        for begin in range(0, len(order), ROWS):
-            some = order[begin : begin + ROWS]
-            for i, scores in zip(some, self._scores([answers[i] for i in some]), strict=True):
-                found[i] = scores
-        return found
-
-    def _scores(self, answers) -> list[list[list[float]]]:
-        known = [closed(tree) for _, tree in answers]
-        ends = [[index for own in blocks for index in own] for blocks in known]
-        trees = [
-            with_leaves(tree, [*after, *after])
-            for (_, tree), after in zip(answers, ends, strict=True)
-        ]
-        length = 1 << (max(map(len, trees)) - 1).bit_length()  # few shapes are compiled
-        rows = [pack([tree], length) for tree in trees]
-        rows += [pack([], length)] * (ROWS - len(rows))
-        depth = 1 << (max(row.hidden.shape[1] for row in rows) - 1).bit_length()
-        tokens = np.zeros((ROWS, length), np.int32)
-        hidden = np.zeros((ROWS, length, depth, 2), np.int32)
-        for number, row in enumerate(rows):
-            hidden[number, :, : row.hidden.shape[1]] = row.hidden
-        for number, ((ids, _), after) in enumerate(zip(answers, ends, strict=True)):
-            leaves = np.repeat(self.ids, len(after))
-            tokens[number, : len(trees[number])] = [*ids, *leaves]
-        positions = np.stack([row.positions for row in rows])
-        pred = np.stack([row.pred for row in rows])
-        logp = np.asarray(self._logp(self._params, tokens, positions, hidden, pred), np.float64)
+        known, asked = [closed(tree) for _, tree in answers], []
+        for (ids, tree), blocks in zip(answers, known, strict=True):
+            ends = [index for own in blocks for index in own]
+            leaves = np.repeat(self.ids, len(ends))
+            asked.append((np.concatenate([ids, leaves]), with_leaves(tree, [*ends, *ends])))
         found = []
-        for number, ((ids, _), blocks) in enumerate(zip(answers, known, strict=True)):
-            right, wrong = logp[number, len(ids) : len(trees[number])].reshape(2, -1)
+        for logp, (ids, _), blocks in zip(self._logp(asked), answers, known, strict=True):
+            right, wrong = logp[len(ids) :].astype(np.float64).reshape(2, -1)
             scores = iter(np.exp(right - np.logaddexp(right, wrong)).tolist())
             found.append([[next(scores) for _ in own] for own in blocks])
         return found

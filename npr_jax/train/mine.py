@@ -16,7 +16,6 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar, NamedTuple, TypedDict
 
-import jax
 import numpy as np
 
 from npr_jax.base.compile_cache import DEFAULT_CACHE, use_cache
@@ -25,12 +24,11 @@ from npr_jax.base.files import cut_half_line, writing
 from npr_jax.base.progress import Progress
 from npr_jax.decode.text import TextPieces
 from npr_jax.evaluate.generate import adding, write_all
+from npr_jax.evaluate.likelihood import Likelihood
 from npr_jax.evaluate.traces import Trace, of_tokenizer, read_trace, read_traces
-from npr_jax.model import token_logp
 from npr_jax.model.pretrained import Model, load
 from npr_jax.tree import Block, TagIds, TraceError, TreeLayout, layout, parse
 from npr_jax.tree.format import check_format
-from npr_jax.tree.layout import pack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,7 +230,7 @@ class Miner:
         assert model.tags is not None
         self.model, self.config = model, config
         self.framing = Framing(model.tokenizer, model.tags)
-        self._logp = jax.jit(functools.partial(token_logp, model.config))
+        self.score = Likelihood(model, config.rows)
 
     def mine(self, traces: Sequence[Trace]) -> list[tuple[Trace, Structure]]:
         """Of each the trace with its branches, and what these are; the trace itself where none are
@@ -254,32 +252,13 @@ class Miner:
         """Runs searches (trace, generator) side by side: what they ask for is scored together."""
         asked = [(i, search, next(search)) for i, search in searches]
         while asked:
-            logps = self._score([(traces[i].token_ids, tree) for i, _, tree in asked])
+            logps = self.score([(traces[i].token_ids, tree) for i, _, tree in asked])
             todo, asked = zip(asked, logps, strict=True), []
             for (i, search, _), logp in todo:
                 try:
                     asked.append((i, search, search.send(logp)))
                 except StopIteration as end:
                     yield i, end.value
-
-    def _score(self, asked: list[tuple[list[int], TreeLayout]]) -> list[np.ndarray]:
-        """The log-probs f32[T] of ids under layouts."""
-        found: list[np.ndarray] = [np.zeros(0)] * len(asked)
-        order = sorted(range(len(asked)), key=lambda i: len(asked[i][0]))
-        for begin in range(0, len(order), self.config.rows):
-            some = order[begin : begin + self.config.rows]
-            length = 1 << (len(asked[some[-1]][0]) - 1).bit_length()  # few shapes are compiled
-            rows = [pack([asked[i][1]], length) for i in some]
-            rows += [pack([], length)] * (self.config.rows - len(some))
-            tokens = np.zeros((len(rows), length), np.int32)
-            for row, i in enumerate(some):
-                tokens[row, : len(asked[i][0])] = asked[i][0]
-            names = ("positions", "hidden", "pred")
-            columns = (np.stack([getattr(row, name) for row in rows]) for name in names)
-            logp = np.asarray(self._logp(self.model.params, tokens, *columns))
-            for row, i in enumerate(some):
-                found[i] = logp[row, : len(asked[i][0])]
-        return found
 
     def _made(self, trace: Trace, structure: Structure) -> tuple[Trace, Structure]:
         if not structure.runs:
