@@ -12,7 +12,6 @@ each of PAPO's advantages. All models of a seed are measured on the same 2,048 f
 answer each at temperature 1. Writes bench/results/STUDY.json.
 """
 
-import argparse
 import dataclasses
 import json
 import statistics
@@ -21,7 +20,9 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import study
 from recipe import DOCS, ROOT, RUN, begin, config_of, spread
+from study import add_result, results
 from table import markdown, replace_between
 
 from npr_jax.base.compile_cache import use_cache
@@ -124,13 +125,7 @@ def run(args) -> None:
         if str(seed) not in results(path):
             rows = run_seed(seed, args.runs, STUDIES[args.study])
             jax.clear_caches()  # or the programs of many runs come to the system's limit of maps
-            record = results(path) | {str(seed): rows}
-            path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-
-
-def results(path: Path) -> dict:
-    """{seed: {start or arm: {column: value}}} of what was measured so far."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            add_result(path, seed, rows)
 
 
 def rows_of(found: list[dict], titles: Mapping[str, str]) -> list[list[str]]:
@@ -185,17 +180,18 @@ def advantages_table(args) -> None:
     replace_between(DOCS, BEGIN_ADVANTAGES, END_ADVANTAGES, "\n".join(lines))
 
 
+def tables(args) -> None:
+    """Writes the tables of both studies."""
+    table(args)
+    advantages_table(args)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    work = verbs.add_parser("run", help="train and measure what is missing")
-    work.add_argument("--runs", type=Path, default=Path("runs/recipe"))
-    work.add_argument("--study", choices=STUDIES, default="acceleration")
-    work.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    verbs.add_parser("table", help="rewrite the tables in docs/recipe.md")
-    args = parser.parse_args()
-    for work in (run,) if args.verb == "run" else (table, advantages_table):
-        work(args)
+    """The command line."""
+    studies = lambda parser: parser.add_argument(  # noqa: E731
+        "--study", choices=STUDIES, default="acceleration"
+    )
+    study.main(__doc__, run, tables, range(3), studies)
 
 
 if __name__ == "__main__":

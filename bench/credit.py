@@ -8,14 +8,15 @@ problems. The accuracy at a step is that of its batch's answers, 256 to 16 probl
 where its mean over eight batches in a row is that. Writes bench/results/credit.json.
 """
 
-import argparse
 import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+import study
 from recipe import DOCS, ROOT, RUN, begin, config_of, spread
+from study import add_result, results
 from table import markdown, replace_between
 
 from npr_jax.base.compile_cache import use_cache
@@ -57,29 +58,25 @@ def steps_to(accuracy: Sequence[float], goal: float = GOAL, batches: int = BATCH
     return next((end for end, mean in means.items() if mean >= goal), None)
 
 
-def results() -> dict[str, dict[str, list[float]]]:
-    """{seed: {arm: accuracy at each step}} of what was run so far."""
-    return json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
-
-
 def run(args) -> None:
     use_cache(args.runs / "compiled")
     for seed in args.seeds:  # seed by seed: a study that is cut off is paired
         for credit in ARMS:
-            if str(credit) in results().get(str(seed), {}):
+            if str(credit) in results(RESULTS).get(str(seed), {}):
                 continue
             accuracy = run_arm(seed, credit, args.runs, args.steps)
             print(f"seed {seed}, {credit}: {steps_to(accuracy)} steps", flush=True)
             jax.clear_caches()  # or the programs of many runs come to the system's limit of maps
-            record = results()
-            record.setdefault(str(seed), {})[str(credit)] = accuracy
-            RESULTS.write_text(json.dumps(record) + "\n", encoding="utf-8")
+            arms = results(RESULTS).get(str(seed), {}) | {str(credit): accuracy}
+            add_result(RESULTS, seed, arms, indent=None)
 
 
 def table(args) -> None:
     """Writes the table into docs/recipe.md. A seed that has not reached the goal counts with all of
     its steps, and is told."""
-    whole = [seed for seed in results().values() if len(seed) == len(ARMS)]
+    whole = [seed for seed in results(RESULTS).values() if len(seed) == len(ARMS)]
+    if not whole:
+        raise SystemExit(f"{RESULTS} has no seed with all arms: run first")
     rows = []
     for credit, title in ARMS.items():
         runs = [seed[str(credit)] for seed in whole]
@@ -96,16 +93,9 @@ def table(args) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    work = verbs.add_parser("run", help="train what is missing")
-    work.add_argument("--runs", type=Path, default=Path("runs/recipe"))
-    work.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    work.add_argument("--steps", type=int, default=STEPS)
-    work.set_defaults(run=run)
-    verbs.add_parser("table", help="rewrite the table in docs/recipe.md").set_defaults(run=table)
-    args = parser.parse_args()
-    args.run(args)
+    """The command line."""
+    steps = lambda parser: parser.add_argument("--steps", type=int, default=STEPS)  # noqa: E731
+    study.main(__doc__, run, table, range(5), steps)
 
 
 if __name__ == "__main__":

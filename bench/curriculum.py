@@ -11,13 +11,14 @@ Measured on 512 fresh problems of each level, one answer each at temperature 1. 
 bench/results/curriculum.json.
 """
 
-import argparse
 import json
 from pathlib import Path
 
 import jax
 import numpy as np
+import study
 from recipe import DOCS, ROOT, begin, spread
+from study import add_result, results
 from table import markdown, replace_between
 
 from npr_jax.base.compile_cache import use_cache
@@ -86,24 +87,20 @@ def run_seed(seed: int, runs: Path) -> dict[str, dict[str, float]]:
     return rows
 
 
-def results() -> dict:
-    """{seed: {start or arm: {level: share of right answers}}} of what was measured so far."""
-    return json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
-
-
 def run(args) -> None:
     use_cache(args.runs / "compiled")
     for seed in args.seeds:
-        if str(seed) not in results():
+        if str(seed) not in results(RESULTS):
             rows = run_seed(seed, args.runs)
             jax.clear_caches()  # or the programs of many runs come to the system's limit of maps
-            record = results() | {str(seed): rows}
-            RESULTS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            add_result(RESULTS, seed, rows)
 
 
 def table(args) -> None:
     """Writes the table into docs/recipe.md."""
-    found = list(results().values())
+    found = list(results(RESULTS).values())
+    if not found:
+        raise SystemExit(f"{RESULTS} has no seed: run first")
     titles = {
         "start": "before PAPO",
         "curriculum": "from easy to hard",
@@ -119,15 +116,8 @@ def table(args) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    work = verbs.add_parser("run", help="train and measure what is missing")
-    work.add_argument("--runs", type=Path, default=Path("runs/recipe"))
-    work.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    work.set_defaults(run=run)
-    verbs.add_parser("table", help="rewrite docs/recipe.md").set_defaults(run=table)
-    args = parser.parse_args()
-    args.run(args)
+    """The command line."""
+    study.main(__doc__, run, table, range(3))
 
 
 if __name__ == "__main__":

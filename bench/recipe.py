@@ -10,7 +10,6 @@ runs and measurements that are there are not made again. Several processes may w
 seeds. The acceleration reward has a start of its own: acceleration.py.
 """
 
-import argparse
 import dataclasses
 import json
 import platform
@@ -21,6 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import jax
+import study
 from plot import dot_chart
 from table import markdown, replace_between
 
@@ -271,16 +271,11 @@ def table(args) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    work = verbs.add_parser("run", help="train and measure what is missing")
-    work.add_argument("--runs", type=Path, default=Path("runs/recipe"))
-    work.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    work.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
-    work.set_defaults(run=run)
-    verbs.add_parser("table", help="rewrite docs/recipe.md and its plot").set_defaults(run=table)
-    args = parser.parse_args()
-    args.run(args)
+    """The command line."""
+    arms = lambda parser: parser.add_argument(  # noqa: E731
+        "--arms", nargs="+", choices=ARMS, default=list(ARMS)
+    )
+    study.main(__doc__, run, table, range(5), arms)
 
 
 if __name__ == "__main__":

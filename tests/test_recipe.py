@@ -252,11 +252,13 @@ def test_the_study_of_credit_trains_what_is_missing(credit, tmp_path, monkeypatc
     monkeypatch.setattr(credit, "read_metrics", lambda path: [{"accuracy": rates[path.name]}] * 9)
     command = ["credit.py", "run", "--runs", str(tmp_path / "runs"), "--steps", "9", "--seeds", "7"]
     monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(SystemExit, match=r"credit\.json has no seed with all arms: run first"):
+        credit.table(None)
     with pytest.raises(KeyboardInterrupt):
         credit.main()
     credit.main()
     assert trained == [0.0, 0.5, 1.0, 1.0]
-    assert credit.results() == {"7": {arm: [rate] * 9 for arm, rate in rates.items()}}
+    assert credit.results(credit.RESULTS) == {"7": {arm: [rate] * 9 for arm, rate in rates.items()}}
     docs = tmp_path / "recipe.md"
     docs.write_text(f"before\n{credit.BEGIN}\n{credit.END}\nafter\n")
     monkeypatch.setattr(credit, "DOCS", docs)
