@@ -56,7 +56,8 @@ def _run(task: Task, seed: int, output: Path, check: bool) -> int:
     console, begun = Console(), time.monotonic()
     output = claim(output, f"task: {name_of(task)}\nseed: {seed}\n{dump_config(task.FIT)}")
     problems = make_problems(task, seed, output)
-    make_script(task, seed, output, problems)
+    if not (output / "scripted.jsonl").exists():
+        make_script(task, seed, output, problems)
     overrides = {
         stage: [f"seed={seed}", *_paths(task, stage, output), *task.SETTINGS.get(stage, ())]
         for stage in STAGES
