@@ -24,8 +24,8 @@ from npr_jax.base.files import (
 from npr_jax.base.mesh import parse_mesh
 from npr_jax.evaluate.run import EvalConfig, evaluate
 from npr_jax.runs.directory import alone_in, claim
-from npr_jax.train import beta
 from npr_jax.train.export import export
+from npr_jax.train.records import Record, read_records
 from npr_jax.train.zero import ZeroConfig
 
 
@@ -219,9 +219,9 @@ def test_a_seed_of_the_demo_is_in_its_range(seed, tmp_path):
 )
 def test_a_bad_line_of_a_file_that_grows_is_named(tmp_path, line, why):
     path = tmp_path / "accepted.jsonl"
-    record = dict.fromkeys(beta.Record.__annotations__)
+    record = dict.fromkeys(Record.__annotations__)
     path.write_bytes(json.dumps(record).encode() + b"\n" + line + b"\n{half of a li")
     with pytest.raises(ValueError, match=f"{re.escape(str(path))}:2: .*{why}.*accepted.jsonl of"):
-        beta.read_records(path)
+        read_records(path)
     path.write_bytes(json.dumps(record).encode() + b"\n{half of a li")
-    assert beta.read_records(path) == [record]
+    assert read_records(path) == [record]

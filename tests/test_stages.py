@@ -22,6 +22,7 @@ from npr_jax.runs import loop
 from npr_jax.runs.metrics import is_measured, read_metrics
 from npr_jax.train import beta, evaluation, papo, policy, zero
 from npr_jax.train.export import export
+from npr_jax.train.records import read_records
 from npr_jax.tree import parse
 from npr_jax.tree.format import check_format
 
@@ -336,7 +337,7 @@ def test_beta_accepts_what_is_right_and_trains_it_as_trees(home, tmp_path, monke
 
     whole = beta.run(settings("whole"))
     path = tmp_path / "whole" / "accepted.jsonl"
-    records, model = beta.read_records(path), load(home / "seed")
+    records, model = read_records(path), load(home / "seed")
     assert len(records) == 24
     assert len({record["problem"] for record in records}) == 24
     for record in records:

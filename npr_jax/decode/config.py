@@ -85,8 +85,14 @@ class EngineConfig(Checked):
                 "replayed and judged, but not trained on"
             )
 
-    def check_rows(self) -> None:
-        """Raises ValueError where the rows of training can have no bound on hidden intervals."""
+    def check_rows(self, layout: str) -> None:
+        """Raises ValueError where the rows of training can have no bound on hidden intervals, or
+        the `layout` that a stage trains under is "reference" and knows no rules."""
+        if layout == "reference" and self.rules != PAPER:
+            raise ValueError(
+                f"engine.rules are {self.rules}, needed are the defaults: layout 'reference' has "
+                "masks and positions of its own"
+            )
         if self.rules.fork == "fresh" and not self.max_blocks:
             raise ValueError(
                 "engine.max_blocks is 0 and engine.rules.fork 'fresh', which hides a token once "

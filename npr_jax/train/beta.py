@@ -8,13 +8,10 @@ Cold start: without a Zero model the answers are those of the file of problems, 
 or `npr-jax mine`.
 """
 
-import bisect
 import dataclasses
-import itertools
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, TypedDict
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import yaml
@@ -24,14 +21,14 @@ from npr_jax.answers.check import find_check
 from npr_jax.base.config import dump_config
 from npr_jax.base.distributed import gather, gather_all, is_main
 from npr_jax.base.fields import Checked, Count, CountOrZero, PositiveOrZero, Range, Seed
-from npr_jax.base.files import json_text, whole_lines, write_atomically, writing
+from npr_jax.base.files import write_atomically, writing
 from npr_jax.base.mesh import MeshConfig, local_decode_mesh, make_mesh
 from npr_jax.base.progress import Scalar
 from npr_jax.data.problems import read_problems, shuffled
 from npr_jax.data.sources import Problem
 from npr_jax.decode import Engine, EngineConfig, SamplingParams
 from npr_jax.evaluate.judge import Answer
-from npr_jax.evaluate.steps import find_labels, label_blocks
+from npr_jax.evaluate.steps import find_labels
 from npr_jax.evaluate.verdicts import word_ids
 from npr_jax.model.pretrained import Model, load, load_tokenizer, publish_model
 from npr_jax.runs import loop, sigterm
@@ -45,29 +42,17 @@ from npr_jax.train.given import read_given
 from npr_jax.train.inputs import model_content, problems_content
 from npr_jax.train.objective import Objective
 from npr_jax.train.packing import Example, loss_mask
+from npr_jax.train.records import ACCEPTED, Record, Records
 from npr_jax.train.rollout import BETA, encode_problems, engine_params, roll_out
 from npr_jax.train.start import Start, find_start, parse_start
 from npr_jax.train.step import TrainConfig
-from npr_jax.train.verdicts import with_verdicts
+from npr_jax.train.verdicts import judged
 from npr_jax.tree import Rules, TagIds, TraceError, layout, parse
 from npr_jax.tree.canonical import canonical
 from npr_jax.tree.parse import reference_depth
 from npr_jax.tree.rules import PAPER
 
-ACCEPTED = "accepted.jsonl"  # in a run directory, its records
 MAX_DEPTH = 1  # what the format check accepts
-
-
-class Record(TypedDict):
-    """What rejection sampling knows of a problem: its tries, and of the answers that it accepted
-    the token ids, with those of the prompt, and the texts."""
-
-    problem: str
-    answer: str
-    tries: int
-    prompt_len: int
-    accepted: list[list[int]]
-    texts: list[str | None]  # as `Trajectory.text`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,13 +163,8 @@ class BetaConfig(Checked):
             raise ValueError(
                 f"mesh.rollout is {self.mesh.rollout}, needed is 0: Beta samples before it trains"
             )
-        self.engine.check_rows()
+        self.engine.check_rows(self.layout)
         self.engine.check_trials()
-        if self.layout == "reference" and self.engine.rules != PAPER:
-            raise ValueError(
-                f"engine.rules are {self.engine.rules}, needed are the defaults: layout "
-                "'reference' has masks and positions of its own"
-            )
 
     @property
     def loss(self) -> Objective:
@@ -254,7 +234,10 @@ def _train(config: BetaConfig, output: Path, report: Report | None) -> Model:
 
     if config.step_words is not None:
         problems = [record["problem"] for record in records for _ in record["accepted"]]
-        examples = _judged(examples, problems, config, tokenizer, tags)
+        assert config.branch_labels is not None
+        words = word_ids(tokenizer, config.step_words)
+        label = find_labels(config.branch_labels)
+        examples = judged(examples, problems, label, words, tags)
 
     def seed_model() -> Model:
         model = load(config.model, seed=config.seed, tags=True, mesh=mesh).merged()
@@ -267,19 +250,6 @@ def _train(config: BetaConfig, output: Path, report: Report | None) -> Model:
     sizes = config.seed, "beta", mesh, config.depth
     body = Fit(seed_model, examples, config.fit, output / "fit", *sizes, start)
     return loop.run(body, report)
-
-
-def _judged(
-    examples: list[Example], problems: list[str], config: BetaConfig, tokenizer, tags: TagIds
-) -> list[Example]:
-    """The examples with the verdicts that `step_words` learns, each from its problem's labels."""
-    assert config.branch_labels is not None and config.step_words is not None
-    label, words = find_labels(config.branch_labels), word_ids(tokenizer, config.step_words)
-    labels = [
-        label_blocks(label, problem, e.token_ids, e.layout, tags)
-        for e, problem in zip(examples, problems, strict=True)
-    ]
-    return [with_verdicts(e, own, words) for e, own in zip(examples, labels, strict=True)]
 
 
 def given_records(config: BetaConfig, tokenizer, tags: TagIds) -> list[Record]:
@@ -404,47 +374,6 @@ class Sampling(Body[list[Record], list[Record]]):
         return Engine(model, self.config.engine, local_decode_mesh(self.mesh))
 
 
-class Records:
-    """The JSONL file of records, to which every round appends its own; `sizes`: of the rounds."""
-
-    def __init__(self, path: Path, sizes: Sequence[int]):
-        self.path, self._ends = path, list(itertools.accumulate(sizes, initial=0))
-        self.last = 0
-
-    def restore(self, state: list[Record]) -> tuple[int, list[Record], dict]:
-        """The whole rounds that the file holds; what is left of another is cut off."""
-        records = gather(read_records(self.path) if is_main() else [])[0]
-        self.last = bisect.bisect(self._ends, len(records)) - 1
-        records = records[: self._ends[self.last]]
-        if is_main():
-            with writing(self.path):
-                write_atomically(self.path, _lines(records))
-        return self.last, records, {}
-
-    def save(
-        self, step: int, state: list[Record], position: Mapping, value: float | None = None
-    ) -> None:
-        """Appends the records of round `step`, on disk when this returns."""
-        if step == self.last:
-            return
-        if is_main():
-            with writing(self.path), self.path.open("ab") as file:
-                file.write(_lines(state[self._ends[self.last] :]))
-                file.flush()
-                os.fsync(file.fileno())
-        self.last = step
-
-    def __enter__(self) -> "Records":
-        return self
-
-    def __exit__(self, *exc_info) -> None:
-        """Nothing is left to write."""
-
-
-def _lines(records: Iterable[Record]) -> bytes:
-    return "".join(json_text(record) + "\n" for record in records).encode()
-
-
 def _sample_batch(engine: Engine, batch, config: BetaConfig, seeds) -> tuple[list[Record], dict]:
     """Records of a batch of (problem, prompt): an answer to each at a time, until it has enough."""
     sizes, row_len = config.sample, config.fit.train.row_len
@@ -502,8 +431,13 @@ def accepts(answer: Answer, tags: TagIds, row_len: int, max_blocks: int = 0) -> 
         tokens = canonical(trajectory.token_ids, trajectory.prompt_len, tags, MAX_DEPTH)
     except TraceError:
         return False
-    blocks = int(np.sum(tokens[trajectory.prompt_len :] == tags.guideline_open))
+    blocks = num_blocks(tokens, trajectory.prompt_len, tags)
     return len(tokens) <= row_len and (not max_blocks or blocks <= max_blocks)
+
+
+def num_blocks(token_ids: Sequence[int] | np.ndarray, prompt_len: int, tags: TagIds) -> int:
+    """Blocks of a response whose blocks are not nested: those of its trunk."""
+    return int(np.sum(np.asarray(token_ids)[prompt_len:] == tags.guideline_open))
 
 
 def make_examples(
@@ -528,15 +462,3 @@ def make_examples(
                 tree = layout(len(tokens), prompt_len=tree.prompt_len)
             examples.append(Example(tokens, tree, mask))
     return examples
-
-
-def read_records(path: Path) -> list[Record]:
-    """The whole lines of `path`; none if there is no file. Raises ValueError with file and line for
-    one that is no record."""
-    if not path.exists():
-        return []
-    return [record for _, record in whole_lines(path, "accepted.jsonl of Beta", _record)]
-
-
-def _record(record: dict) -> Record:
-    return Record(**{key: record[key] for key in Record.__annotations__})

@@ -43,7 +43,6 @@ from npr_jax.train.rollout import (
 )
 from npr_jax.tree import TagIds, TraceError, parse
 from npr_jax.tree.parse import reference_depth
-from npr_jax.tree.rules import PAPER
 
 ADVANTAGES = {"batch_std": batch_std, "group_std": group_std, "mean": mean}
 MALFORMED_REWARD = -2.0  # below WRONG
@@ -102,12 +101,7 @@ class PapoConfig(rl.RLConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.engine.check_rows()
-        if self.layout == "reference" and self.engine.rules != PAPER:
-            raise ValueError(
-                f"engine.rules are {self.engine.rules}, needed are the defaults: layout "
-                "'reference' has masks and positions of its own"
-            )
+        self.engine.check_rows(self.layout)
         if self.layout == "reference" and self.engine.max_depth != 1:
             raise ValueError(
                 f"engine.max_depth is {self.engine.max_depth}, needed is 1: layout='reference' has "

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from npr_jax.evaluate.steps import Label
+from npr_jax.evaluate.steps import Label, LabelBranches, label_blocks
 from npr_jax.evaluate.verdicts import closed, with_leaves
 from npr_jax.train.packing import Example
+from npr_jax.tree import TagIds
 
 
 def with_verdicts(
@@ -43,3 +44,18 @@ def with_verdicts(
         advantage=np.concatenate([np.asarray(example.advantage), zeros]),
         old_logp=np.concatenate([np.asarray(example.old_logp), zeros]),
     )
+
+
+def judged(
+    examples: Sequence[Example],
+    problems: Sequence[str],
+    label: LabelBranches,
+    words: tuple[int, int],
+    tags: TagIds,
+) -> list[Example]:
+    """The examples with their verdicts; `problems`: the text that each of them answers."""
+    labels = [
+        label_blocks(label, problem, example.token_ids, example.layout, tags)
+        for example, problem in zip(examples, problems, strict=True)
+    ]
+    return [with_verdicts(*both, words) for both in zip(examples, labels, strict=True)]
