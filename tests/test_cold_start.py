@@ -72,6 +72,14 @@ def test_given_answers_are_records_like_those_that_are_sampled(tmp_path):
         ({}, ["sample.max_tokens=9"], r"the response has \d+ tokens, sample\.max_tokens is 9"),
         ({}, ["sample.max_prompt_tokens=3"], r"all prompts of .* sample\.max_prompt_tokens=3"),
         ({}, ["engine.max_branches=1"], r"the response breaks the format: 2 plans, at most 1"),
+        (
+            {
+                "response": "".join([lines_of(1)[0]["response"].partition("\\boxed")[0]] * 2)
+                + "\\boxed{1}"
+            },
+            ["engine.max_blocks=1"],
+            r"jsonl:3: the response has 2 blocks, engine\.max_blocks is 1",
+        ),
     ],
 )
 def test_what_is_no_answer_to_learn_from_is_named(tmp_path, line, changes, wanted):

@@ -255,7 +255,8 @@ def _train(config: BetaConfig, output: Path, report: Report | None) -> Model:
 def given_records(config: BetaConfig, tokenizer, tags: TagIds) -> list[Record]:
     """Records of the answers that the file of problems has, right or wrong, in the order in which
     they would be sampled. Raises ValueError with file and line for one that is no tree, does not
-    keep the format where it is a text, or is longer than `sample.max_tokens`."""
+    keep the format where it is a text, is longer than `sample.max_tokens`, or has more than
+    `engine.max_blocks` blocks."""
     path, sizes = config.problems, config.sample
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {config.model} has no end-of-text token for answers")
@@ -269,6 +270,11 @@ def given_records(config: BetaConfig, tokenizer, tags: TagIds) -> list[Record]:
             raise ValueError(
                 f"{given.where}: the response has {length} tokens, sample.max_tokens is "
                 f"{sizes.max_tokens}"
+            )
+        blocks, most = num_blocks(given.ids, given.prompt_len, tags), config.engine.max_blocks
+        if most and blocks > most:
+            raise ValueError(
+                f"{given.where}: the response has {blocks} blocks, engine.max_blocks is {most}"
             )
         problem, answer, _ = given.problem
         about = {"problem": problem, "answer": answer, "prompt_len": given.prompt_len}
